@@ -1,0 +1,31 @@
+"""One thread, fixed seeds and repeatable examples for every test."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import settings
+
+# Two busy threads on a small machine spin each other to a standstill (up to 50 times slower).
+torch.set_num_threads(1)
+
+# The same examples on every run; the first one pays for imports, hence no deadline.
+settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
+settings.load_profile("deterministic")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Starts every test from the same random state."""
+    torch.manual_seed(0)
+    return 0
+
+
+def pytest_collection_modifyitems(items):
+    """Skips the tests that need a CUDA device where there is none."""
+    if torch.cuda.is_available():
+        return
+    no_device = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(no_device)

@@ -1,0 +1,36 @@
+"""The package installs, and the commands that the README promises are the ones that are run."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import torchrl_happo
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_version_is_the_packaged_one():
+    """``__version__`` and the distribution's metadata cannot drift apart."""
+    assert torchrl_happo.__version__ == metadata.version("torchrl_happo")
+
+
+def test_continuous_integration_runs_the_command_of_the_readme():
+    """``.ci/run`` calls the README's test command to the letter."""
+    commands = re.findall(r"```bash\n(.*)\n```", (ROOT / "README.md").read_text())
+    (command,) = [line for line in commands if line.endswith(".venv/bin/pytest")]
+    assert command in (ROOT / ".ci" / "run").read_text()
+
+
+def test_every_requirement_is_pinned():
+    """Whatever ``pyproject.toml`` names has its tested version in ``constraints.txt``."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    required = project["dependencies"] + [entry for extra in extras for entry in extra]
+    name = re.compile(r"[A-Za-z0-9_.-]+")
+    named = {name.match(entry)[0].lower().replace("_", "-") for entry in required}
+    pins = (ROOT / "constraints.txt").read_text().lower().replace("_", "-")
+    pinned = set(re.findall(r"^([a-z0-9.-]+)==", pins, flags=re.MULTILINE))
+    assert named - pinned == {"torchrl-happo"}

@@ -1,0 +1,3 @@
+"""What stands between an environment and the team's loss."""
+
+from __future__ import annotations
