@@ -1,0 +1,477 @@
+"""Who the agents are: names, views of the joint tensordict, slices of a stacked network.
+
+A team is rolled out as one *joint actor* per group, whose networks stack the parameters of all
+agents along the first dimension (:class:`~torchrl.modules.MultiAgentMLP` with
+``share_params=False``). It is trained agent by agent. :func:`split_actor` makes one
+:class:`Agent` per row of the stack. Its parameters are *views into the stack*: an optimiser step
+on an agent moves the joint actor in place and leaves every other agent's row alone, bit for bit.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.nn import (
+    AddStateIndependentNormalScale,
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
+    TensorDictModuleBase,
+)
+from tensordict.utils import unravel_key
+from torch import Tensor, nn
+from torch.distributions import Distribution
+from torchrl.modules.models.multiagent import MultiAgentNetBase
+
+__all__ = ["Agent", "split_actor", "split_team"]
+
+
+def group_of(key: NestedKey) -> str | None:
+    """The group that a key belongs to: the first element of a nested key, ``None`` at the root.
+
+    Example:
+        >>> group_of(("agents", "action")), group_of("action")
+        ('agents', None)
+    """
+    key = unravel_key(key)
+    return key[0] if isinstance(key, tuple) else None
+
+
+class Agent:
+    """One unit of the sequential update: a single agent, or a block of agents updated as one.
+
+    Args:
+        name (str): unique name; metrics and optimisers are filed under it.
+        actor (ProbabilisticTensorDictSequential): the policy of this agent alone. It reads the
+            keys of the joint actor from a tensordict without the agent dimension.
+        group (str or None): first element of the keys that belong to this agent's group.
+        position (slice): the agents of the team that this unit stands for, in the order of the
+            groups; a single agent is a slice of length 1.
+        index (int or None): row of the group's agent dimension. ``None``: the unit is the whole
+            group (a group without an agent dimension, a group of one, or a block).
+        ties (iterable of Tie): which of the actor's parameters are rows of which stack.
+        joint_actor (nn.Module, optional): the module that the actor was cut from.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        actor: ProbabilisticTensorDictSequential,
+        *,
+        group: str | None,
+        position: slice,
+        index: int | None = None,
+        ties: Iterable[Tie] = (),
+        joint_actor: nn.Module | None = None,
+    ) -> None:
+        self.name = name
+        self.actor = actor
+        self.group = group
+        self.position = position
+        self.index = index
+        self._ties = tuple(ties)
+        self._joint_actor = joint_actor
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(name={self.name!r}, group={self.group!r}, index={self.index})"
+        )
+
+    @property
+    def num_members(self) -> int:
+        """Number of agents in this unit: 1, or the size of the block."""
+        return self.position.stop - self.position.start
+
+    @property
+    def action_keys(self) -> list[NestedKey]:
+        """Keys of the action, one for each head of the policy."""
+        return [unravel_key(key) for key in self.actor.dist_sample_keys]
+
+    @property
+    def log_prob_keys(self) -> list[NestedKey]:
+        """Keys under which a collector stores the log-probability of the action."""
+        return [unravel_key(key) for key in self.actor.log_prob_keys]
+
+    @property
+    def distribution_module(self) -> ProbabilisticTensorDictModule:
+        """The last module of the actor, which turns parameters into a distribution."""
+        return self.actor[-1]
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters of this agent alone, rows of the stack where there is one."""
+        return self.actor.named_parameters()
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters of this agent alone."""
+        return list(self.actor.parameters())
+
+    def tie(self) -> None:
+        """Points this agent's parameters and buffers at the joint actor's present storage.
+
+        ``.to(...)``, ``load_state_dict(assign=True)`` and ``share_memory()`` move the storage of
+        the stack. Called at the start of each update, this makes the slices follow it. Parameter
+        objects stay the same, so optimisers keep their state.
+        """
+        for tie in self._ties:
+            tie()
+        if self._joint_actor is not None:
+            self.actor.train(self._joint_actor.training)
+
+    def view(self, tensordict: TensorDictBase, keys: Collection[NestedKey]) -> TensorDict:
+        """This agent's part of a joint tensordict.
+
+        Args:
+            tensordict (TensorDictBase): joint data of batch size ``[*B]``. Entries of the agent's
+                group have shape ``[*B, n_agents, ...]`` if the group has an agent dimension.
+            keys (collection of NestedKey): the entries wanted. Absent ones are left out.
+
+        Returns:
+            a new tensordict of batch size ``[*B]`` with the same keys. The agent dimension is
+            gone from the entries of the group (kept, if the unit is a whole group); all other
+            entries are shared with the joint tensordict.
+        """
+        keys = [unravel_key(key) for key in keys]
+        if self.index is None:
+            return tensordict.select(*keys, strict=False)
+        own = [key for key in keys if group_of(key) == self.group]
+        view = tensordict.select(*(key for key in keys if key not in own), strict=False)
+        row = self._row(tensordict)
+        for key in own:
+            value = row.get(key[1:], None)
+            if value is not None:
+                view.set(key, value)
+        return view
+
+    def _row(self, tensordict: TensorDictBase) -> TensorDictBase:
+        group = tensordict.get(self.group)
+        at_row = (slice(None),) * tensordict.batch_dims + (self.index,)
+        if group.batch_dims > tensordict.batch_dims:
+            return group[at_row]
+        return group.apply(lambda leaf: leaf[at_row], batch_size=tensordict.batch_size)
+
+    def evaluate(self, data: TensorDictBase) -> tuple[Distribution, Tensor]:
+        """The policy at the observations of ``data``, and its log-probability of the actions.
+
+        Args:
+            data (TensorDictBase): a :meth:`view` of batch size ``[*B]``.
+
+        Returns:
+            the distribution, and the log-probability summed over the action's dimensions and
+            heads: ``[*B]``, or ``[*B, n_members]`` for a whole group with an agent dimension.
+        """
+        dist = self.actor.get_dist(data)
+        return dist, self.log_prob(dist, data)
+
+    def log_prob(self, dist: Distribution, data: TensorDictBase) -> Tensor:
+        """Joint log-probability under ``dist`` of the action stored in ``data``."""
+        if len(self.action_keys) == 1:
+            log_prob = dist.log_prob(data.get(self.action_keys[0]))
+        else:
+            log_prob = dist.log_prob(data.select(*self.action_keys))
+        return self.joint_log_prob(log_prob, data)
+
+    def stored_log_prob(self, data: TensorDictBase) -> Tensor:
+        """Joint log-probability that the behaviour policy wrote when it acted."""
+        heads = [self.joint_log_prob(data.get(key), data) for key in self.log_prob_keys]
+        return torch.stack(heads).sum(0) if len(heads) > 1 else heads[0]
+
+    def joint_log_prob(self, log_prob: Tensor | TensorDictBase, data: TensorDictBase) -> Tensor:
+        """Sums a log-probability over the action's heads and dimensions.
+
+        An agent acts with its whole action, so the ratio of the surrogate is that of the product
+        over dimensions, whichever way the distribution files them.
+        """
+        if isinstance(log_prob, TensorDictBase):
+            heads = [self.joint_log_prob(head, data) for head in log_prob.values(True, True)]
+            return torch.stack(heads).sum(0)
+        surplus = log_prob.ndim - data.batch_dims - self.member_dims(data)
+        return log_prob.flatten(-surplus).sum(-1) if surplus > 0 else log_prob
+
+    def member_dims(self, data: TensorDictBase) -> int:
+        """1 if the entries of a whole group carry an agent dimension in ``data``, else 0."""
+        if self.index is not None or self.group is None:
+            return 0
+        has_agent_dim = data.get(self.group).batch_dims > data.batch_dims
+        return int(has_agent_dim or self.num_members > 1)
+
+
+@dataclass
+class Tie:
+    """One tensor of an agent's network and where its storage lies in the joint actor's.
+
+    Attributes:
+        module (nn.Module): the agent's (sub)module that owns the tensor.
+        name (str): the tensor's name in it.
+        source (nn.Module): the joint actor's module.
+        key (str or tuple of str): the tensor's key in ``source``.
+        index (int or None): row of the stack; ``None`` shares a whole buffer.
+    """
+
+    module: nn.Module
+    name: str
+    source: nn.Module
+    key: NestedKey
+    index: int | None
+
+    def __call__(self) -> None:
+        stack = _tensor_of(self.source, self.key)
+        row = stack.detach() if self.index is None else stack.detach()[self.index]
+        slot = self.module._parameters.get(self.name)
+        if slot is None:
+            self.module._buffers[self.name] = row
+        elif slot.data_ptr() != row.data_ptr() or slot.dtype != row.dtype:
+            slot.data = row
+            slot.grad = None
+
+
+def _tensor_of(source: nn.Module, key: NestedKey) -> Tensor:
+    if isinstance(source, MultiAgentNetBase):
+        return source.params.get(key)
+    return getattr(source, key)
+
+
+def _set_tensor(module: nn.Module, name: str, stack: Tensor, index: int) -> None:
+    for slots in (module._parameters, module._buffers, module.__dict__):
+        slots.pop(name, None)
+    row = stack.detach()[index]
+    if isinstance(stack, nn.Parameter):
+        module.register_parameter(name, nn.Parameter(row, requires_grad=stack.requires_grad))
+    else:
+        module.register_buffer(name, row)
+
+
+def _cut_multi_agent_net(net: MultiAgentNetBase, index: int) -> tuple[nn.Module, list[Tie]]:
+    """The network of one agent, with the row ``index`` of each tensor of the stack."""
+    single = copy.deepcopy(net._empty_net)
+    ties = []
+    for key, stack in net.params.items(include_nested=True, leaves_only=True):
+        path = (key,) if isinstance(key, str) else key
+        owner = single.get_submodule(".".join(path[:-1]))
+        _set_tensor(owner, path[-1], stack, index)
+        ties.append(Tie(owner, path[-1], net, key, index))
+    return single, ties
+
+
+def _cut_normal_scale(
+    scale: AddStateIndependentNormalScale, index: int
+) -> tuple[nn.Module, list[Tie]]:
+    """The standard deviation of one agent, from a scale of shape ``[n_agents, action_dim]``."""
+    single = copy.deepcopy(scale)
+    name = "state_independent_scale"
+    single.scale_shape = scale.scale_shape[1:]
+    _set_tensor(single, name, getattr(scale, name), index)
+    return single, [Tie(single, name, scale, name, index)]
+
+
+def _stacked_modules(actor: nn.Module) -> list[MultiAgentNetBase]:
+    return [m for m in actor.modules() if isinstance(m, MultiAgentNetBase)]
+
+
+def _num_agents(actor: nn.Module, group: str) -> int | None:
+    """Number of agents in the actor's stacks; ``None`` if it has no stack."""
+    sizes = {net.n_agents for net in _stacked_modules(actor)}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"The networks of group {group!r} are built for {sorted(sizes)} agents; build all of "
+            "them with the same n_agents."
+        )
+    return sizes.pop() if sizes else None
+
+
+def _check_not_shared(actor: nn.Module, group: str, n_agents: int) -> None:
+    """Refuses an actor in which one parameter would serve several agents."""
+    for net in _stacked_modules(actor):
+        if net.centralized:
+            raise ValueError(
+                f"The actor of group {group!r} contains a {type(net).__name__} with "
+                "centralized=True, which makes every agent act on all observations; pass "
+                "centralized=False."
+            )
+        if net.share_params:
+            raise ValueError(_shared(f"a {type(net).__name__} with share_params=True", group))
+    for path, module in _outside_stacks(actor, n_agents):
+        for name, _ in module.named_parameters(recurse=False):
+            raise ValueError(_shared(f"one parameter {path}.{name} for all agents", group))
+
+
+def _shared(what: str, group: str) -> str:
+    return (
+        f"The actor of group {group!r} has {what}, but HAPPO updates one agent after the other and "
+        "needs a network of its own for each (share_params=False); to update agents that share "
+        f"parameters as one block, pass blocks=[{group!r}]."
+    )
+
+
+def _outside_stacks(
+    module: nn.Module, n_agents: int, path: str = ""
+) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of an actor that belong to no stack, with their paths."""
+    if isinstance(module, MultiAgentNetBase) or _is_stacked_scale(module, n_agents):
+        return
+    yield path, module
+    for name, child in module.named_children():
+        yield from _outside_stacks(child, n_agents, f"{path}.{name}" if path else name)
+
+
+def _is_stacked_scale(module: nn.Module, n_agents: int) -> bool:
+    return (
+        isinstance(module, AddStateIndependentNormalScale)
+        and len(module.scale_shape) >= 2
+        and module.scale_shape[0] == n_agents
+    )
+
+
+def _cut_actor(
+    actor: ProbabilisticTensorDictSequential, n_agents: int, index: int
+) -> tuple[ProbabilisticTensorDictSequential, list[Tie]]:
+    """A copy of the joint actor in which each stack is replaced by the row of one agent."""
+    memo: dict[int, object] = {}
+    ties: list[Tie] = []
+    for module in actor.modules():
+        if isinstance(module, MultiAgentNetBase):
+            single, own_ties = _cut_multi_agent_net(module, index)
+        elif _is_stacked_scale(module, n_agents):
+            single, own_ties = _cut_normal_scale(module, index)
+        else:
+            continue
+        # deepcopy takes what stands in the memo instead of copying: the copy of the joint actor
+        # gets the single network wherever the joint one has the stack.
+        memo[id(module)] = single
+        ties += own_ties
+    single_actor = copy.deepcopy(actor, memo)
+    for path, module in _outside_stacks(actor, n_agents):
+        for name, _ in module.named_buffers(recurse=False):
+            ties.append(Tie(single_actor.get_submodule(path), name, module, name, None))
+    distribution = single_actor[-1]
+    distribution.distribution_kwargs = {
+        name: _row_of_bound(value, n_agents, index)
+        for name, value in distribution.distribution_kwargs.items()
+    }
+    return single_actor, ties
+
+
+def _row_of_bound(value: object, n_agents: int, index: int) -> object:
+    """The row of a distribution argument of shape ``[..., n_agents, action_dim]``."""
+    if isinstance(value, Tensor) and value.ndim >= 2 and value.shape[-2] == n_agents:
+        return value.select(-2, index)
+    return value
+
+
+def split_actor(
+    actor: ProbabilisticTensorDictSequential,
+    *,
+    group: str | None = None,
+    start: int = 0,
+    as_block: bool = False,
+) -> list[Agent]:
+    """Cuts the actor of a group into one actor per agent.
+
+    Args:
+        actor (ProbabilisticTensorDictSequential): the joint actor of the group.
+
+    Keyword Args:
+        group (str, optional): name of the group. Defaults to the first element of the action key.
+        start (int): position of the group's first agent in the team. Defaults to ``0``.
+        as_block (bool): if ``True``, the whole group is one unit, whose agents may share
+            parameters. Defaults to ``False``.
+
+    Returns:
+        the agents, in the order of the group's agent dimension.
+
+    Raises:
+        TypeError: if ``actor`` is not a probabilistic tensordict module.
+        ValueError: if agents share parameters and ``as_block`` is ``False``.
+
+    Example:
+        >>> import torch
+        >>> from tensordict.nn import NormalParamExtractor, TensorDictModule
+        >>> from torchrl.modules import IndependentNormal, MultiAgentMLP, ProbabilisticActor
+        >>> net = MultiAgentMLP(
+        ...     n_agent_inputs=5,
+        ...     n_agent_outputs=4,
+        ...     n_agents=3,
+        ...     centralized=False,
+        ...     share_params=False,
+        ... )
+        >>> actor = ProbabilisticActor(
+        ...     TensorDictModule(
+        ...         torch.nn.Sequential(net, NormalParamExtractor()),
+        ...         in_keys=[("agents", "observation")],
+        ...         out_keys=[("agents", "loc"), ("agents", "scale")],
+        ...     ),
+        ...     in_keys=[("agents", "loc"), ("agents", "scale")],
+        ...     out_keys=[("agents", "action")],
+        ...     distribution_class=IndependentNormal,
+        ...     return_log_prob=True,
+        ... )
+        >>> agents = split_actor(actor)
+        >>> [agent.name for agent in agents]
+        ['agents_0', 'agents_1', 'agents_2']
+        >>> stack = next(actor.parameters())
+        >>> bool((agents[1].parameters()[0] == stack[1]).all())
+        True
+    """
+    if not isinstance(actor, ProbabilisticTensorDictSequential):
+        raise TypeError(
+            f"The actor of group {group!r} is a {type(actor).__name__}; pass a ProbabilisticActor "
+            "or another ProbabilisticTensorDictSequential, whose last module is the distribution."
+        )
+    key_group = group_of(actor.dist_sample_keys[0])
+    name = group if group is not None else (key_group or "agent")
+    n_agents = _num_agents(actor, name)
+    if as_block or n_agents is None or n_agents == 1:
+        size = n_agents or 1
+        return [Agent(name, actor, group=key_group, position=slice(start, start + size))]
+    _check_not_shared(actor, name, n_agents)
+    agents = []
+    for index in range(n_agents):
+        single_actor, ties = _cut_actor(actor, n_agents, index)
+        agents.append(
+            Agent(
+                f"{name}_{index}",
+                single_actor,
+                group=key_group,
+                position=slice(start + index, start + index + 1),
+                index=index,
+                ties=ties,
+                joint_actor=actor,
+            )
+        )
+    return agents
+
+
+def split_team(
+    actors: TensorDictModuleBase | Mapping[str, ProbabilisticTensorDictSequential],
+    blocks: Collection[str] = (),
+) -> list[Agent]:
+    """All agents of a team, in the order of its groups.
+
+    Args:
+        actors (ProbabilisticTensorDictSequential or mapping of str to it): the joint actor of the
+            only group, or one for each group.
+        blocks (collection of str): groups that are updated as one unit. Defaults to ``()``.
+
+    Returns:
+        the agents of all groups.
+
+    Raises:
+        ValueError: if the mapping is empty or a block names no group.
+    """
+    if not isinstance(actors, Mapping):
+        name = group_of(actors.dist_sample_keys[0]) if hasattr(actors, "dist_sample_keys") else None
+        actors = {name or "agent": actors}
+    if not actors:
+        raise ValueError(
+            "The mapping of actors is empty; pass an actor for each group of the team."
+        )
+    unknown = sorted(set(blocks) - set(actors))
+    if unknown:
+        raise ValueError(f"blocks names {unknown}, but the groups are {sorted(actors)}.")
+    agents: list[Agent] = []
+    for group, actor in actors.items():
+        start = agents[-1].position.stop if agents else 0
+        agents += split_actor(actor, group=group, start=start, as_block=group in blocks)
+    return agents

@@ -1,0 +1,65 @@
+"""What an agent's update reports about itself, as tensors that nobody has read yet."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from torch.distributions import Distribution
+
+from torchrl_happo.distributions import entropy, kl_divergence
+from torchrl_happo.objectives.functional import effective_sample_size, masked_mean, surrogate
+
+__all__ = ["agent_metrics", "factor_metrics"]
+
+
+def factor_metrics(log_factor: Tensor) -> TensorDict:
+    """Mean, largest value and effective sample size of the factor an agent starts from."""
+    factor = log_factor.exp()
+    return TensorDict(
+        {
+            "factor_mean": factor.mean(),
+            "factor_max": factor.max(),
+            "factor_ess": effective_sample_size(log_factor),
+        }
+    )
+
+
+def agent_metrics(
+    old_dist: Distribution,
+    new_dist: Distribution,
+    log_ratio: Tensor,
+    advantage: Tensor,
+    valid: Tensor | None,
+) -> TensorDict:
+    r"""How far one agent's policy went, and what it gained.
+
+    Args:
+        old_dist (Distribution): the policy before the agent's update.
+        new_dist (Distribution): the policy after it.
+        log_ratio (Tensor): :math:`\log \pi_\text{new} / \pi_\text{old}` of the stored actions.
+        advantage (Tensor): the factor times the advantage, same shape.
+        valid (Tensor, optional): which entries count.
+
+    Returns:
+        the scalars ``surrogate_before`` and ``surrogate`` (means of :math:`M` and :math:`r M`),
+        ``ratio_mean``, ``ratio_max``, ``ratio_min``, ``kl`` (exact, old to new; estimated by
+        :math:`r - 1 - \log r` where the distribution has no known divergence) and ``entropy``.
+    """
+    ratio = log_ratio.exp()
+    kept = ratio if valid is None else torch.where(valid, ratio, torch.ones_like(ratio))
+    try:
+        kl = kl_divergence(old_dist, new_dist)
+    except NotImplementedError:
+        kl = ratio - 1 - log_ratio
+    return TensorDict(
+        {
+            "surrogate_before": masked_mean(advantage, valid),
+            "surrogate": masked_mean(surrogate(log_ratio, advantage), valid),
+            "ratio_mean": masked_mean(ratio, valid),
+            "ratio_max": kept.max(),
+            "ratio_min": kept.min(),
+            "kl": masked_mean(kl, valid),
+            "entropy": masked_mean(entropy(new_dist), valid),
+        }
+    )

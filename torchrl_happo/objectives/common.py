@@ -1,0 +1,291 @@
+"""What the sequential objectives share: the team of agents, its keys, and the factor.
+
+:class:`SequentialLossMixin` turns a PPO loss of TorchRL into the loss of a team. ``forward`` stays
+TorchRL's and reads the joint tensordict; three of its hooks are extended:
+
+- ``_log_weight`` evaluates each group's actor and lines the agents up along one dimension;
+- ``_maybe_normalize_advantage`` multiplies the advantage by the factor, if there is one;
+- ``_reduce_loss`` leaves out agents that were not active.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase, is_tensor_collection
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, TensorDictSequential
+from tensordict.utils import unravel_key
+from torch import Tensor
+from torch.distributions import Distribution
+from torchrl.modules.distributions import TanhNormal
+from torchrl.objectives import PPOLoss
+from torchrl.objectives.utils import ValueEstimators, _sum_td_features
+
+from torchrl_happo.agents import Agent, split_actor, split_team
+from torchrl_happo.distributions import is_saturated
+from torchrl_happo.optim.first_order import FirstOrderStep, InnerStep
+
+__all__ = ["ADVANTAGE", "OLD_LOG_PROB", "VALID", "SequentialLossMixin", "behaviour_log_prob"]
+
+#: Entries that the updater adds to an agent's view of the batch, and :meth:`agent_loss` reads:
+#: the log-probability the ratio starts from, the factor times the advantage, and the validity.
+OLD_LOG_PROB = "old_log_prob"
+ADVANTAGE = "factored_advantage"
+VALID = "valid"
+
+Actors: TypeAlias = (
+    ProbabilisticTensorDictSequential | Mapping[str, ProbabilisticTensorDictSequential]
+)
+
+# The mixin stands before a PPO loss in the bases of a class and calls its hooks through super().
+# It cannot inherit from PPOLoss itself: TorchRL's metaclass would put PPOLoss.forward in front of
+# ClipPPOLoss.forward.
+_Base: Any = PPOLoss if TYPE_CHECKING else object
+
+
+def behaviour_log_prob(
+    agent: Agent,
+    data: TensorDictBase,
+    current: tuple[Distribution, Tensor] | None = None,
+) -> Tensor:
+    """The log-probability of the stored action under the policy that took it.
+
+    This is the stored one, except where a :class:`~torchrl.modules.TanhNormal` action lies so
+    near its bounds that ``tanh`` cannot be inverted in the tensor's precision. There the
+    collector's value (scored before the rounding) and any later one (scored from the stored
+    action) differ by several nats, and a policy compared with itself would have a ratio far from
+    one. Such actions are scored again, from the distribution's parameters that the actor left in
+    the data, so that both sides of the ratio see the same action.
+
+    Args:
+        agent (Agent): the agent or group.
+        data (TensorDictBase): its view of the batch, before any evaluation of the actor.
+        current (tuple of Distribution and Tensor, optional): what :meth:`Agent.evaluate` gives
+            now; used at saturated actions if the data lacks the distribution's parameters.
+
+    Returns:
+        the joint log-probability, ``[*B]`` or ``[*B, n_agents]``.
+    """
+    stored = agent.stored_log_prob(data)
+    module = agent.distribution_module
+    if module.distribution_class is not TanhNormal:
+        return stored
+    if all(data.get(key, None) is not None for key in module.in_keys):
+        dist = module.get_dist(data)
+        current = dist, agent.log_prob(dist, data)
+    if current is None:
+        return stored
+    dist, log_prob = current
+    saturated = is_saturated(dist, data.get(agent.action_keys[0]))
+    return torch.where(saturated, log_prob, stored)
+
+
+class SequentialLossMixin(_Base):
+    """Makes a PPO loss of TorchRL the loss of a team that is updated agent by agent."""
+
+    @dataclass
+    class _AcceptedKeys(PPOLoss._AcceptedKeys):
+        """Keys of :class:`~torchrl.objectives.PPOLoss`, and two more.
+
+        Attributes:
+            factor (NestedKey): the product of the ratios of the agents that were updated
+                before, shape ``[*B, 1]`` or ``[*B, n_agents, 1]``. Absent: 1.
+                Defaults to ``"factor"``.
+            active (str): name of a boolean entry of each group, ``[*B, n_agents]`` or
+                ``[*B, n_agents, 1]``, that is ``False`` where an agent is dead or not yet there.
+                Absent: all are active. Defaults to ``"active"``.
+        """
+
+        factor: NestedKey = "factor"
+        active: str = "active"
+
+    default_keys = _AcceptedKeys
+    default_value_estimator = ValueEstimators.MAGAE
+
+    def _init_team(self, actors: Actors, blocks: Collection[str]) -> None:
+        """Splits the actors into agents; the module must be initialised."""
+        self._agents = tuple(split_team(actors, blocks))
+        groups = actors.items() if isinstance(actors, Mapping) else [(None, actors)]
+        self._groups = tuple(
+            split_actor(actor, group=name, as_block=True)[0] for name, actor in groups
+        )
+        if isinstance(actors, Mapping):
+            self.set_keys(
+                action=[key for group in self._groups for key in group.action_keys],
+                sample_log_prob=[key for group in self._groups for key in group.log_prob_keys],
+            )
+        critic = self.critic_network
+        if critic is None:
+            return
+        if self.tensor_keys.value not in critic.out_keys and len(critic.out_keys) == 1:
+            self.set_keys(value=critic.out_keys[0])
+        shared = {id(p) for p in self.actor_network.parameters()}
+        for name, parameter in critic.named_parameters():
+            if id(parameter) in shared:
+                raise ValueError(
+                    f"Actor and critic share the parameter {name!r}, so that fitting the critic "
+                    "would move a policy whose turn is over; give the critic its own network."
+                )
+
+    @staticmethod
+    def _joint_network(actors: Actors) -> TensorDictModule:
+        if isinstance(actors, Mapping):
+            return TensorDictSequential(*actors.values())
+        return actors
+
+    @property
+    def agents(self) -> tuple[Agent, ...]:
+        """The units of the sequential update, in the order of the groups."""
+        return self._agents
+
+    @property
+    def num_agents(self) -> int:
+        """Number of agents in the team, the members of blocks counted one by one."""
+        return self._agents[-1].position.stop
+
+    def agent_keys(self, agent: Agent) -> list[NestedKey]:
+        """The entries of the joint tensordict that the update of an agent reads."""
+        keys = [
+            *agent.actor.in_keys,
+            *agent.action_keys,
+            *agent.log_prob_keys,
+            *agent.distribution_module.in_keys,
+        ]
+        return list(dict.fromkeys(unravel_key(key) for key in keys))
+
+    @abc.abstractmethod
+    def agent_loss(self, agent: Agent, data: TensorDictBase) -> Tensor:
+        """The loss of one agent on its view of the batch.
+
+        Args:
+            agent (Agent): the agent whose turn it is.
+            data (TensorDictBase): its view, with the entries named by ``OLD_LOG_PROB``,
+                ``ADVANTAGE`` (the factor times the standardised advantage) and, if some entries
+                do not count, ``VALID``; all of the shape of the log-probability.
+
+        Returns:
+            a scalar that only depends on the parameters of ``agent``.
+        """
+
+    @abc.abstractmethod
+    def make_agent_step(
+        self, agent: Agent, first_order: Callable[..., FirstOrderStep], *, target_kl: float | None
+    ) -> InnerStep:
+        """The inner step of one agent.
+
+        Args:
+            agent (Agent): the agent.
+            first_order (callable): :class:`~torchrl_happo.optim.FirstOrderStep` with the
+                optimiser's settings filled in; it still wants the objective and the parameters.
+            target_kl (float, optional): where to stop early, if the step can.
+        """
+
+    def agent_report(self, log_ratio: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
+        """Metrics of an agent's update that are this loss's own."""
+        return {}
+
+    def critic_objective(self, data: TensorDictBase) -> Tensor:
+        """The critic's loss on (a part of) the batch, a scalar."""
+        value_loss, _, _ = self.loss_critic(data)
+        return self._reduce_loss(value_loss, data)
+
+    # -- the joint forward: hooks of PPOLoss ---------------------------------------------------
+
+    def _log_weight(
+        self, tensordict: TensorDictBase, adv_shape: torch.Size
+    ) -> tuple[Tensor, Any, Tensor, None]:
+        old, new, dists = [], [], []
+        for group in self._groups:
+            missing = [key for key in group.log_prob_keys if tensordict.get(key, None) is None]
+            if missing:
+                raise KeyError(
+                    f"The tensordict has no log-probability {missing[0]!r}; build the actor with "
+                    "return_log_prob=True and collect with it."
+                )
+            old_log_prob = behaviour_log_prob(group, tensordict)
+            if old_log_prob.requires_grad:
+                raise RuntimeError(f"The stored {group.log_prob_keys[0]!r} requires grad.")
+            dist, log_prob = group.evaluate(tensordict)
+            old.append(self._line_up(old_log_prob, tensordict))
+            new.append(self._line_up(log_prob, tensordict))
+            dists.append(dist)
+        log_weight = (torch.cat(new, -1) - torch.cat(old, -1)).unsqueeze(-1)
+        if log_weight.shape[-2] == 1 and log_weight.shape[:-2] == adv_shape:
+            log_weight = log_weight.squeeze(-2)  # one agent, one advantage: as ClipPPOLoss
+        return log_weight, dists, -log_weight, None
+
+    def _line_up(self, per_agent: Tensor, tensordict: TensorDictBase) -> Tensor:
+        """Gives a group without an agent dimension one of size 1."""
+        return per_agent if per_agent.ndim > tensordict.batch_dims else per_agent.unsqueeze(-1)
+
+    def _get_entropy(
+        self, dist: Distribution | list[Distribution], adv_shape: torch.Size
+    ) -> Tensor | TensorDict:
+        if not isinstance(dist, list):
+            return super()._get_entropy(dist, adv_shape)
+        if len(dist) == 1:
+            return super()._get_entropy(dist[0], adv_shape)
+        entropies = []
+        for group_dist in dist:
+            entropy = super()._get_entropy(group_dist, adv_shape)
+            if is_tensor_collection(entropy):
+                entropy = _sum_td_features(entropy)
+            entropies.append(
+                entropy if entropy.ndim > len(adv_shape) + 1 else entropy.unsqueeze(-2)
+            )
+        return torch.cat(entropies, -2)
+
+    def _maybe_normalize_advantage(
+        self, advantage: Tensor, tensordict: TensorDictBase, *, update_norm: bool
+    ) -> Tensor:
+        advantage = super()._maybe_normalize_advantage(
+            advantage, tensordict, update_norm=update_norm
+        )
+        factor = tensordict.get(self.tensor_keys.factor, None)
+        if factor is None:
+            return advantage
+        if factor.ndim < advantage.ndim:
+            factor = factor.unsqueeze(-2)
+        elif factor.ndim > advantage.ndim:
+            advantage = advantage.unsqueeze(-2)
+        return factor * advantage
+
+    def active(self, tensordict: TensorDictBase) -> Tensor | None:
+        """Which agents act at which step, ``[*B, n_agents]``; ``None`` if nothing says so."""
+        name = self.tensor_keys.active
+        masks = []
+        for group in self._groups:
+            key = name if group.group is None else (group.group, name)
+            mask = tensordict.get(key, None)
+            if mask is not None and mask.ndim > tensordict.batch_dims + 1:
+                mask = mask.squeeze(-1)
+            masks.append(None if mask is None else self._line_up(mask.bool(), tensordict))
+        if all(mask is None for mask in masks):
+            return None
+        shape = tensordict.batch_size
+        sizes = [group.num_members for group in self._groups]
+        return torch.cat(
+            [
+                mask
+                if mask is not None
+                else torch.ones(*shape, size, dtype=torch.bool, device=tensordict.device)
+                for mask, size in zip(masks, sizes, strict=True)
+            ],
+            -1,
+        )
+
+    def _reduce_loss(
+        self, loss: Tensor, tensordict: TensorDictBase | None = None, **kwargs: Any
+    ) -> Tensor:
+        if tensordict is not None and kwargs.get("mask") is None:
+            active = self.active(tensordict)
+            if active is not None and active.shape == loss.shape[:-1]:
+                if self.reduction == "none":
+                    loss = torch.where(active.unsqueeze(-1), loss, torch.zeros_like(loss))
+                else:
+                    kwargs["mask"] = active.unsqueeze(-1)
+        return super()._reduce_loss(loss, tensordict, **kwargs)

@@ -1,0 +1,242 @@
+"""Heterogeneous-agent proximal policy optimisation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import TensorDictModule
+from torch import Tensor
+from torchrl.objectives import ClipPPOLoss
+
+from torchrl_happo.agents import Agent
+from torchrl_happo.objectives.common import (
+    ADVANTAGE,
+    OLD_LOG_PROB,
+    VALID,
+    Actors,
+    SequentialLossMixin,
+)
+from torchrl_happo.objectives.functional import clipped_surrogate, masked_mean
+from torchrl_happo.optim.first_order import FirstOrderStep
+
+__all__ = ["HAPPOLoss"]
+
+
+class HAPPOLoss(SequentialLossMixin, ClipPPOLoss):
+    r"""Heterogeneous-agent PPO loss (Kuba et al., 2022).
+
+    Agents are updated one after the other in an order :math:`i_1, \dots, i_n`. Agent
+    :math:`i_m` maximises the clipped surrogate (eq. 13 of https://arxiv.org/abs/2109.11251)
+
+    .. math::
+        \mathbb{E}\left[\min\left(r M, \mathrm{clip}(r, 1 - \epsilon, 1 + \epsilon) M\right)\right],
+        \qquad r = \frac{\pi_\theta(a^{i_m} | o^{i_m})}{\pi_\text{old}(a^{i_m} | o^{i_m})},
+        \qquad M = A \prod_{j < m} \frac{\pi_\text{new}(a^{i_j} | o^{i_j})}
+        {\pi_\text{old}(a^{i_j} | o^{i_j})},
+
+    where the product is the *factor*: what the updates of the agents before have done to the
+    probability of the joint action. The factor is neither clipped nor standardised.
+
+    The loss is :class:`~torchrl.objectives.ClipPPOLoss` for a whole team. The differences:
+
+    - it takes the joint actor of one group, or a mapping from group to actor for unlike agents;
+    - if the tensordict has an entry ``"factor"``, the advantage is multiplied by it. Without one,
+      the loss equals TorchRL's on the same networks;
+    - :meth:`agent_loss` is the loss of one agent, whose parameters are a row of the stack;
+    - the joint advantage ``[*B, 1]`` serves all agents. An advantage per agent
+      ``[*B, n_agents, 1]`` is used where the critic gives one;
+    - the networks are held as they are (``functional=False``): the actor that is passed is the
+      one that is trained.
+
+    :class:`~torchrl_happo.SequentialUpdater` does the rest: the order, the factor, the critic.
+
+    Args:
+        actor_network (ProbabilisticTensorDictSequential or mapping of str to it): the joint actor
+            of the only group, with one network per agent
+            (:class:`~torchrl.modules.MultiAgentMLP` with ``share_params=False``), or an actor for
+            each group.
+        critic_network (TensorDictModule): the centralised critic. It writes one state value
+            ``[*B, 1]``, or one for each agent ``[*B, n_agents, 1]``.
+
+    Keyword Args:
+        clip_epsilon (float or tuple of float): clipping threshold, or the pair (low, high).
+            Schedulable. Defaults to ``0.2``.
+        entropy_bonus (bool, optional): whether to add the entropy bonus. Defaults to ``None``:
+            yes, unless ``entropy_coeff`` is 0.
+        samples_mc_entropy (int): samples of the Monte-Carlo estimate, where the entropy has no
+            closed form. Defaults to ``1``.
+        entropy_coeff (float or mapping): weight of the entropy, or one for each head.
+            Schedulable. Defaults to ``0.01``.
+        critic_coeff (float, optional): weight of the critic's loss. Defaults to ``1.0``.
+        loss_critic_type (str): ``"l1"``, ``"l2"`` or ``"smooth_l1"``. Defaults to
+            ``"smooth_l1"``.
+        clip_value (bool or float, optional): clips the change of the value. Defaults to ``None``.
+        normalize_advantage (bool): whether ``forward`` standardises the advantage of the
+            tensordict it is given, before the factor. The updater does so once per batch, whatever
+            is said here. Defaults to ``False``.
+        normalize_advantage_exclude_dims (tuple of int): dimensions left out of it. Defaults to
+            ``()``: the advantage is a joint one.
+        reduction (str): ``"mean"``, ``"sum"`` or ``"none"``. Defaults to ``"mean"``.
+        log_explained_variance (bool): whether ``forward`` reports the critic's explained
+            variance. Defaults to ``True``.
+        blocks (collection of str): groups whose agents are updated together as one unit; they may
+            share parameters. Defaults to ``()``.
+        device (torch.device, optional): device of the buffers. Defaults to the networks'.
+
+    The tensordict follows TorchRL's multi-agent layout (``agents`` stands for any group):
+
+    - ``("agents", "observation")``: ``[*B, n_agents, obs_dim]``
+    - ``("agents", "action")``: ``[*B, n_agents, action_dim]``
+    - ``("agents", "action_log_prob")``: ``[*B, n_agents]``
+    - ``("next", "reward")``, ``("next", "done")``, ``("next", "terminated")``: ``[*B, 1]``, the
+      team's (see :class:`~torchrl_happo.TeamReward`)
+    - optional ``"factor"``: ``[*B, 1]`` or ``[*B, n_agents, 1]``
+    - optional ``("agents", "active")``: bool ``[*B, n_agents]``
+
+    Raises:
+        TypeError: if an actor is not probabilistic.
+        ValueError: if agents share parameters without being a block, if actor and critic share
+            parameters, or if ``clip_epsilon`` is not in (0, 1).
+
+    Example:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from tensordict.nn import NormalParamExtractor, TensorDictModule
+        >>> from torchrl.modules import IndependentNormal, MultiAgentMLP, ProbabilisticActor
+        >>> from torchrl_happo import HAPPOLoss
+        >>> actor = ProbabilisticActor(
+        ...     TensorDictModule(
+        ...         torch.nn.Sequential(
+        ...             MultiAgentMLP(
+        ...                 n_agent_inputs=5,
+        ...                 n_agent_outputs=4,
+        ...                 n_agents=3,
+        ...                 centralized=False,
+        ...                 share_params=False,
+        ...             ),
+        ...             NormalParamExtractor(),
+        ...         ),
+        ...         in_keys=[("agents", "observation")],
+        ...         out_keys=[("agents", "loc"), ("agents", "scale")],
+        ...     ),
+        ...     in_keys=[("agents", "loc"), ("agents", "scale")],
+        ...     out_keys=[("agents", "action")],
+        ...     distribution_class=IndependentNormal,
+        ...     return_log_prob=True,
+        ... )
+        >>> critic = TensorDictModule(
+        ...     MultiAgentMLP(
+        ...         n_agent_inputs=5,
+        ...         n_agent_outputs=1,
+        ...         n_agents=3,
+        ...         centralized=True,
+        ...         share_params=True,
+        ...     ),
+        ...     in_keys=[("agents", "observation")],
+        ...     out_keys=[("agents", "state_value")],
+        ... )
+        >>> loss = HAPPOLoss(actor, critic, clip_epsilon=0.2, entropy_coeff=0.0)
+        >>> loss.set_keys(value=("agents", "state_value"))
+        >>> data = TensorDict(
+        ...     {
+        ...         "agents": {"observation": torch.randn(4, 10, 3, 5)},
+        ...         "next": {
+        ...             "agents": {"observation": torch.randn(4, 10, 3, 5)},
+        ...             "reward": torch.randn(4, 10, 1),
+        ...             "done": torch.zeros(4, 10, 1, dtype=torch.bool),
+        ...             "terminated": torch.zeros(4, 10, 1, dtype=torch.bool),
+        ...         },
+        ...     },
+        ...     batch_size=[4, 10],
+        ... )
+        >>> with torch.no_grad():
+        ...     data = actor(data)
+        >>> losses = loss(data)
+        >>> (losses["loss_objective"] + losses["loss_critic"]).backward()
+        >>> [agent.name for agent in loss.agents]
+        ['agents_0', 'agents_1', 'agents_2']
+    """
+
+    def __init__(
+        self,
+        actor_network: Actors,
+        critic_network: TensorDictModule | None = None,
+        *,
+        clip_epsilon: float | tuple[float, float] = 0.2,
+        entropy_bonus: bool | None = None,
+        samples_mc_entropy: int = 1,
+        entropy_coeff: float | Mapping[NestedKey, float] = 0.01,
+        critic_coeff: float | None = None,
+        loss_critic_type: str = "smooth_l1",
+        clip_value: bool | float | None = None,
+        normalize_advantage: bool = False,
+        normalize_advantage_exclude_dims: tuple[int, ...] = (),
+        reduction: str = "mean",
+        log_explained_variance: bool = True,
+        blocks: Collection[str] = (),
+        device: torch.device | None = None,
+    ) -> None:
+        if entropy_bonus is None:
+            entropy_bonus = isinstance(entropy_coeff, Mapping) or float(entropy_coeff) != 0.0
+        if not isinstance(clip_epsilon, (tuple, list)) and not 0.0 < clip_epsilon < 1.0:
+            raise ValueError(f"clip_epsilon must lie between 0 and 1, got {clip_epsilon}.")
+        super().__init__(
+            self._joint_network(actor_network),
+            critic_network,
+            clip_epsilon=clip_epsilon,
+            entropy_bonus=entropy_bonus,
+            samples_mc_entropy=samples_mc_entropy,
+            entropy_coeff=entropy_coeff,
+            critic_coeff=critic_coeff,
+            loss_critic_type=loss_critic_type,
+            clip_value=clip_value,
+            normalize_advantage=normalize_advantage,
+            normalize_advantage_exclude_dims=normalize_advantage_exclude_dims,
+            reduction=reduction,
+            log_explained_variance=log_explained_variance,
+            device=device,
+            functional=False,
+        )
+        self._init_team(actor_network, blocks)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "entropy_coeff" and isinstance(value, (int, float)) and value != 0:
+            # A schedule may start the bonus after the loss was built without one.
+            self.entropy_bonus = True
+        super().__setattr__(name, value)
+
+    def agent_loss(self, agent: Agent, data: TensorDictBase) -> Tensor:
+        """Clipped surrogate and entropy bonus of one agent (see :class:`SequentialLossMixin`)."""
+        dist, log_prob = agent.evaluate(data)
+        valid = data.get(VALID, None)
+        log_ratio = log_prob - data.get(OLD_LOG_PROB)
+        gain = clipped_surrogate(log_ratio, data.get(ADVANTAGE), *self._clip_bounds)
+        loss = -masked_mean(gain, valid)
+        if self.entropy_bonus:
+            loss_entropy = self._weighted_loss_entropy(self._get_entropy(dist, data.batch_size))
+            loss = loss + masked_mean(agent.joint_log_prob(loss_entropy.squeeze(-1), data), valid)
+        return loss
+
+    def make_agent_step(
+        self, agent: Agent, first_order: Callable[..., FirstOrderStep], *, target_kl: float | None
+    ) -> FirstOrderStep:
+        """Epochs of the agent's own optimiser on :meth:`agent_loss`."""
+        stop = None if target_kl is None else partial(self._passes_kl, agent, target_kl)
+        return first_order(partial(self.agent_loss, agent), agent.parameters(), stop=stop)
+
+    def _passes_kl(self, agent: Agent, target_kl: float, data: TensorDictBase) -> bool:
+        with torch.no_grad():
+            _, log_prob = agent.evaluate(data.copy())
+            log_ratio = log_prob - data.get(OLD_LOG_PROB)
+            kl = masked_mean(log_ratio.exp() - 1 - log_ratio, data.get(VALID, None))
+        return bool(kl > target_kl)
+
+    def agent_report(self, log_ratio: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
+        """Share of the valid entries whose ratio lies outside the clipping range."""
+        low, high = self._clip_bounds
+        outside = (log_ratio < low) | (log_ratio > high)
+        return {"clip_fraction": masked_mean(outside.to(log_ratio.dtype), valid)}

@@ -1,0 +1,180 @@
+"""The first-order inner step of one agent (or of the critic): epochs over minibatches."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from torchrl_happo.optim.minibatches import MinibatchSampler
+
+__all__ = ["FirstOrderStep", "InnerStep", "OptimizerFactory", "SchedulerFactory"]
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+SchedulerFactory = Callable[[Optimizer], LRScheduler]
+
+
+class InnerStep(Protocol):
+    """What the updater asks of the step of one agent, whatever its algorithm."""
+
+    def __call__(self, data: TensorDictBase) -> TensorDict:
+        """Moves the agent's parameters; returns scalars to report."""
+
+    def snapshot(self) -> dict[str, Any]:
+        """A copy of everything the step may change."""
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Goes back to a snapshot, bit for bit."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """State beyond the network's parameters."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Loads what :meth:`state_dict` returned."""
+
+
+class FirstOrderStep:
+    """Some epochs of gradient descent on one objective and the parameters it owns.
+
+    Args:
+        objective (callable): from a minibatch to a scalar loss.
+        parameters (list of nn.Parameter): the parameters this step may move, and no others.
+        optimizer (callable): from the parameters to their optimiser, e.g.
+            ``partial(torch.optim.Adam, lr=3e-4)``.
+
+    Keyword Args:
+        minibatches (callable): from the data to the minibatches of one epoch.
+        num_epochs (int): passes over the data.
+        max_grad_norm (float, optional): the gradient is scaled down to this Euclidean norm.
+            Defaults to ``None``: no clipping.
+        scheduler (callable, optional): from the optimiser to its learning-rate scheduler, which
+            steps once per update. Defaults to ``None``.
+        stop (callable, optional): asked after each epoch whether to stop early.
+            Defaults to ``None``.
+
+    Raises:
+        ValueError: if the optimiser holds other parameters than the ones it was given, or an
+            argument is out of range.
+
+    Example:
+        >>> from functools import partial
+        >>> from torchrl_happo.optim.minibatches import ShuffledMinibatches
+        >>> weight = nn.Parameter(torch.zeros(()))
+        >>> step = FirstOrderStep(
+        ...     lambda data: (data["x"] - weight).square().mean(),
+        ...     [weight],
+        ...     partial(torch.optim.SGD, lr=0.5),
+        ...     minibatches=ShuffledMinibatches(None, torch.Generator()),
+        ...     num_epochs=1,
+        ... )
+        >>> metrics = step(TensorDict({"x": torch.full((4,), 3.0)}, batch_size=[4]))
+        >>> weight.item(), metrics["grad_norm"].item()
+        (3.0, 6.0)
+    """
+
+    def __init__(
+        self,
+        objective: Callable[[TensorDictBase], Tensor],
+        parameters: list[nn.Parameter],
+        optimizer: OptimizerFactory,
+        *,
+        minibatches: MinibatchSampler,
+        num_epochs: int,
+        max_grad_norm: float | None = None,
+        scheduler: SchedulerFactory | None = None,
+        stop: Callable[[TensorDictBase], bool] | None = None,
+    ) -> None:
+        if num_epochs < 1:
+            raise ValueError(f"num_epochs must be at least 1, got {num_epochs}.")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be positive or None, got {max_grad_norm}.")
+        self.objective = objective
+        self.parameters = [p for p in parameters if p.requires_grad]
+        self.optimizer = optimizer(self.parameters)
+        self.scheduler = scheduler(self.optimizer) if scheduler is not None else None
+        self.minibatches = minibatches
+        self.num_epochs = num_epochs
+        self.max_grad_norm = float("inf") if max_grad_norm is None else max_grad_norm
+        self.stop = stop
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        if held != {id(p) for p in self.parameters}:
+            raise ValueError(
+                "The optimizer holds other parameters than the ones of this agent; pass a factory "
+                "that uses the parameters it is called with, e.g. "
+                "optimizer=partial(torch.optim.Adam, lr=3e-4)."
+            )
+
+    def __call__(self, data: TensorDictBase) -> TensorDict:
+        """Runs the epochs.
+
+        Args:
+            data (TensorDictBase): everything the objective reads, items along the first dimension.
+
+        Returns:
+            scalars: mean ``loss`` and ``grad_norm`` (before clipping) over the steps, and the
+            number of ``epochs``.
+        """
+        losses, norms = [], []
+        num_epochs = 0
+        while num_epochs < self.num_epochs:
+            for minibatch in self.minibatches(data):
+                loss, norm = self.step(minibatch)
+                losses.append(loss)
+                norms.append(norm)
+            num_epochs += 1
+            if self.stop is not None and self.stop(data):
+                break
+        if self.scheduler is not None:
+            self.scheduler.step()
+        return TensorDict(
+            {
+                "loss": torch.stack(losses).mean(),
+                "grad_norm": torch.stack(norms).mean(),
+                "epochs": torch.tensor(float(num_epochs)),
+            }
+        )
+
+    def step(self, minibatch: TensorDictBase) -> tuple[Tensor, Tensor]:
+        """One optimiser step; returns the loss and the gradient's norm before clipping."""
+        loss = self.objective(minibatch)
+        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach(), norm
+
+    def snapshot(self) -> dict[str, Any]:
+        """A copy of parameters and optimiser, from which :meth:`restore` goes back."""
+        return {
+            "parameters": [p.detach().clone() for p in self.parameters],
+            "state": copy.deepcopy(self.state_dict()),
+        }
+
+    @torch.no_grad()
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Puts parameters and optimiser back to a :meth:`snapshot`, bit for bit."""
+        for parameter, value in zip(self.parameters, snapshot["parameters"], strict=True):
+            parameter.copy_(value)
+            parameter.grad = None
+        self.load_state_dict(snapshot["state"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the optimiser and of the scheduler."""
+        state = {"optimizer": self.optimizer.state_dict()}
+        if self.scheduler is not None:
+            state["scheduler"] = self.scheduler.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Loads what :meth:`state_dict` returned."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])

@@ -1,0 +1,81 @@
+"""How the data of an epoch is cut into minibatches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from tensordict import TensorDictBase
+from torchrl.data import ReplayBuffer
+
+__all__ = ["MinibatchSampler", "ReplayBufferMinibatches", "ShuffledMinibatches"]
+
+#: From the data of one agent (or of the critic) to the minibatches of one epoch.
+MinibatchSampler = Callable[[TensorDictBase], Iterator[TensorDictBase]]
+
+
+class ShuffledMinibatches:
+    """Minibatches without replacement, in a new random order each epoch.
+
+    Items lie along the first dimension: single steps, or whole sequences for recurrent policies.
+    A remainder makes a smaller last minibatch: no sample is dropped.
+
+    Args:
+        size (int, optional): steps in a minibatch; for sequences the nearest whole number of them
+            below it (at least one). ``None``: everything at once, in its own order.
+        generator (torch.Generator): source of the permutations.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> data = TensorDict({"x": torch.arange(5)}, batch_size=[5])
+        >>> batches = ShuffledMinibatches(2, torch.Generator().manual_seed(0))
+        >>> [len(minibatch) for minibatch in batches(data)]
+        [2, 2, 1]
+    """
+
+    def __init__(self, size: int | None, generator: torch.Generator) -> None:
+        if size is not None and size < 1:
+            raise ValueError(f"minibatch_size must be a positive number of steps, got {size}.")
+        self.size = size
+        self.generator = generator
+
+    def __call__(self, data: TensorDictBase) -> Iterator[TensorDictBase]:
+        """The minibatches of one epoch over ``data``."""
+        num_items = len(data)
+        steps_per_item = max(data.numel() // max(num_items, 1), 1)
+        size = num_items if self.size is None else max(self.size // steps_per_item, 1)
+        if size >= num_items:
+            # A copy: the actor writes its distribution's parameters into what it is given.
+            yield data.copy()
+            return
+        order = torch.randperm(num_items, generator=self.generator, device=self.generator.device)
+        for index in order.split(size):
+            yield data[index]
+
+
+class ReplayBufferMinibatches:
+    """Minibatches from a replay buffer of the user's own.
+
+    The buffer is emptied and filled with the data at each epoch; its sampler decides the rest.
+
+    Args:
+        buffer (ReplayBuffer): a buffer with a batch size and room for the whole batch.
+
+    Raises:
+        ValueError: if the buffer has no batch size.
+    """
+
+    def __init__(self, buffer: ReplayBuffer) -> None:
+        if buffer.batch_size is None:
+            raise ValueError(
+                "The replay buffer has no batch_size; build it with ReplayBuffer(batch_size=...)."
+            )
+        self.buffer = buffer
+
+    def __call__(self, data: TensorDictBase) -> Iterator[TensorDictBase]:
+        """The minibatches of one epoch over ``data``."""
+        self.buffer.empty()
+        self.buffer.extend(data)
+        num_batches = -(-len(data) // self.buffer.batch_size)
+        for _ in range(num_batches):
+            yield self.buffer.sample()

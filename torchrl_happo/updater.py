@@ -1,0 +1,364 @@
+"""The ordered multi-agent update: order, factor, critic, metrics, state."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.data import ReplayBuffer
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules import set_recurrent_mode
+
+from torchrl_happo.agents import Agent
+from torchrl_happo.batch import TeamBatch
+from torchrl_happo.metrics import agent_metrics, factor_metrics
+from torchrl_happo.objectives.common import (
+    ADVANTAGE,
+    OLD_LOG_PROB,
+    VALID,
+    SequentialLossMixin,
+    behaviour_log_prob,
+)
+from torchrl_happo.optim.first_order import (
+    FirstOrderStep,
+    InnerStep,
+    OptimizerFactory,
+    SchedulerFactory,
+)
+from torchrl_happo.optim.minibatches import (
+    MinibatchSampler,
+    ReplayBufferMinibatches,
+    ShuffledMinibatches,
+)
+from torchrl_happo.order import LineUp, Order
+from torchrl_happo.validation import check_batch, check_finite
+
+__all__ = ["SequentialUpdater"]
+
+logger = logging.getLogger(__name__)
+
+STATE_VERSION = 1
+
+DEFAULT_OPTIMIZER: OptimizerFactory = partial(torch.optim.Adam, lr=3e-4)
+
+#: Puts one inner step back to where it was.
+Undo = Callable[[], None]
+
+
+class SequentialUpdater:
+    r"""Updates the agents of a team one after the other, then the critic.
+
+    For each batch (algorithm 4 of Kuba et al., 2022, https://arxiv.org/abs/2109.11251):
+
+    1. the joint advantage :math:`A` is estimated, if the batch has none, and standardised once;
+    2. the agents are lined up, in a new random order by default, and the factor is set to 1;
+    3. each agent in turn maximises its surrogate of the factor times :math:`A` with its own
+       optimiser; then the factor takes in its ratio :math:`\pi_\text{new} / \pi_\text{old}` at
+       the stored actions, policy just after against policy just before its own update;
+    4. the critic is fitted.
+
+    The factor lives in log space. A step at which an agent was not active contributes ratio 1.
+
+    An update is all or nothing: a batch that is refused changes nothing, and an error or an
+    interrupt in the middle of an update puts parameters and optimisers back to where they were.
+
+    Args:
+        loss (HAPPOLoss or HATRPOLoss): the team's loss. It owns the networks and says what one
+            agent's step is.
+
+    Keyword Args:
+        optimizer (callable): from parameters to an optimiser; called once per agent, so that no
+            agent's momentum moves another. Defaults to ``partial(torch.optim.Adam, lr=3e-4)``.
+        critic_optimizer (callable, optional): the critic's. Defaults to ``optimizer``.
+        num_epochs (int): passes over the batch for each agent. Defaults to ``10``.
+        critic_epochs (int, optional): the critic's. Defaults to ``num_epochs``.
+        minibatch_size (int, optional): environment steps in a minibatch. ``None``: the whole
+            batch. Defaults to ``None``.
+        critic_minibatch_size (int, optional): the critic's. Defaults to ``minibatch_size``.
+        max_grad_norm (float, optional): the gradient of each agent, and of the critic, is scaled
+            down to this norm. Defaults to ``None``: no clipping.
+        order (str, sequence or callable): ``"random"``, ``"fixed"``, a sequence of positions or
+            names, or a callable that is handed the batch. Defaults to ``"random"``.
+        scheduler (callable, optional): from an optimiser to its learning-rate scheduler, which
+            steps once per batch. Defaults to ``None``.
+        target_kl (float, optional): an agent stops after the epoch in which the mean KL
+            divergence from its old policy passes this. Reads a number back from the device after
+            each epoch. Defaults to ``None``: no early stop.
+        sequence_length (int, optional): minibatches hold whole chunks of this many consecutive
+            steps, for recurrent policies. Defaults to ``None``: single steps.
+        replay_buffer (ReplayBuffer, optional): draws the minibatches with its own sampler, in
+            place of ``minibatch_size``. Defaults to ``None``.
+        standardize_advantage (bool): whether to standardise the advantage over the batch.
+            Defaults to ``True``.
+        check_finite (bool, optional): whether to look for NaN, infinite numbers and unlike rewards
+            in each batch, and for a non-finite gradient, at the price of synchronising with the
+            device. Defaults to ``None``: yes on the CPU, only at the first batch elsewhere.
+        seed (int): seed of the order and of the minibatches. Defaults to ``0``.
+
+    Raises:
+        ValueError: if an argument is out of range, or the optimiser is not over the parameters it
+            was given.
+
+    Example:
+        >>> from functools import partial
+        >>> from torchrl.collectors import Collector
+        >>> from torchrl_happo import HAPPOLoss, SequentialUpdater, make_actor, make_critic
+        >>> from torchrl_happo.envs import MatrixGame
+        >>> env = MatrixGame(torch.tensor([[8.0, -12.0], [-12.0, 4.0]]), num_envs=16)
+        >>> actor, critic = make_actor(env), make_critic(env)
+        >>> updater = SequentialUpdater(
+        ...     HAPPOLoss(actor, critic, entropy_coeff=0.0),
+        ...     optimizer=partial(torch.optim.Adam, lr=1e-3),
+        ...     num_epochs=2,
+        ...     minibatch_size=32,
+        ... )
+        >>> for batch in Collector(env, actor, frames_per_batch=64, total_frames=128):
+        ...     metrics = updater(batch)
+        >>> sorted(metrics.keys())
+        ['agents_0', 'agents_1', 'critic']
+    """
+
+    def __init__(
+        self,
+        loss: SequentialLossMixin,
+        *,
+        optimizer: OptimizerFactory = DEFAULT_OPTIMIZER,
+        critic_optimizer: OptimizerFactory | None = None,
+        num_epochs: int = 10,
+        critic_epochs: int | None = None,
+        minibatch_size: int | None = None,
+        critic_minibatch_size: int | None = None,
+        max_grad_norm: float | None = None,
+        order: str | Sequence[int | str] | Order = "random",
+        scheduler: SchedulerFactory | None = None,
+        target_kl: float | None = None,
+        sequence_length: int | None = None,
+        replay_buffer: ReplayBuffer | None = None,
+        standardize_advantage: bool = True,
+        check_finite: bool | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.loss = loss
+        self.sequence_length = sequence_length
+        self.standardize_advantage = standardize_advantage
+        self.num_updates = 0
+        device = loss.agents[0].parameters()[0].device
+        self.check_finite = device.type == "cpu" if check_finite is None else check_finite
+        self._order_generator = torch.Generator().manual_seed(seed)
+        self._minibatch_generator = torch.Generator(device).manual_seed(seed)
+        self._line_up = LineUp(order, loss.agents, self._order_generator)
+
+        def minibatches(size: int | None) -> MinibatchSampler:
+            if replay_buffer is not None:
+                return ReplayBufferMinibatches(replay_buffer)
+            return ShuffledMinibatches(size, self._minibatch_generator)
+
+        first_order = partial(
+            FirstOrderStep,
+            optimizer=optimizer,
+            minibatches=minibatches(minibatch_size),
+            num_epochs=num_epochs,
+            max_grad_norm=max_grad_norm,
+            scheduler=scheduler,
+        )
+        self._agent_steps = {
+            agent.name: loss.make_agent_step(agent, first_order, target_kl=target_kl)
+            for agent in loss.agents
+        }
+        self._critic_step = None
+        if loss.critic_network is not None:
+            self._critic_step = FirstOrderStep(
+                loss.critic_objective,
+                list(loss.critic_network.parameters()),
+                optimizer if critic_optimizer is None else critic_optimizer,
+                minibatches=minibatches(
+                    minibatch_size if critic_minibatch_size is None else critic_minibatch_size
+                ),
+                num_epochs=num_epochs if critic_epochs is None else critic_epochs,
+                max_grad_norm=max_grad_norm,
+                scheduler=scheduler,
+            )
+
+    @property
+    def _steps(self) -> dict[str, Any]:
+        critic = {} if self._critic_step is None else {"critic": self._critic_step}
+        return {**self._agent_steps, **critic}
+
+    def __call__(self, batch: TensorDictBase) -> TensorDict:
+        """Updates every agent in turn, and the critic, with one batch.
+
+        Args:
+            batch (TensorDictBase): what a collector yields: joint data of batch size ``[*B]``,
+                time last. It is not modified.
+
+        Returns:
+            scalars that have not been read back from the device. Under each agent's name:
+            ``surrogate_before``, ``surrogate``, ``ratio_mean``, ``ratio_max``, ``ratio_min``,
+            ``kl``, ``entropy``, ``factor_mean``, ``factor_max``, ``factor_ess``, ``position`` (its
+            place in the order) and what its step reports (``loss``, ``grad_norm``, ``epochs``,
+            ``clip_fraction``; a trust region's own). Under ``"critic"``: ``loss``, ``grad_norm``,
+            ``epochs``, ``explained_variance`` (before the fit).
+
+        Raises:
+            KeyError: if an entry is missing.
+            ValueError: if an entry has the wrong shape or device, or is not finite, or the agents'
+                rewards differ.
+        """
+        check_batch(self.loss, batch)
+        if self.check_finite or self.num_updates == 0:
+            check_finite(self.loss, batch)
+        for agent in self.loss.agents:
+            agent.tie()
+        generators = [g.get_state() for g in self._generators]
+        undo: list[Undo] = []
+        try:
+            with set_exploration_type(ExplorationType.DETERMINISTIC), set_recurrent_mode(True):
+                metrics = self._update(batch, undo)
+        except BaseException:
+            for restore in reversed(undo):
+                restore()
+            for generator, state in zip(self._generators, generators, strict=True):
+                generator.set_state(state)
+            raise
+        self.num_updates += 1
+        return metrics
+
+    def _update(self, batch: TensorDictBase, undo: list[Undo]) -> TensorDict:
+        team = TeamBatch(
+            self.loss,
+            batch,
+            standardize_advantage=self.standardize_advantage,
+            sequence_length=self.sequence_length,
+        )
+        metrics = TensorDict()
+        for position, agent in enumerate(self._line_up(batch)):
+            report = self._update_agent(agent, team, undo)
+            report["position"] = torch.tensor(float(position))
+            metrics[agent.name] = report
+        if self._critic_step is not None:
+            report = self._run("critic", self._critic_step, team.critic_view(), undo)
+            report["explained_variance"] = team.explained_variance()
+            metrics["critic"] = report
+        return metrics
+
+    def _update_agent(self, agent: Agent, team: TeamBatch, undo: list[Undo]) -> TensorDict:
+        """One agent's turn; the factor takes in its ratio."""
+        report = factor_metrics(team.log_factor)
+        data = team.agent_view(agent)
+        if len(data) == 0:
+            return report
+        with torch.no_grad():
+            old_dist, old_log_prob = agent.evaluate(data.copy())
+            start = behaviour_log_prob(agent, data, (old_dist, old_log_prob))
+        data.set(OLD_LOG_PROB, start)
+        report.update(self._run(agent.name, self._agent_steps[agent.name], data, undo))
+        with torch.no_grad():
+            new_dist, new_log_prob = agent.evaluate(data.copy())
+            log_ratio = new_log_prob - old_log_prob
+            team.include(agent, log_ratio)
+            valid = data.get(VALID, None)
+            report.update(agent_metrics(old_dist, new_dist, log_ratio, data.get(ADVANTAGE), valid))
+            report.update(self.loss.agent_report(log_ratio, valid))
+        return report
+
+    def _run(
+        self, name: str, step: InnerStep, data: TensorDictBase, undo: list[Undo]
+    ) -> TensorDict:
+        """Runs an inner step, and takes it back if its gradient was not finite."""
+        undo.append(partial(step.restore, step.snapshot()))
+        report = step(data)
+        if self.check_finite and not report["grad_norm"].isfinite():
+            undo[-1]()
+            logger.warning(
+                "The gradient of %s was not finite; its update was taken back and its policy is "
+                "the one of before.",
+                name,
+            )
+        return report
+
+    # -- state ---------------------------------------------------------------------------------
+
+    @property
+    def _generators(self) -> list[torch.Generator]:
+        return [self._order_generator, self._minibatch_generator]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the next update depends on.
+
+        Returns:
+            networks and coefficients of the loss, optimisers, schedulers, generators and counters;
+            a file that holds it loads with ``torch.load(path, weights_only=True)``.
+        """
+        return {
+            "version": STATE_VERSION,
+            "num_updates": self.num_updates,
+            "loss": self._loss_state(),
+            "steps": {name: step.state_dict() for name, step in self._steps.items()},
+            "generators": [generator.get_state() for generator in self._generators],
+        }
+
+    def _loss_state(self) -> dict[str, Tensor]:
+        # The value estimator holds the critic a second time.
+        state = self.loss.state_dict()
+        return {k: v for k, v in state.items() if not k.startswith("_value_estimator.value_net")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a :meth:`state_dict`, bit for bit.
+
+        Args:
+            state (dict): what :meth:`state_dict` returned, for the same team and networks.
+
+        Raises:
+            ValueError: if the state is from another version or architecture; nothing is changed.
+        """
+        self._check_state(state)
+        for agent in self.loss.agents:
+            agent.tie()
+        before = copy.deepcopy(self.state_dict())
+        try:
+            self._load(state)
+        except Exception as error:
+            self._load(before)
+            raise ValueError(
+                f"The state does not fit this updater, which is unchanged: {error}"
+            ) from error
+
+    def _load(self, state: dict[str, Any]) -> None:
+        self.loss.load_state_dict(state["loss"], strict=False)
+        for name, step in self._steps.items():
+            step.load_state_dict(state["steps"][name])
+        for generator, value in zip(self._generators, state["generators"], strict=True):
+            generator.set_state(value)
+        self.num_updates = state["num_updates"]
+
+    def _check_state(self, state: dict[str, Any]) -> None:
+        wanted = {"version", "num_updates", "loss", "steps", "generators"}
+        if not isinstance(state, dict) or not wanted <= state.keys():
+            raise ValueError(
+                f"The state is not one of a {type(self).__name__}; it must hold {sorted(wanted)}."
+            )
+        if state["version"] != STATE_VERSION:
+            raise ValueError(
+                f"The state has version {state['version']}, but this library reads version "
+                f"{STATE_VERSION}; load it with the release that wrote it."
+            )
+        own, other = self._loss_state(), state["loss"]
+        differing = sorted(own.keys() ^ other.keys()) or [
+            key for key, value in own.items() if other[key].shape != value.shape
+        ]
+        if differing:
+            raise ValueError(
+                f"The state is from another architecture: {differing[0]!r} differs (and "
+                f"{len(differing) - 1} more); build the same networks before loading it."
+            )
+        if state["steps"].keys() != self._steps.keys():
+            raise ValueError(
+                f"The state is from a team of {sorted(state['steps'])}, but this updater has "
+                f"{sorted(self._steps)}."
+            )
