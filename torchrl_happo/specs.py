@@ -145,10 +145,12 @@ def read_action_head(env: EnvBase, group: Group, mask_key: str | None) -> Action
     spec = agents[0]
     discrete = (type(spec), spec.ndim) in ((CategoricalSpec, 0), (OneHot, 1))
     if discrete:
-        mask = None if mask_key is None else group.key(mask_key)
-        masked = mask in env.full_observation_spec.keys(True, True)
-        distribution = _DISCRETE[type(spec), masked]
-        return ActionHead(distribution, spec.space.n, False, mask=mask if masked else None)
+        known = env.full_observation_spec.keys(True, True)
+        mask = group.key(mask_key) if mask_key is not None else None
+        if mask is not None and mask not in known:
+            mask = None
+        distribution = _DISCRETE[type(spec), mask is not None]
+        return ActionHead(distribution, spec.space.n, False, mask=mask)
     if spec.domain == "continuous" and spec.ndim == 1:
         if isinstance(spec, Unbounded):
             return ActionHead(IndependentNormal, spec.shape[-1], True)
