@@ -32,6 +32,7 @@ from torchrl.modules import (
     TanhNormal,
 )
 
+from torchrl_happo.agents import split_team
 from torchrl_happo.networks import CentralizedMLP, joint_policy, make_actor, make_critic
 
 ONE_GROUP = MarlGroupMapType.ALL_IN_ONE_GROUP
@@ -370,3 +371,32 @@ def test_refuses_arguments():
         make_critic(env, groups=["agent"])
     with pytest.raises(ValueError, match="no actors"):
         joint_policy({})
+
+
+@pytest.mark.parametrize(
+    ("action", "kwargs"),
+    [
+        (torch.stack([Bounded(-1.0, 1.0, (2,)), Bounded(-3.0, 5.0, (2,))]), {}),
+        (Bounded(-1.0, 2.0, (2, 3)), {"state_dependent_std": False}),
+        (Unbounded((2, 3)), {"state_dependent_std": False}),
+        (CategoricalSpec(4, shape=(2,)), {}),
+        (OneHot(4, shape=(2, 4)), {}),
+    ],
+    ids=["own-bounds", "bounded", "unbounded", "masked", "masked-one-hot"],
+)
+def test_each_agent_can_be_cut_out_of_its_stack(action, kwargs):
+    """The slice that is trained has the log-probs and parameters of its row of the stack."""
+    mask = Binary(4, (2, 4), dtype=torch.bool)
+    env = team(action, n_agents=2, batch_size=(5,), action_mask=mask)
+    actor = make_actor(env, num_cells=(8,), **kwargs)
+    batch = env.reset()
+    batch["agents", "action_mask"][..., 0] = True
+    with set_exploration_type(ExplorationType.RANDOM):
+        actor(batch)
+    agents = split_team(actor)
+    for index, agent in enumerate(agents):
+        view = agent.view(batch, [*agent.actor.in_keys, ("agents", "action")])
+        log_prob = agent.evaluate(view)[1]
+        torch.testing.assert_close(log_prob, batch["agents", "action_log_prob"][:, index])
+    cut = sum(p.numel() for agent in agents for p in agent.parameters())
+    assert cut == sum(p.numel() for p in actor.parameters())
