@@ -17,14 +17,14 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import (
     AddStateIndependentNormalScale,
-    ProbabilisticTensorDictModule,
     ProbabilisticTensorDictSequential,
     TensorDictModuleBase,
 )
 from tensordict.utils import unravel_key
 from torch import Tensor, nn
-from torch.distributions import Distribution
 from torchrl.modules.models.multiagent import MultiAgentNetBase
+
+from torchrl_happo.policy import Parameters, Policy
 
 __all__ = ["Agent", "split_actor", "split_team"]
 
@@ -69,6 +69,7 @@ class Agent:
     ) -> None:
         self.name = name
         self.actor = actor
+        self.policy = Policy(actor)
         self.group = group
         self.position = position
         self.index = index
@@ -84,21 +85,6 @@ class Agent:
     def num_members(self) -> int:
         """Number of agents in this unit: 1, or the size of the block."""
         return self.position.stop - self.position.start
-
-    @property
-    def action_keys(self) -> list[NestedKey]:
-        """Keys of the action, one for each head of the policy."""
-        return [unravel_key(key) for key in self.actor.dist_sample_keys]
-
-    @property
-    def log_prob_keys(self) -> list[NestedKey]:
-        """Keys under which a collector stores the log-probability of the action."""
-        return [unravel_key(key) for key in self.actor.log_prob_keys]
-
-    @property
-    def distribution_module(self) -> ProbabilisticTensorDictModule:
-        """The last module of the actor, which turns parameters into a distribution."""
-        return self.actor[-1]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters of this agent alone, rows of the stack where there is one."""
@@ -152,30 +138,23 @@ class Agent:
             return group[at_row]
         return group.apply(lambda leaf: leaf[at_row], batch_size=tensordict.batch_size)
 
-    def evaluate(self, data: TensorDictBase) -> tuple[Distribution, Tensor]:
-        """The policy at the observations of ``data``, and its log-probability of the actions.
+    def log_prob(self, parameters: Parameters, data: TensorDictBase) -> Tensor:
+        """Joint log-probability of the actions in ``data`` (see :class:`Policy`).
 
         Args:
+            parameters (dict of str to Tensor): of the policy's distribution.
             data (TensorDictBase): a :meth:`view` of batch size ``[*B]``.
 
         Returns:
-            the distribution, and the log-probability summed over the action's dimensions and
-            heads: ``[*B]``, or ``[*B, n_members]`` for a whole group with an agent dimension.
+            the log-probability summed over the action's dimensions and heads: ``[*B]``, or
+            ``[*B, n_members]`` for a whole group with an agent dimension.
         """
-        dist = self.actor.get_dist(data)
-        return dist, self.log_prob(dist, data)
-
-    def log_prob(self, dist: Distribution, data: TensorDictBase) -> Tensor:
-        """Joint log-probability under ``dist`` of the action stored in ``data``."""
-        if len(self.action_keys) == 1:
-            log_prob = dist.log_prob(data.get(self.action_keys[0]))
-        else:
-            log_prob = dist.log_prob(data.select(*self.action_keys))
-        return self.joint_log_prob(log_prob, data)
+        return self.joint_log_prob(self.policy.log_prob(parameters, data), data)
 
     def stored_log_prob(self, data: TensorDictBase) -> Tensor:
         """Joint log-probability that the behaviour policy wrote when it acted."""
-        heads = [self.joint_log_prob(data.get(key), data) for key in self.log_prob_keys]
+        keys = self.policy.log_prob_keys
+        heads = [self.joint_log_prob(data.get(key), data) for key in keys]
         return torch.stack(heads).sum(0) if len(heads) > 1 else heads[0]
 
     def joint_log_prob(self, log_prob: Tensor | TensorDictBase, data: TensorDictBase) -> Tensor:

@@ -175,7 +175,7 @@ class SequentialUpdater:
         if loss.critic_network is not None:
             self._critic_step = FirstOrderStep(
                 loss.critic_objective,
-                list(loss.critic_network.parameters()),
+                loss.critic_network.parameters,
                 optimizer if critic_optimizer is None else critic_optimizer,
                 minibatches=minibatches(
                     minibatch_size if critic_minibatch_size is None else critic_minibatch_size
@@ -213,8 +213,7 @@ class SequentialUpdater:
         check_batch(self.loss, batch)
         if self.check_finite or self.num_updates == 0:
             check_finite(self.loss, batch)
-        for agent in self.loss.agents:
-            agent.tie()
+        self._tie()
         generators = [g.get_state() for g in self._generators]
         undo: list[Undo] = []
         try:
@@ -228,6 +227,13 @@ class SequentialUpdater:
             raise
         self.num_updates += 1
         return metrics
+
+    def _tie(self) -> None:
+        """Follows networks that were moved, copied or reloaded since the last update."""
+        for agent in self.loss.agents:
+            agent.tie()
+        for step in self._steps.values():
+            step.rebind()
 
     def _update(self, batch: TensorDictBase, undo: list[Undo]) -> TensorDict:
         team = TeamBatch(
@@ -253,17 +259,28 @@ class SequentialUpdater:
         data = team.agent_view(agent)
         if len(data) == 0:
             return report
+        policy = agent.policy
         with torch.no_grad():
-            old_dist, old_log_prob = agent.evaluate(data.copy())
-            start = behaviour_log_prob(agent, data, (old_dist, old_log_prob))
-        data.set(OLD_LOG_PROB, start)
+            old = policy.parameters(data)
+            policy.prepare(data, old)
+            old_log_prob = agent.log_prob(old, data)
+            data.set(OLD_LOG_PROB, behaviour_log_prob(agent, data, old_log_prob))
+        data = data.exclude(*policy.log_prob_keys, *policy.written_keys)
         report.update(self._run(agent.name, self._agent_steps[agent.name], data, undo))
         with torch.no_grad():
-            new_dist, new_log_prob = agent.evaluate(data.copy())
-            log_ratio = new_log_prob - old_log_prob
+            new = policy.parameters(data)
+            log_ratio = agent.log_prob(new, data) - old_log_prob
             team.include(agent, log_ratio)
             valid = data.get(VALID, None)
-            report.update(agent_metrics(old_dist, new_dist, log_ratio, data.get(ADVANTAGE), valid))
+            report.update(
+                agent_metrics(
+                    policy.distribution(old),
+                    policy.distribution(new),
+                    log_ratio,
+                    data.get(ADVANTAGE),
+                    valid,
+                )
+            )
             report.update(self.loss.agent_report(log_ratio, valid))
         return report
 
@@ -318,8 +335,7 @@ class SequentialUpdater:
             ValueError: if the state is from another version or architecture; nothing is changed.
         """
         self._check_state(state)
-        for agent in self.loss.agents:
-            agent.tie()
+        self._tie()
         before = copy.deepcopy(self.state_dict())
         try:
             self._load(state)

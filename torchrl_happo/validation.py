@@ -39,9 +39,9 @@ def check_batch(loss: SequentialLossMixin, batch: TensorDictBase) -> None:
             "collector, e.g. of batch size [num_envs, time], with at least one step."
         )
     for agent in loss.agents:
-        for key in (*agent.actor.in_keys, *agent.action_keys):
+        for key in (*agent.actor.in_keys, *agent.policy.action_keys):
             _require(batch, key, f"agent {agent.name!r}", "collect with the loss's own actor")
-        for key in agent.log_prob_keys:
+        for key in agent.policy.log_prob_keys:
             _require(
                 batch,
                 key,
@@ -59,7 +59,7 @@ def _require(batch: TensorDictBase, key: NestedKey, whose: str, remedy: str) -> 
 
 
 def _check_log_prob_shape(agent: Agent, batch: TensorDictBase) -> None:
-    data = agent.view(batch, [*agent.action_keys, *agent.log_prob_keys])
+    data = agent.view(batch, [*agent.policy.action_keys, *agent.policy.log_prob_keys])
     shape = tuple(agent.stored_log_prob(data).shape)
     wanted = tuple(batch.batch_size)
     if shape == wanted:
@@ -69,13 +69,13 @@ def _check_log_prob_shape(agent: Agent, batch: TensorDictBase) -> None:
             return
         if agent.index is None:
             raise ValueError(
-                f"The log-probability {agent.log_prob_keys[0]!r} has shape {list(shape)}, so group "
-                f"{agent.group!r} has {shape[-1]} agents, but its actor is one network that all "
-                "of them share; build it with MultiAgentMLP(share_params=False), or pass "
+                f"The log-probability {agent.policy.log_prob_keys[0]!r} has shape {list(shape)}, "
+                f"so group {agent.group!r} has {shape[-1]} agents, but its actor is one network that "
+                "all of them share; build it with MultiAgentMLP(share_params=False), or pass "
                 f"blocks=[{agent.name!r}] to update them as one."
             )
     raise ValueError(
-        f"The log-probability {agent.log_prob_keys[0]!r} of agent {agent.name!r} has shape "
+        f"The log-probability {agent.policy.log_prob_keys[0]!r} of agent {agent.name!r} has shape "
         f"{list(shape)}, but the batch size is {list(wanted)}; collect with the loss's own actor."
     )
 
@@ -189,7 +189,7 @@ def _entries_to_check(
     keys = loss.tensor_keys
     wanted: list[NestedKey] = []
     for agent in loss.agents:
-        wanted += [*agent.actor.in_keys, *agent.action_keys, *agent.log_prob_keys]
+        wanted += [*agent.actor.in_keys, *agent.policy.action_keys, *agent.policy.log_prob_keys]
     if loss.critic_network is not None:
         wanted += [*loss.critic_network.in_keys]
     if keys.advantage in batch.keys(include_nested=True):

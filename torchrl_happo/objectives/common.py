@@ -21,7 +21,6 @@ from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, T
 from tensordict.utils import unravel_key
 from torch import Tensor
 from torch.distributions import Distribution
-from torchrl.modules.distributions import TanhNormal
 from torchrl.objectives import PPOLoss
 from torchrl.objectives.utils import ValueEstimators, _sum_td_features
 
@@ -47,11 +46,7 @@ Actors: TypeAlias = (
 _Base: Any = PPOLoss if TYPE_CHECKING else object
 
 
-def behaviour_log_prob(
-    agent: Agent,
-    data: TensorDictBase,
-    current: tuple[Distribution, Tensor] | None = None,
-) -> Tensor:
+def behaviour_log_prob(agent: Agent, data: TensorDictBase, current: Tensor | None) -> Tensor:
     """The log-probability of the stored action under the policy that took it.
 
     This is the stored one, except where a :class:`~torchrl.modules.TanhNormal` action lies so
@@ -63,25 +58,25 @@ def behaviour_log_prob(
 
     Args:
         agent (Agent): the agent or group.
-        data (TensorDictBase): its view of the batch, before any evaluation of the actor.
-        current (tuple of Distribution and Tensor, optional): what :meth:`Agent.evaluate` gives
-            now; used at saturated actions if the data lacks the distribution's parameters.
+        data (TensorDictBase): its view of the batch, prepared by :meth:`Policy.prepare`.
+        current (Tensor, optional): log-probability under the current policy, used at saturated
+            actions if the data lacks the distribution's parameters. ``None``: the stored
+            log-probability is used there.
 
     Returns:
         the joint log-probability, ``[*B]`` or ``[*B, n_agents]``.
     """
     stored = agent.stored_log_prob(data)
-    module = agent.distribution_module
-    if module.distribution_class is not TanhNormal:
+    policy = agent.policy
+    parameters = policy.stored_parameters(data)
+    if not policy.squashes or (parameters is None and current is None):
         return stored
-    if all(data.get(key, None) is not None for key in module.in_keys):
-        dist = module.get_dist(data)
-        current = dist, agent.log_prob(dist, data)
-    if current is None:
-        return stored
-    dist, log_prob = current
-    saturated = is_saturated(dist, data.get(agent.action_keys[0]))
-    return torch.where(saturated, log_prob, stored)
+    if parameters is None:
+        parameters = policy.parameters(data)
+    else:
+        current = agent.log_prob(parameters, data)
+    saturated = is_saturated(policy.distribution(parameters), data.get(policy.action_keys[0]))
+    return torch.where(saturated, current, stored)
 
 
 class SequentialLossMixin(_Base):
@@ -115,8 +110,10 @@ class SequentialLossMixin(_Base):
         )
         if isinstance(actors, Mapping):
             self.set_keys(
-                action=[key for group in self._groups for key in group.action_keys],
-                sample_log_prob=[key for group in self._groups for key in group.log_prob_keys],
+                action=[key for group in self._groups for key in group.policy.action_keys],
+                sample_log_prob=[
+                    key for group in self._groups for key in group.policy.log_prob_keys
+                ],
             )
         critic = self.critic_network
         if critic is None:
@@ -151,9 +148,9 @@ class SequentialLossMixin(_Base):
         """The entries of the joint tensordict that the update of an agent reads."""
         keys = [
             *agent.actor.in_keys,
-            *agent.action_keys,
-            *agent.log_prob_keys,
-            *agent.distribution_module.in_keys,
+            *agent.policy.action_keys,
+            *agent.policy.log_prob_keys,
+            *agent.policy.parameter_keys,
         ]
         return list(dict.fromkeys(unravel_key(key) for key in keys))
 
@@ -200,19 +197,25 @@ class SequentialLossMixin(_Base):
     ) -> tuple[Tensor, Any, Tensor, None]:
         old, new, dists = [], [], []
         for group in self._groups:
-            missing = [key for key in group.log_prob_keys if tensordict.get(key, None) is None]
+            keys = group.policy.log_prob_keys
+            missing = [key for key in keys if tensordict.get(key, None) is None]
             if missing:
                 raise KeyError(
                     f"The tensordict has no log-probability {missing[0]!r}; build the actor with "
                     "return_log_prob=True and collect with it."
                 )
-            old_log_prob = behaviour_log_prob(group, tensordict)
+            data = group.view(tensordict, self.agent_keys(group))
+            parameters = group.policy.parameters(data)
+            group.policy.prepare(data, parameters)
+            old_log_prob = behaviour_log_prob(group, data, None)
             if old_log_prob.requires_grad:
-                raise RuntimeError(f"The stored {group.log_prob_keys[0]!r} requires grad.")
-            dist, log_prob = group.evaluate(tensordict)
+                raise RuntimeError(
+                    f"The stored log-probability {keys[0]!r} requires grad; collect under "
+                    "torch.no_grad() or detach it."
+                )
             old.append(self._line_up(old_log_prob, tensordict))
-            new.append(self._line_up(log_prob, tensordict))
-            dists.append(dist)
+            new.append(self._line_up(group.log_prob(parameters, data), tensordict))
+            dists.append(group.policy.distribution(parameters))
         log_weight = (torch.cat(new, -1) - torch.cat(old, -1)).unsqueeze(-1)
         if log_weight.shape[-2] == 1 and log_weight.shape[:-2] == adv_shape:
             log_weight = log_weight.squeeze(-2)  # one agent, one advantage: as ClipPPOLoss

@@ -211,13 +211,14 @@ class HAPPOLoss(SequentialLossMixin, ClipPPOLoss):
 
     def agent_loss(self, agent: Agent, data: TensorDictBase) -> Tensor:
         """Clipped surrogate and entropy bonus of one agent (see :class:`SequentialLossMixin`)."""
-        dist, log_prob = agent.evaluate(data)
+        parameters = agent.policy.parameters(data)
         valid = data.get(VALID, None)
-        log_ratio = log_prob - data.get(OLD_LOG_PROB)
+        log_ratio = agent.log_prob(parameters, data) - data.get(OLD_LOG_PROB)
         gain = clipped_surrogate(log_ratio, data.get(ADVANTAGE), *self._clip_bounds)
         loss = -masked_mean(gain, valid)
         if self.entropy_bonus:
-            loss_entropy = self._weighted_loss_entropy(self._get_entropy(dist, data.batch_size))
+            entropy = self._get_entropy(agent.policy.distribution(parameters), data.batch_size)
+            loss_entropy = self._weighted_loss_entropy(entropy)
             loss = loss + masked_mean(agent.joint_log_prob(loss_entropy.squeeze(-1), data), valid)
         return loss
 
@@ -226,11 +227,11 @@ class HAPPOLoss(SequentialLossMixin, ClipPPOLoss):
     ) -> FirstOrderStep:
         """Epochs of the agent's own optimiser on :meth:`agent_loss`."""
         stop = None if target_kl is None else partial(self._passes_kl, agent, target_kl)
-        return first_order(partial(self.agent_loss, agent), agent.parameters(), stop=stop)
+        return first_order(partial(self.agent_loss, agent), agent.parameters, stop=stop)
 
     def _passes_kl(self, agent: Agent, target_kl: float, data: TensorDictBase) -> bool:
         with torch.no_grad():
-            _, log_prob = agent.evaluate(data.copy())
+            log_prob = agent.log_prob(agent.policy.parameters(data), data)
             log_ratio = log_prob - data.get(OLD_LOG_PROB)
             kl = masked_mean(log_ratio.exp() - 1 - log_ratio, data.get(VALID, None))
         return bool(kl > target_kl)

@@ -26,6 +26,9 @@ class InnerStep(Protocol):
     def __call__(self, data: TensorDictBase) -> TensorDict:
         """Moves the agent's parameters; returns scalars to report."""
 
+    def rebind(self) -> None:
+        """Follows parameters whose objects were replaced."""
+
     def snapshot(self) -> dict[str, Any]:
         """A copy of everything the step may change."""
 
@@ -44,7 +47,7 @@ class FirstOrderStep:
 
     Args:
         objective (callable): from a minibatch to a scalar loss.
-        parameters (list of nn.Parameter): the parameters this step may move, and no others.
+        parameters (callable): returns the parameters this step may move, and no others.
         optimizer (callable): from the parameters to their optimiser, e.g.
             ``partial(torch.optim.Adam, lr=3e-4)``.
 
@@ -68,7 +71,7 @@ class FirstOrderStep:
         >>> weight = nn.Parameter(torch.zeros(()))
         >>> step = FirstOrderStep(
         ...     lambda data: (data["x"] - weight).square().mean(),
-        ...     [weight],
+        ...     lambda: [weight],
         ...     partial(torch.optim.SGD, lr=0.5),
         ...     minibatches=ShuffledMinibatches(None, torch.Generator()),
         ...     num_epochs=1,
@@ -81,7 +84,7 @@ class FirstOrderStep:
     def __init__(
         self,
         objective: Callable[[TensorDictBase], Tensor],
-        parameters: list[nn.Parameter],
+        parameters: Callable[[], Iterable[nn.Parameter]],
         optimizer: OptimizerFactory,
         *,
         minibatches: MinibatchSampler,
@@ -95,7 +98,8 @@ class FirstOrderStep:
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be positive or None, got {max_grad_norm}.")
         self.objective = objective
-        self.parameters = [p for p in parameters if p.requires_grad]
+        self._source = parameters
+        self.parameters = self._trainable()
         self.optimizer = optimizer(self.parameters)
         self.scheduler = scheduler(self.optimizer) if scheduler is not None else None
         self.minibatches = minibatches
@@ -109,6 +113,26 @@ class FirstOrderStep:
                 "that uses the parameters it is called with, e.g. "
                 "optimizer=partial(torch.optim.Adam, lr=3e-4)."
             )
+
+    def _trainable(self) -> list[nn.Parameter]:
+        return [p for p in self._source() if p.requires_grad]
+
+    def rebind(self) -> None:
+        """Lets the optimiser follow parameters whose objects were replaced.
+
+        ``copy.deepcopy`` and ``load_state_dict(assign=True)`` put new objects into a network; the
+        optimiser's state goes with their places.
+        """
+        current = self._trainable()
+        if all(old is new for old, new in zip(self.parameters, current, strict=True)):
+            return
+        successor = dict(zip(map(id, self.parameters), current, strict=True))
+        for group in self.optimizer.param_groups:
+            group["params"] = [successor[id(p)] for p in group["params"]]
+        for old, new in zip(self.parameters, current, strict=True):
+            if old in self.optimizer.state:
+                self.optimizer.state[new] = self.optimizer.state.pop(old)
+        self.parameters = current
 
     def __call__(self, data: TensorDictBase) -> TensorDict:
         """Runs the epochs.
@@ -154,17 +178,36 @@ class FirstOrderStep:
     def snapshot(self) -> dict[str, Any]:
         """A copy of parameters and optimiser, from which :meth:`restore` goes back."""
         return {
-            "parameters": [p.detach().clone() for p in self.parameters],
-            "state": copy.deepcopy(self.state_dict()),
+            "parameters": [_copy(p) for p in self.parameters],
+            "state": [
+                {name: _copy(value) for name, value in self.optimizer.state[p].items()}
+                if p in self.optimizer.state
+                else None
+                for p in self.parameters
+            ],
+            "groups": [
+                {name: _copy(value) for name, value in group.items() if name != "params"}
+                for group in self.optimizer.param_groups
+            ],
+            "scheduler": self.scheduler and copy.deepcopy(self.scheduler.state_dict()),
         }
 
     @torch.no_grad()
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Puts parameters and optimiser back to a :meth:`snapshot`, bit for bit."""
-        for parameter, value in zip(self.parameters, snapshot["parameters"], strict=True):
-            parameter.copy_(value)
-            parameter.grad = None
-        self.load_state_dict(snapshot["state"])
+        for p, value, state in zip(
+            self.parameters, snapshot["parameters"], snapshot["state"], strict=True
+        ):
+            p.copy_(value)
+            p.grad = None
+            if state is None:
+                self.optimizer.state.pop(p, None)
+            else:
+                self.optimizer.state[p] = {name: _copy(v) for name, v in state.items()}
+        for group, values in zip(self.optimizer.param_groups, snapshot["groups"], strict=True):
+            group.update({name: _copy(value) for name, value in values.items()})
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(snapshot["scheduler"])
 
     def state_dict(self) -> dict[str, Any]:
         """State of the optimiser and of the scheduler."""
@@ -178,3 +221,8 @@ class FirstOrderStep:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
+
+
+def _copy(value: Any) -> Any:
+    """A tensor's own copy; other things are not changed in place and need none."""
+    return value.detach().clone() if isinstance(value, Tensor) else value

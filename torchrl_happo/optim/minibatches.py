@@ -45,8 +45,7 @@ class ShuffledMinibatches:
         steps_per_item = max(data.numel() // max(num_items, 1), 1)
         size = num_items if self.size is None else max(self.size // steps_per_item, 1)
         if size >= num_items:
-            # A copy: the actor writes its distribution's parameters into what it is given.
-            yield data.copy()
+            yield data
             return
         order = torch.randperm(num_items, generator=self.generator, device=self.generator.device)
         for index in order.split(size):

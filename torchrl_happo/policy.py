@@ -1,0 +1,205 @@
+r"""A policy as a function of tensors: networks, distribution, log-probability.
+
+An inner step evaluates the same policy hundreds of times on the same actions. Two things are
+done once here, so that they need not be done each time:
+
+- networks are called directly, without a tensordict around every one of them;
+- the actions of a squashed normal (:class:`~torchrl.modules.TanhNormal`) are unsquashed. With
+  :math:`u = \tanh^{-1}(a)` and :math:`J = \log |\mathrm{d}a / \mathrm{d}u|`,
+
+  .. math:: \log \pi(a) = \log \mathcal{N}(u; \mu, \sigma) - J,
+
+  where neither :math:`u` nor :math:`J` depends on the policy. Both sides of every ratio then see
+  the same :math:`u`, also for actions at the bounds, where :math:`\tanh^{-1}` is clamped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import (
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+    TensorDictModuleBase,
+    TensorDictSequential,
+)
+from tensordict.utils import unravel_key
+from torch import Tensor
+from torch.distributions import Distribution
+from torchrl.modules import IndependentNormal, SafeModule, TanhNormal
+
+__all__ = ["Policy"]
+
+#: Entries that :meth:`Policy.prepare` adds to a view of the batch: the action before squashing and
+#: the log-determinant of the squashing.
+PREIMAGE = "action_preimage"
+LOG_DET = "action_log_det"
+
+#: The parameters of a distribution, by their names in its constructor.
+Parameters = dict[str, Tensor]
+
+
+class Policy:
+    """The policy of one agent (or of a group at once) as a function of its view of the batch.
+
+    Args:
+        actor (ProbabilisticTensorDictSequential): networks, then the distribution.
+
+    Example:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from tensordict.nn import TensorDictModule
+        >>> from torchrl.modules import ProbabilisticActor
+        >>> actor = ProbabilisticActor(
+        ...     TensorDictModule(
+        ...         torch.nn.Linear(3, 2), in_keys=["observation"], out_keys=["logits"]
+        ...     ),
+        ...     in_keys=["logits"],
+        ...     distribution_class=torch.distributions.Categorical,
+        ...     return_log_prob=True,
+        ... )
+        >>> data = actor(TensorDict({"observation": torch.randn(5, 3)}, batch_size=[5]))
+        >>> policy = Policy(actor)
+        >>> parameters = policy.parameters(data)
+        >>> bool(torch.allclose(policy.log_prob(parameters, data), data["action_log_prob"]))
+        True
+    """
+
+    def __init__(self, actor: ProbabilisticTensorDictSequential) -> None:
+        self.actor = actor
+
+    @property
+    def head(self) -> TensorDictModuleBase:
+        """The last module of the actor, which turns parameters into a distribution."""
+        return self.actor[-1]
+
+    @property
+    def action_keys(self) -> list[NestedKey]:
+        """Keys of the action, one for each head of the policy."""
+        return [unravel_key(key) for key in self.actor.dist_sample_keys]
+
+    @property
+    def log_prob_keys(self) -> list[NestedKey]:
+        """Keys under which a collector stores the log-probability of the action."""
+        return [unravel_key(key) for key in self.actor.log_prob_keys]
+
+    @property
+    def parameter_keys(self) -> list[NestedKey]:
+        """Keys under which the actor leaves the parameters of its distribution."""
+        return [unravel_key(key) for key in self.head.in_keys]
+
+    @property
+    def written_keys(self) -> list[NestedKey]:
+        """Keys that the networks write and the distribution reads, unlike an action mask."""
+        written = {unravel_key(key) for m in _flat_modules(self.actor) for key in m.out_keys}
+        return [key for key in self.parameter_keys if key in written]
+
+    def parameters(self, data: TensorDictBase) -> Parameters:
+        """Runs the networks on the observations of ``data``, which is not modified."""
+        values: dict[NestedKey, Tensor] = {}
+        modules = list(_flat_modules(self.actor))
+        if all(_is_plain(module) for module in modules):
+            for module in modules:
+                inputs = [values[key] if key in values else data.get(key) for key in module.in_keys]
+                outputs = module.module(*inputs)
+                outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+                values.update(zip(module.out_keys, outputs, strict=True))
+        else:
+            scratch = data.copy()
+            for module in modules:
+                scratch = module(scratch)
+            values = {key: scratch.get(key) for key in self.parameter_keys}
+        return self._named(values, data)
+
+    def stored_parameters(self, data: TensorDictBase) -> Parameters | None:
+        """The parameters that the behaviour policy left in the data, if it did."""
+        if any(data.get(key, None) is None for key in self.parameter_keys):
+            return None
+        return self._named({}, data)
+
+    def _named(self, values: dict[NestedKey, Tensor], data: TensorDictBase) -> Parameters:
+        head = self.head
+        return {
+            name[-1] if isinstance(name, tuple) else name: (
+                values[key] if key in values else data.get(key)
+            )
+            for name, key in zip(head.dist_keys, head.in_keys, strict=True)
+        }
+
+    def distribution(self, parameters: Parameters) -> Distribution:
+        """The distribution with these parameters."""
+        return self.head.distribution_class(**parameters, **self.head.distribution_kwargs)
+
+    def log_prob(self, parameters: Parameters, data: TensorDictBase) -> Tensor | TensorDictBase:
+        """Log-probability of the actions in ``data``, as the distribution files it."""
+        if PREIMAGE in data.keys():
+            return _normal_log_prob(data.get(PREIMAGE), **parameters) - data.get(LOG_DET)
+        if self._is_normal():
+            return _normal_log_prob(data.get(self.action_keys[0]), **parameters)
+        dist = self.distribution(parameters)
+        if len(self.action_keys) == 1:
+            return dist.log_prob(data.get(self.action_keys[0]))
+        return dist.log_prob(data.select(*self.action_keys))
+
+    def prepare(self, data: TensorDictBase, parameters: Parameters) -> TensorDictBase:
+        """Adds the unsquashed actions to ``data``, if the distribution squashes.
+
+        Args:
+            data (TensorDictBase): a view of the batch; modified in place.
+            parameters (dict of str to Tensor): any parameters of the right shape; only the
+                squashing is taken from their distribution.
+        """
+        if self.squashes:
+            action = data.get(self.action_keys[0])
+            transform = self.distribution(parameters).transforms[0]
+            preimage = transform.inv(action)
+            data.set(PREIMAGE, preimage)
+            data.set(LOG_DET, transform.log_abs_det_jacobian(preimage, action).sum(-1))
+        return data
+
+    @property
+    def squashes(self) -> bool:
+        """Whether the policy is a squashed normal that :meth:`prepare` can unsquash."""
+        head = self.head
+        return (
+            head.distribution_class is TanhNormal
+            and not head.distribution_kwargs.get("tanh_loc", False)
+            and head.distribution_kwargs.get("event_dims") in (None, 1)
+        )
+
+    def _is_normal(self) -> bool:
+        head = self.head
+        return head.distribution_class is IndependentNormal and not head.distribution_kwargs
+
+
+def _flat_modules(module: TensorDictModuleBase) -> Iterator[TensorDictModuleBase]:
+    """The networks of an actor in the order of their calls, without the distribution."""
+    children = list(module.module)
+    if isinstance(module, ProbabilisticTensorDictSequential):
+        children = children[:-1]
+    for child in children:
+        if isinstance(child, TensorDictSequential):
+            yield from _flat_modules(child)
+        else:
+            yield child
+
+
+def _is_plain(module: TensorDictModuleBase) -> bool:
+    """Whether calling the module is calling its network on the entries of its keys."""
+    return (
+        type(module) in (TensorDictModule, SafeModule)
+        and not module._kwargs
+        and module.method is None
+        and not module.method_kwargs
+        and not getattr(module, "safe", False)
+        and "_" not in module.out_keys
+    )
+
+
+def _normal_log_prob(action: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
+    """Log-density of a diagonal normal, summed over the last dimension."""
+    deviation = (action - loc) / scale
+    constant = 0.5 * math.log(2 * math.pi) * action.shape[-1]
+    return -(0.5 * deviation.square() + scale.log()).sum(-1) - constant
