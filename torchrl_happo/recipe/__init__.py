@@ -1,0 +1,1 @@
+"""The parts of the training recipe; :mod:`torchrl_happo.train` puts them together."""

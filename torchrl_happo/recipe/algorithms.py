@@ -1,0 +1,175 @@
+"""From a configuration to what learns: the policy that acts and the updater that trains it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import nn
+from torchrl.envs import EnvBase
+from torchrl.objectives import ValueEstimators
+from torchrl.objectives.multiagent import IPPOLoss, MAPPOLoss
+
+from torchrl_happo import objectives
+from torchrl_happo.networks import joint_policy, make_actor, make_critic
+from torchrl_happo.objectives import HAPPOLoss
+from torchrl_happo.objectives.common import SequentialLossMixin
+from torchrl_happo.recipe.baselines import SimultaneousUpdater, make_group_critic
+from torchrl_happo.recipe.config import (
+    AlgorithmConfig,
+    ConfigError,
+    Happo,
+    Hatrpo,
+    Ippo,
+    Mappo,
+    ModelConfig,
+    TrainConfig,
+)
+from torchrl_happo.specs import read_groups
+from torchrl_happo.updater import SequentialUpdater
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "tanh": nn.Tanh,
+    "relu": nn.ReLU,
+    "elu": nn.ELU,
+    "silu": nn.SiLU,
+}
+
+
+class Updater(Protocol):
+    """What the recipe asks of an updater, whatever its algorithm."""
+
+    def __call__(self, batch: TensorDictBase) -> TensorDict:
+        """Learns from a batch; returns nested scalars to report."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the next update depends on, loadable with ``weights_only=True``."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a :meth:`state_dict`; one that does not fit changes nothing."""
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A policy for all agents, and the updater that trains this very policy."""
+
+    policy: TensorDictModuleBase
+    updater: Updater
+
+
+def make_learner(config: TrainConfig, env: EnvBase) -> Learner:
+    """Builds networks, loss and updater for an environment.
+
+    Args:
+        config (TrainConfig): the run.
+        env (EnvBase): any environment of the task, for its specs.
+    """
+    for schema, build in _BUILDERS.items():
+        if isinstance(config.algorithm, schema):
+            return build(config, env, config.algorithm)
+    raise ConfigError(f"The recipe does not know the algorithm {config.algorithm.name!r}.")
+
+
+def _make_happo(config: TrainConfig, env: EnvBase, settings: Happo) -> Learner:
+    actor = make_actor(env, **_networks(config.model))
+    loss = HAPPOLoss(
+        _by_group(env, actor),
+        make_critic(env, **_networks(config.model)),
+        clip_epsilon=settings.clip_epsilon,
+        entropy_coeff=settings.entropy_coeff,
+        loss_critic_type=settings.loss_critic_type,
+    )
+    return _sequential(config, settings, actor, loss)
+
+
+def _make_hatrpo(config: TrainConfig, env: EnvBase, settings: Hatrpo) -> Learner:
+    loss_class = getattr(objectives, "HATRPOLoss", None)
+    if loss_class is None:
+        raise ConfigError("algorithm=hatrpo is not part of this version yet: take happo.")
+    actor = make_actor(env, **_networks(config.model))
+    loss = loss_class(
+        _by_group(env, actor),
+        make_critic(env, **_networks(config.model)),
+        max_kl=settings.max_kl,
+        loss_critic_type=settings.loss_critic_type,
+    )
+    return _sequential(config, settings, actor, loss)
+
+
+def _sequential(
+    config: TrainConfig, settings: Happo | Hatrpo, actor: Any, loss: SequentialLossMixin
+) -> Learner:
+    loss.make_value_estimator(ValueEstimators.MAGAE, gamma=settings.gamma, lmbda=settings.lmbda)
+    updater = SequentialUpdater(
+        loss,
+        optimizer=partial(torch.optim.Adam, lr=settings.lr),
+        num_epochs=settings.num_epochs,
+        minibatch_size=settings.minibatch_size,
+        max_grad_norm=settings.max_grad_norm,
+        order=settings.order,
+        seed=config.seed,
+    )
+    return Learner(joint_policy(actor), updater)
+
+
+def _make_baseline(config: TrainConfig, env: EnvBase, settings: Mappo | Ippo) -> Learner:
+    centralized = isinstance(settings, Mappo)
+    loss_class = MAPPOLoss if centralized else IPPOLoss
+    share, networks = settings.share_params, _networks(config.model)
+    actors = _by_group(env, make_actor(env, share_params=share, **networks))
+    losses = {}
+    for group in read_groups(env, "observation"):
+        losses[group.name] = loss = loss_class(
+            actors[group.name],
+            make_group_critic(
+                env,
+                group,
+                centralized=centralized,
+                share_params=share,
+                device=env.device,
+                **networks,
+            ),
+            clip_epsilon=settings.clip_epsilon,
+            entropy_coeff=settings.entropy_coeff,
+            # TanhNormal has no closed-form entropy: unused, it would only cost time.
+            entropy_bonus=settings.entropy_coeff > 0,
+            loss_critic_type=settings.loss_critic_type,
+        )
+        loss.set_keys(
+            action=group.action,
+            sample_log_prob=group.key("action_log_prob"),
+            value=group.key("state_value"),
+            advantage=group.key("advantage"),
+            value_target=group.key("value_target"),
+        )
+        loss.make_value_estimator(ValueEstimators.MAGAE, gamma=settings.gamma, lmbda=settings.lmbda)
+    updater = SimultaneousUpdater(
+        losses,
+        optimizer=partial(torch.optim.Adam, lr=settings.lr),
+        num_epochs=settings.num_epochs,
+        minibatch_size=settings.minibatch_size,
+        max_grad_norm=settings.max_grad_norm,
+    )
+    return Learner(joint_policy(actors), updater)
+
+
+def _networks(model: ModelConfig) -> dict[str, Any]:
+    return {"num_cells": model.num_cells, "activation_class": ACTIVATIONS[model.activation]}
+
+
+def _by_group(env: EnvBase, actor: Any) -> dict[str, Any]:
+    """Actors under the names of their groups, also where there is only one group."""
+    return actor if isinstance(actor, dict) else {read_groups(env, "observation")[0].name: actor}
+
+
+_BUILDERS: dict[type[AlgorithmConfig], Callable[[TrainConfig, EnvBase, Any], Learner]] = {
+    Happo: _make_happo,
+    Hatrpo: _make_hatrpo,
+    Mappo: _make_baseline,
+    Ippo: _make_baseline,
+}

@@ -1,0 +1,193 @@
+"""MAPPO and IPPO by TorchRL's own losses: the comparison for every claim.
+
+The loop is that of TorchRL's multi-agent PPO script (advantages of the whole batch, one Adam over
+actor and critic, minibatches without replacement, one gradient norm for both networks), with what
+its example gets wrong put right: the keys, and the time limit, which is bootstrapped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchrl.data import LazyTensorStorage, ReplayBuffer, SamplerWithoutReplacement
+from torchrl.envs import EnvBase
+from torchrl.modules import MultiAgentMLP
+from torchrl.objectives.multiagent import MAPPOLoss
+
+from torchrl_happo.recipe.config import ConfigError
+from torchrl_happo.specs import Group, read_groups
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+
+class SimultaneousUpdater:
+    """Updates all agents of all groups at once; the interface of ``SequentialUpdater``.
+
+    Args:
+        losses (dict of str to MAPPOLoss): the loss of each group.
+
+    Keyword Args:
+        optimizer (callable): from parameters to an optimiser; called once per group.
+        num_epochs (int): passes over the batch.
+        minibatch_size (int): frames of a minibatch; the last one of an epoch may be smaller.
+        max_grad_norm (float, optional): the gradient of actor and critic together is scaled down
+            to this norm. Defaults to ``None``: no clipping.
+    """
+
+    def __init__(
+        self,
+        losses: dict[str, MAPPOLoss],
+        *,
+        optimizer: OptimizerFactory,
+        num_epochs: int,
+        minibatch_size: int,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        self.losses = losses
+        self.optimizers = {name: optimizer(loss.parameters()) for name, loss in losses.items()}
+        self.num_epochs = num_epochs
+        self.minibatch_size = minibatch_size
+        self.max_grad_norm = math.inf if max_grad_norm is None else max_grad_norm
+        self._buffer: ReplayBuffer | None = None
+
+    def __call__(self, batch: TensorDictBase) -> TensorDict:
+        """Updates every group with a batch of shape ``[num_envs, steps]``.
+
+        Returns:
+            for each group the means over its optimiser steps of what the loss reports.
+        """
+        return TensorDict({name: self._update(name, batch.copy()) for name in self.losses})
+
+    def _update(self, name: str, batch: TensorDictBase) -> TensorDict:
+        loss = self.losses[name]
+        with torch.no_grad():
+            loss.value_estimator(
+                batch,
+                params=loss.critic_network_params,
+                target_params=loss.target_critic_network_params,
+            )
+        # What lies under "next" has been used by now; without it minibatches are quick to gather.
+        minibatches = self._shuffled(batch.exclude("next").reshape(-1))
+        reports = [
+            self._step(name, minibatch) for _ in range(self.num_epochs) for minibatch in minibatches
+        ]
+        stacked = TensorDict.maybe_dense_stack(reports)
+        return stacked.apply(lambda value: value.mean(), batch_size=[])
+
+    def _shuffled(self, data: TensorDictBase) -> ReplayBuffer:
+        """A buffer that holds ``data`` alone, and yields it in a new order at each iteration."""
+        if self._buffer is None or self._buffer.storage.max_size != len(data):
+            self._buffer = ReplayBuffer(
+                storage=LazyTensorStorage(len(data)),
+                sampler=SamplerWithoutReplacement(),
+                batch_size=self.minibatch_size,
+            )
+        self._buffer.empty()  # also the permutation that is drawn ahead for the next epoch
+        self._buffer.extend(data)
+        return self._buffer
+
+    def _step(self, name: str, minibatch: TensorDictBase) -> TensorDict:
+        loss, optimizer = self.losses[name], self.optimizers[name]
+        report = loss(minibatch)
+        total = sum(value for key, value in report.items() if key.startswith("loss_"))
+        optimizer.zero_grad()
+        total.backward()
+        norm = nn.utils.clip_grad_norm_(loss.parameters(), self.max_grad_norm)
+        optimizer.step()
+        return report.detach().set("grad_norm", norm)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Networks and optimisers; minibatches are drawn from torch's global generator."""
+        return {
+            name: {"loss": loss.state_dict(), "optimizer": self.optimizers[name].state_dict()}
+            for name, loss in self.losses.items()
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a :meth:`state_dict`.
+
+        Raises:
+            ValueError: if it is from other networks; nothing is changed then.
+        """
+        if state.keys() != self.losses.keys():
+            raise ValueError(
+                f"the state has the groups {sorted(state)}, the team has {sorted(self.losses)}"
+            )
+        for name, loss in self.losses.items():
+            own, other = loss.state_dict(), state[name]["loss"]
+            for key in sorted(own.keys() | other.keys()):
+                if key not in own or key not in other or own[key].shape != other[key].shape:
+                    raise ValueError(f"its networks differ from these at {name}.{key}")
+        for name, loss in self.losses.items():
+            loss.load_state_dict(state[name]["loss"])
+            self.optimizers[name].load_state_dict(state[name]["optimizer"])
+
+
+class TeamStateCritic(nn.Module):
+    """A value for each agent of a group from the observations of all agents of all groups.
+
+    Args:
+        n_inputs (int): size of all observations together.
+        n_agents (int): agents of the group.
+
+    Keyword Args:
+        share_params (bool): one network, whose value all agents share, or one for each agent.
+        **kwargs: of :class:`~torchrl.modules.MultiAgentMLP`.
+    """
+
+    def __init__(self, n_inputs: int, n_agents: int, *, share_params: bool, **kwargs: Any) -> None:
+        super().__init__()
+        self.n_agents = n_agents
+        self.n_networks = 1 if share_params else n_agents
+        self.net = MultiAgentMLP(
+            n_inputs, 1, self.n_networks, centralized=False, share_params=share_params, **kwargs
+        )
+
+    def forward(self, *observations: Tensor) -> Tensor:
+        """Values ``[*B, n_agents, 1]`` from observations ``[*B, n, d]``, one for each group."""
+        state = torch.cat([o.flatten(-2) for o in observations], -1).unsqueeze(-2)
+        inputs = state.expand(*state.shape[:-2], self.n_networks, -1)
+        return self.net(inputs).expand(*state.shape[:-2], self.n_agents, 1)
+
+
+def make_group_critic(
+    env: EnvBase, group: Group, *, centralized: bool, share_params: bool, **kwargs: Any
+) -> TensorDictModule:
+    """The critic of a group: over the whole team's observations, or over each agent's own.
+
+    Args:
+        env (EnvBase): the environment.
+        group (Group): the group; it writes ``(group, "state_value")``, ``[*B, n_agents, 1]``.
+
+    Keyword Args:
+        centralized (bool): MAPPO's critic, otherwise IPPO's.
+        share_params (bool): one network for the group or one for each agent.
+        **kwargs: of :class:`~torchrl.modules.MultiAgentMLP`.
+    """
+    team = read_groups(env, "observation") if centralized else [group]
+    sizes = [_size(member) for member in team]
+    if centralized:
+        n_inputs = sum(n * member.n_inputs for n, member in zip(sizes, team, strict=True))
+        net = TeamStateCritic(n_inputs, _size(group), share_params=share_params, **kwargs)
+    else:
+        net = MultiAgentMLP(
+            group.n_inputs, 1, *sizes, centralized=False, share_params=share_params, **kwargs
+        )
+    in_keys = [member.observation for member in team]
+    return TensorDictModule(net, in_keys=in_keys, out_keys=[group.key("state_value")])
+
+
+def _size(group: Group) -> int:
+    if group.n_agents is None:
+        raise ConfigError(
+            f"The group {group.name!r} has no agent dimension, which MAPPO and IPPO of TorchRL "
+            "need: take algorithm=happo."
+        )
+    return group.n_agents

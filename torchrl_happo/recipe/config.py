@@ -1,0 +1,252 @@
+"""The typed schema of a run: what may be set, of which type, within which range.
+
+The values are in ``torchrl_happo/conf``, one YAML file for each dataclass of this module and of
+:mod:`torchrl_happo.recipe.tasks`; the dataclasses hold types and ranges only. A schema without
+values cannot disagree with the files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+from omegaconf import MISSING
+
+ALGORITHMS = ("happo", "hatrpo", "mappo", "ippo")
+LOGGERS = ("csv", "tensorboard", "wandb")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; its message is one sentence for the user."""
+
+
+def number(
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+) -> Any:
+    """Declares a field whose value (or, for a list, each of its values) lies in a range."""
+    bounds = {"above": above, "at least": at_least, "below": below, "at most": at_most}
+    return field(default=MISSING, metadata={"bounds": bounds})
+
+
+def choice(*options: str) -> Any:
+    """Declares a field that holds one of ``options``."""
+    return field(default=MISSING, metadata={"options": options})
+
+
+def count() -> Any:
+    """Declares a field that holds a whole number of at least one."""
+    return number(at_least=1)
+
+
+@dataclass
+class TaskConfig:
+    """What every task says about itself."""
+
+    name: str = MISSING
+    """Its path under ``conf/task``, for example ``"vmas/balance"``."""
+    max_steps: int = count()
+    """Steps after which an episode is truncated (not terminated: the value is bootstrapped)."""
+    team_reward: str | None = choice("mean", "sum")
+    """How the agents' rewards become the team's one; ``null`` where they are one already."""
+
+
+@dataclass
+class VmasTask(TaskConfig):
+    """A scenario of the vectorised multi-agent simulator (Bettini et al., 2022)."""
+
+    scenario: str = MISSING
+    continuous_actions: bool = MISSING
+
+
+@dataclass
+class ModelConfig:
+    """The networks, the same ones for every algorithm."""
+
+    num_cells: list[int] = count()  # noqa: RUF009 (a field, of which each instance has its own)
+    activation: str = choice("tanh", "relu", "elu", "silu")
+
+
+@dataclass
+class CollectorConfig:
+    """Where batches come from; one dataclass for each way."""
+
+    name: str = MISSING
+
+
+@dataclass
+class SingleCollector(CollectorConfig):
+    """TorchRL's ``Collector``: the environments step in the training process."""
+
+
+@dataclass
+class MultiCollector(CollectorConfig):
+    """TorchRL's ``MultiCollector``: the environments are split over worker processes."""
+
+    num_workers: int = count()
+
+
+@dataclass
+class EvaluationConfig:
+    """Deterministic episodes on environments of their own."""
+
+    interval: int = number(at_least=0)
+    """Iterations between two evaluations; 0 evaluates at the end only."""
+    episodes: int = count()
+    seed: int = number(at_least=0)
+    """Every evaluation starts from this seed, so that all see the same initial states."""
+
+
+@dataclass
+class CheckpointConfig:
+    """When a checkpoint is written and how many stay."""
+
+    interval: int = number(at_least=0)
+    """Iterations between two checkpoints; 0 writes one at the end only."""
+    keep: int = count()
+
+
+@dataclass
+class AlgorithmConfig:
+    """What all algorithms share: advantage, critic and optimiser."""
+
+    name: str = choice(*ALGORITHMS)
+    gamma: float = number(at_least=0, at_most=1)
+    lmbda: float = number(at_least=0, at_most=1)
+    loss_critic_type: str = choice("l1", "l2", "smooth_l1")
+    num_epochs: int = count()
+    minibatch_size: int = count()
+    """Frames (a frame is one step of one environment, with all its agents)."""
+    lr: float = number(above=0)
+    max_grad_norm: float | None = number(above=0)
+
+
+@dataclass
+class ClippedConfig(AlgorithmConfig):
+    """What the algorithms with a clipped surrogate share."""
+
+    clip_epsilon: float = number(above=0, below=1)
+    entropy_coeff: float = number(at_least=0)
+
+
+@dataclass
+class Happo(ClippedConfig):
+    """Heterogeneous-agent PPO: agents in order, each with a network and an Adam of its own."""
+
+    order: str = choice("random", "fixed")
+
+
+@dataclass
+class Hatrpo(AlgorithmConfig):
+    """Heterogeneous-agent TRPO: the epochs, minibatches and ``lr`` are the critic's alone."""
+
+    order: str = choice("random", "fixed")
+    max_kl: float = number(above=0)
+
+
+@dataclass
+class Mappo(ClippedConfig):
+    """Multi-agent PPO by TorchRL's ``MAPPOLoss``: all agents at once, a centralised critic."""
+
+    share_params: bool = MISSING
+
+
+@dataclass
+class Ippo(ClippedConfig):
+    """Independent PPO by TorchRL's ``IPPOLoss``: all agents at once, a critic for each."""
+
+    share_params: bool = MISSING
+
+
+@dataclass
+class TrainConfig:
+    """One run."""
+
+    task: TaskConfig = MISSING
+    algorithm: AlgorithmConfig = MISSING
+    model: ModelConfig = MISSING
+    collector: CollectorConfig = MISSING
+    evaluation: EvaluationConfig = MISSING
+    checkpoint: CheckpointConfig = MISSING
+    seed: int = number(at_least=0)
+    total_frames: int = count()
+    """Environment steps of the whole run, over all environments."""
+    num_envs: int = count()
+    steps_per_batch: int = count()
+    """Steps of each environment in a batch: a batch is ``num_envs * steps_per_batch`` frames."""
+    device: str = MISSING
+    threads: int = count()
+    """Threads of torch. With another busy process on the machine more than one can stall."""
+    logger: str = choice(*LOGGERS)
+    progress: bool = MISSING
+    """A progress bar on a terminal, now and then a line elsewhere."""
+    render: bool = MISSING
+    """Record ``rollout.gif`` at the end."""
+    resume: str | None = MISSING
+    """A run's folder, to go on there, or a checkpoint, to branch off into a new folder."""
+
+    @property
+    def frames_per_batch(self) -> int:
+        """Frames that one iteration collects and learns from."""
+        return self.num_envs * self.steps_per_batch
+
+    @property
+    def iterations(self) -> int:
+        """Iterations of the whole run; the last batch is never cut."""
+        return -(-self.total_frames // self.frames_per_batch)
+
+
+def validate(config: TrainConfig) -> None:
+    """Checks every range, every choice and what the fields ask of each other.
+
+    Raises:
+        ConfigError: in one sentence that names the field, its value and what is wanted.
+    """
+    _validate_fields(config)
+    if config.algorithm.minibatch_size > config.frames_per_batch:
+        raise ConfigError(
+            f"algorithm.minibatch_size is {config.algorithm.minibatch_size}, more than the "
+            f"{config.frames_per_batch} frames of a batch (num_envs * steps_per_batch): lower it "
+            "or collect more."
+        )
+    workers = getattr(config.collector, "num_workers", 1)
+    if config.num_envs % workers:
+        raise ConfigError(
+            f"num_envs={config.num_envs} cannot be split evenly over "
+            f"collector.num_workers={workers}: choose a multiple."
+        )
+
+
+def _validate_fields(config: Any, path: str = "") -> None:
+    unknown = vars(config).keys() - {entry.name for entry in fields(config)}
+    for name in sorted(unknown):
+        raise ConfigError(f"There is no option {path + name!r}; options cannot be added with '+'.")
+    for entry in fields(config):
+        value, name = getattr(config, entry.name), path + entry.name
+        if is_dataclass(value):
+            _validate_fields(value, name + ".")
+        elif value is not None:
+            values = value if isinstance(value, list) else [value]
+            if not values:
+                raise ConfigError(f"{name} is empty, but at least one value is needed.")
+            for item in values:
+                _validate_value(name, item, entry.metadata)
+
+
+def _validate_value(name: str, value: Any, metadata: Any) -> None:
+    options = metadata.get("options")
+    if options and value not in options:
+        raise ConfigError(f"{name} is {value!r}, but must be one of {', '.join(options)}.")
+    inside = {
+        "above": lambda bound: value > bound,
+        "at least": lambda bound: value >= bound,
+        "below": lambda bound: value < bound,
+        "at most": lambda bound: value <= bound,
+    }
+    bounds = {k: b for k, b in metadata.get("bounds", {}).items() if b is not None}
+    if not all(inside[kind](bound) for kind, bound in bounds.items()):
+        wanted = " and ".join(f"{kind} {bound}" for kind, bound in bounds.items())
+        raise ConfigError(f"{name} is {value!r}, but must be {wanted}.")

@@ -1,0 +1,81 @@
+"""Deterministic episodes that leave no trace in the training run."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from tensordict.nn import TensorDictModuleBase
+from torchrl.envs import EnvBase
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from torchrl_happo.recipe.config import TrainConfig
+from torchrl_happo.recipe.environments import make_env
+from torchrl_happo.recipe.randomness import isolated_randomness
+
+
+class Evaluation:
+    """Plays the first episode of many environments at once, always from the same seed.
+
+    One episode of each environment counts, whenever it ends: taking the first to finish instead
+    would favour short episodes. The environments are built at the first call and kept.
+
+    Args:
+        config (TrainConfig): the run; ``config.evaluation`` has the number of episodes.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self._env: EnvBase | None = None
+
+    @torch.no_grad()
+    def __call__(self, policy: TensorDictModuleBase) -> dict[str, float]:
+        """Evaluates ``policy`` as it is now.
+
+        Returns:
+            the mean undiscounted return of the team, its standard deviation over the episodes and
+            the standard error of the mean, the mean length, and the seconds it took.
+        """
+        start = time.perf_counter()
+        seed = self.config.evaluation.seed
+        with isolated_randomness(seed), set_exploration_type(ExplorationType.DETERMINISTIC):
+            returns, lengths = self._play(policy, seed)
+        return {
+            "return": returns.mean().item(),
+            "return_std": returns.std(correction=0).item(),
+            "return_stderr": (returns.std(correction=0) / len(returns) ** 0.5).item(),
+            "episode_length": lengths.mean().item(),
+            "episodes": float(len(returns)),
+            "evaluation_seconds": time.perf_counter() - start,
+        }
+
+    def _play(self, policy: TensorDictModuleBase, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return and length of the first episode of each environment, each of shape ``[E, 1]``."""
+        env = self._environments(seed)
+        state = env.reset()
+        running = torch.ones_like(state["done"])
+        returns = torch.zeros_like(state["episode_reward"])
+        lengths = torch.zeros_like(returns)
+        while running.any():
+            step, state = env.step_and_maybe_reset(policy(state))
+            returns += step["next", "reward"] * running
+            lengths += running
+            running &= ~step["next", "done"]
+        return returns, lengths
+
+    def _environments(self, seed: int) -> EnvBase:
+        if self._env is None:
+            self._env = make_env(
+                self.config.task,
+                num_envs=self.config.evaluation.episodes,
+                seed=seed,
+                device=self.config.device,
+            )
+        self._env.set_seed(seed)
+        return self._env
+
+    def close(self) -> None:
+        """Closes the environments."""
+        if self._env is not None:
+            self._env.close()
+            self._env = None
