@@ -346,5 +346,5 @@ def _tanh_normal_entropy(dist: TanhNormal) -> Tensor:
     weights = torch.softmax(-nodes.square() / 2, dim=0)
     u = normal.loc.unsqueeze(-1) + normal.scale.unsqueeze(-1) * nodes
     log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh(u)^2), without overflow
-    log_width = ((dist.high - dist.low) / 2).log()
+    log_width = ((dist.high - dist.low).to(u.dtype) / 2).log()
     return normal.entropy() + log_width + (log_slope * weights).sum(-1)

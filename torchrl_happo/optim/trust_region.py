@@ -301,7 +301,7 @@ def _draw_rows(
     device = distribution_parameters(dist)[0].device
     priority = torch.rand(num_rows, generator=generator, device=device)
     if valid is not None:
-        priority = priority - valid.flatten(1).any(1).to(priority.dtype)
+        priority = priority - valid.reshape(num_rows, -1).any(1).to(priority.dtype)
     return priority.argsort()[: max(1, round(share * num_rows))]
 
 
