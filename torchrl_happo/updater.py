@@ -154,35 +154,37 @@ class SequentialUpdater:
         self._minibatch_generator = torch.Generator(device).manual_seed(seed)
         self._line_up = LineUp(order, loss.agents, self._order_generator)
 
+        if loss.critic_network is not None:
+            _ = loss.value_estimator  # its coefficients are part of the state from the start
+
         def minibatches(size: int | None) -> MinibatchSampler:
             if replay_buffer is not None:
                 return ReplayBufferMinibatches(replay_buffer)
             return ShuffledMinibatches(size, self._minibatch_generator)
 
-        first_order = partial(
-            FirstOrderStep,
-            optimizer=optimizer,
-            minibatches=minibatches(minibatch_size),
-            num_epochs=num_epochs,
-            max_grad_norm=max_grad_norm,
-            scheduler=scheduler,
-        )
+        def first_order(*args: Any, **kwargs: Any) -> FirstOrderStep:
+            settings = {
+                "optimizer": optimizer,
+                "minibatches": minibatches(minibatch_size),
+                "num_epochs": num_epochs,
+                "max_grad_norm": max_grad_norm,
+                "scheduler": scheduler,
+            }
+            return FirstOrderStep(*args, **{**settings, **kwargs})
+
         self._agent_steps = {
             agent.name: loss.make_agent_step(agent, first_order, target_kl=target_kl)
             for agent in loss.agents
         }
         self._critic_step = None
         if loss.critic_network is not None:
-            self._critic_step = FirstOrderStep(
+            size = minibatch_size if critic_minibatch_size is None else critic_minibatch_size
+            self._critic_step = first_order(
                 loss.critic_objective,
                 loss.critic_network.parameters,
-                optimizer if critic_optimizer is None else critic_optimizer,
-                minibatches=minibatches(
-                    minibatch_size if critic_minibatch_size is None else critic_minibatch_size
-                ),
+                optimizer=optimizer if critic_optimizer is None else critic_optimizer,
+                minibatches=minibatches(size),
                 num_epochs=num_epochs if critic_epochs is None else critic_epochs,
-                max_grad_norm=max_grad_norm,
-                scheduler=scheduler,
             )
 
     @property

@@ -48,10 +48,10 @@ class FirstOrderStep:
     Args:
         objective (callable): from a minibatch to a scalar loss.
         parameters (callable): returns the parameters this step may move, and no others.
-        optimizer (callable): from the parameters to their optimiser, e.g.
-            ``partial(torch.optim.Adam, lr=3e-4)``.
 
     Keyword Args:
+        optimizer (callable): from the parameters to their optimiser, e.g.
+            ``partial(torch.optim.Adam, lr=3e-4)``.
         minibatches (callable): from the data to the minibatches of one epoch.
         num_epochs (int): passes over the data.
         max_grad_norm (float, optional): the gradient is scaled down to this Euclidean norm.
@@ -72,7 +72,7 @@ class FirstOrderStep:
         >>> step = FirstOrderStep(
         ...     lambda data: (data["x"] - weight).square().mean(),
         ...     lambda: [weight],
-        ...     partial(torch.optim.SGD, lr=0.5),
+        ...     optimizer=partial(torch.optim.SGD, lr=0.5),
         ...     minibatches=ShuffledMinibatches(None, torch.Generator()),
         ...     num_epochs=1,
         ... )
@@ -85,8 +85,8 @@ class FirstOrderStep:
         self,
         objective: Callable[[TensorDictBase], Tensor],
         parameters: Callable[[], Iterable[nn.Parameter]],
-        optimizer: OptimizerFactory,
         *,
+        optimizer: OptimizerFactory,
         minibatches: MinibatchSampler,
         num_epochs: int,
         max_grad_norm: float | None = None,
@@ -118,14 +118,20 @@ class FirstOrderStep:
         return [p for p in self._source() if p.requires_grad]
 
     def rebind(self) -> None:
-        """Lets the optimiser follow parameters whose objects were replaced.
+        """Lets the optimiser follow parameters that were replaced or moved.
 
-        ``copy.deepcopy`` and ``load_state_dict(assign=True)`` put new objects into a network; the
-        optimiser's state goes with their places.
+        ``copy.deepcopy`` and ``load_state_dict(assign=True)`` put new objects into a network, and
+        ``.to(...)`` changes their device or type. The optimiser's state goes with them.
         """
         current = self._trainable()
-        if all(old is new for old, new in zip(self.parameters, current, strict=True)):
-            return
+        if any(old is not new for old, new in zip(self.parameters, current, strict=True)):
+            self._replace(current)
+        for p, state in self.optimizer.state.items():
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.shape == p.shape:
+                    state[name] = value.to(p)
+
+    def _replace(self, current: list[nn.Parameter]) -> None:
         successor = dict(zip(map(id, self.parameters), current, strict=True))
         for group in self.optimizer.param_groups:
             group["params"] = [successor[id(p)] for p in group["params"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 
 import torch
@@ -55,7 +56,8 @@ class ShuffledMinibatches:
 class ReplayBufferMinibatches:
     """Minibatches from a replay buffer of the user's own.
 
-    The buffer is emptied and filled with the data at each epoch; its sampler decides the rest.
+    A copy of the buffer is filled with the data at each epoch; its sampler decides the rest. (A
+    copy, because the storages of unlike agents and of the critic have unlike shapes.)
 
     Args:
         buffer (ReplayBuffer): a buffer with a batch size and room for the whole batch.
@@ -69,7 +71,7 @@ class ReplayBufferMinibatches:
             raise ValueError(
                 "The replay buffer has no batch_size; build it with ReplayBuffer(batch_size=...)."
             )
-        self.buffer = buffer
+        self.buffer = copy.deepcopy(buffer)
 
     def __call__(self, data: TensorDictBase) -> Iterator[TensorDictBase]:
         """The minibatches of one epoch over ``data``."""

@@ -1,0 +1,467 @@
+"""The sequential update: order, isolation, factor, state, and refusal without a trace."""
+
+from __future__ import annotations
+
+import copy
+import io
+from functools import partial
+
+import pytest
+import torch
+from team import (
+    N_AGENTS,
+    make_actor,
+    make_batch,
+    make_critic,
+    perturb,
+    same_state,
+    state_of,
+)
+from torchrl.data import LazyTensorStorage, ReplayBuffer
+from torchrl.data.replay_buffers.samplers import SamplerWithoutReplacement
+from torchrl.modules import IndependentNormal, TanhNormal
+
+from torchrl_happo import HAPPOLoss, SequentialUpdater
+from torchrl_happo.batch import TeamBatch
+
+ADAM = partial(torch.optim.Adam, lr=1e-2)
+NAMES = [f"agents_{i}" for i in range(N_AGENTS)]
+
+
+def make_updater(actor=None, critic=None, *, loss_kwargs=None, **kwargs):
+    """An updater of a small team, with the default keys."""
+    actor = make_actor() if actor is None else actor
+    critic = make_critic() if critic is None else critic
+    loss = HAPPOLoss(actor, critic, **{"entropy_coeff": 0.0, **(loss_kwargs or {})})
+    return SequentialUpdater(
+        loss, **{"optimizer": ADAM, "num_epochs": 2, "minibatch_size": 7, **kwargs}
+    )
+
+
+def optimizer_states(updater):
+    """A copy of every optimiser's state, by the agent's name."""
+    return {name: copy.deepcopy(step.state_dict()) for name, step in updater._steps.items()}
+
+
+def flat(state):
+    """The tensors of an optimiser's state in one list."""
+    return [t for entry in state["optimizer"]["state"].values() for t in entry.values()]
+
+
+def test_the_actor_that_was_passed_is_trained():
+    """The stack that a collector rolls out moves with the slices that are trained."""
+    actor, critic = make_actor(), make_critic()
+    updater = make_updater(actor, critic)
+    before, critic_before = state_of(actor), state_of(critic)
+    updater(make_batch(actor))
+    for name, value in actor.state_dict().items():
+        for row in range(N_AGENTS):
+            assert not torch.equal(value[row], before[name][row])
+    assert not same_state(critic_before, state_of(critic))
+
+
+def test_only_the_agent_whose_turn_it_is_moves(monkeypatch):
+    """During an agent's step all other parameters and optimiser states are bit-identical."""
+    actor, critic = make_actor(), make_critic()
+    updater = make_updater(actor, critic)
+    batch = make_batch(actor)
+    updater(batch)  # gives every optimiser momentum
+    run = SequentialUpdater._run
+
+    def checked(self, name, step, data, undo):
+        stack, value = state_of(actor), state_of(critic)
+        states = optimizer_states(self)
+        report = run(self, name, step, data, undo)
+        for key, now in actor.state_dict().items():
+            for row, agent in enumerate(NAMES):
+                assert torch.equal(now[row], stack[key][row]) == (agent != name)
+        assert same_state(value, state_of(critic)) == (name != "critic")
+        for other, state in optimizer_states(self).items():
+            equal = all(map(torch.equal, flat(state), flat(states[other])))
+            assert equal == (other != name)
+        return report
+
+    monkeypatch.setattr(SequentialUpdater, "_run", checked)
+    updater(batch)
+
+
+def test_an_agent_with_no_gradient_does_not_drift():
+    """Momentum of earlier updates does not move an agent whose turn is skipped."""
+    actor = make_actor()
+    updater = make_updater(actor)
+    batch = make_batch(actor)
+    updater(batch)
+    before = state_of(actor)
+    batch["agents", "active"] = torch.ones(*batch.shape, N_AGENTS, dtype=torch.bool)
+    batch["agents", "active"][..., 1] = False
+    updater(batch)
+    for key, value in actor.state_dict().items():
+        assert torch.equal(value[1], before[key][1])
+        assert not torch.equal(value[0], before[key][0])
+
+
+@pytest.mark.parametrize("distribution", [IndependentNormal, TanhNormal])
+def test_factor_is_the_exact_product_of_ratios(distribution, monkeypatch):
+    """After agent i the factor is exp of the sum of the exact log-ratios of all agents so far."""
+    actor = make_actor(distribution=distribution).double()
+    updater = make_updater(actor, make_critic().double(), order="fixed")
+    batch = make_batch(actor)
+    include = TeamBatch.include
+    log_ratios = []
+
+    def log_prob(i):
+        agent = updater.loss.agents[i]
+        data = agent.view(batch, updater.loss.agent_keys(agent))
+        with torch.no_grad():
+            return agent.actor.get_dist(data).log_prob(batch["agents", "action"][..., i, :])
+
+    before = [log_prob(i) for i in range(N_AGENTS)]
+
+    def checked(team, agent, log_ratio):
+        include(team, agent, log_ratio)
+        log_ratios.append(log_prob(agent.index) - before[agent.index])
+        expected = torch.stack(log_ratios).sum(0).flatten()
+        torch.testing.assert_close(team.log_factor, expected, rtol=1e-12, atol=1e-12)
+
+    monkeypatch.setattr(TeamBatch, "include", checked)
+    updater(batch)
+    assert len(log_ratios) == N_AGENTS
+
+
+def test_inactive_agents_contribute_ratio_one(monkeypatch):
+    """Where an agent is dead the factor does not change, whatever its policy does there."""
+    actor = make_actor()
+    updater = make_updater(actor)
+    batch = make_batch(actor)
+    active = torch.rand(*batch.shape, N_AGENTS) > 0.4
+    batch["agents", "active"] = active
+    include = TeamBatch.include
+
+    def checked(team, agent, log_ratio):
+        before = team.log_factor.clone()
+        include(team, agent, log_ratio)
+        changed = team.log_factor != before
+        assert torch.equal(changed, active[..., agent.index].flatten())
+
+    monkeypatch.setattr(TeamBatch, "include", checked)
+    updater(batch)
+
+
+def test_masked_entries_have_no_influence():
+    """Anything may stand where agents are inactive: nothing moves, bit for bit."""
+    actor, critic = make_actor(), make_critic()
+    updater = make_updater(actor, critic)
+    twin = copy.deepcopy(updater)
+    batch = make_batch(actor)
+    batch["advantage"] = torch.randn(*batch.shape, 1)
+    batch["value_target"] = torch.randn(*batch.shape, N_AGENTS, 1)
+    active = torch.rand(*batch.shape, N_AGENTS) > 0.4
+    batch["agents", "active"] = active
+    other = batch.clone()
+    for key in ["action", "action_log_prob", "loc", "scale"]:
+        value = other["agents", key]
+        dead = ~active if value.ndim == active.ndim else ~active.unsqueeze(-1)
+        other["agents", key] = torch.where(dead, torch.rand_like(value), value)
+    one, two = updater(batch), twin(other)
+    assert same_state(updater.loss.actor_network.state_dict(), twin.loss.actor_network.state_dict())
+    for name in NAMES:
+        assert (one[name] == two[name]).all()
+
+
+def test_permuting_agents_and_order_changes_nothing():
+    """Agents have no rank: the same team in another arrangement is updated the same way."""
+    actor = make_actor().double()
+    batch = make_batch(actor)
+    batch["advantage"] = torch.randn(*batch.shape, 1, dtype=torch.double)
+    permutation = [2, 0, 1]
+    permuted_actor = copy.deepcopy(actor)
+    permuted_actor.load_state_dict({k: v[permutation] for k, v in actor.state_dict().items()})
+    permuted = batch.clone()
+    permuted["agents"] = batch["agents"][..., permutation]
+    updater = make_updater(actor, order=[0, 1, 2], minibatch_size=None, loss_kwargs=None)
+    twin = make_updater(
+        permuted_actor, order=[permutation.index(i) for i in range(3)], minibatch_size=None
+    )
+    for each in (updater, twin):
+        each._critic_step = None
+        each.loss.critic_network = None
+    updater(batch)
+    twin(permuted)
+    for key, value in actor.state_dict().items():
+        torch.testing.assert_close(
+            permuted_actor.state_dict()[key], value[permutation], rtol=1e-12, atol=1e-14
+        )
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [
+        ("fixed", [0, 1, 2]),
+        ([2, 0, 1], [2, 0, 1]),
+        (["agents_1", "agents_2", "agents_0"], [1, 2, 0]),
+        (lambda batch: [1, 0, 2], [1, 0, 2]),
+    ],
+)
+def test_order(order, expected):
+    """Fixed, explicit and user-made orders are followed; metrics say who came when."""
+    updater = make_updater(order=order)
+    metrics = updater(make_batch(updater.loss.actor_network))
+    line = sorted(range(N_AGENTS), key=lambda i: metrics[NAMES[i], "position"].item())
+    assert line == expected
+
+
+def test_random_order_is_seeded_and_changes():
+    """The random order comes from the updater's own generator and visits all permutations."""
+    lines = []
+    for _ in range(2):
+        updater = make_updater(seed=3)
+        torch.manual_seed(len(lines))
+        batch = make_batch(updater.loss.actor_network)
+        lines.append([tuple(a.name for a in updater._line_up(batch)) for _ in range(60)])
+    assert lines[0] == lines[1]
+    assert len(set(lines[0])) == 6
+
+
+def test_every_sample_is_used_each_epoch():
+    """A remainder makes a smaller last minibatch; no sample is dropped."""
+    updater = make_updater(minibatch_size=7, num_epochs=1)
+    batch = make_batch(updater.loss.actor_network)
+    seen = []
+    step = updater._agent_steps[NAMES[0]]
+    objective = step.objective
+
+    def spy(data):
+        seen.append(data["agents", "observation"][..., 0])
+        return objective(data)
+
+    step.objective = spy
+    updater(batch)
+    expected = batch["agents", "observation"][..., 0, 0].flatten().sort().values
+    assert torch.equal(torch.cat(seen).sort().values, expected)
+    assert [len(x) for x in seen] == [7, 7, 7, 3]
+
+
+def test_replay_buffer_of_the_users_own():
+    """Minibatches can come from a replay buffer with a sampler of the user's choice."""
+    buffer = ReplayBuffer(
+        storage=LazyTensorStorage(100), sampler=SamplerWithoutReplacement(), batch_size=8
+    )
+    actor = make_actor()
+    updater = make_updater(actor, replay_buffer=buffer)
+    before = state_of(actor)
+    updater(make_batch(actor))
+    assert not same_state(before, state_of(actor))
+
+
+def test_scheduler_steps_once_per_batch():
+    """Each optimiser has its own schedule, which moves with the batches."""
+    updater = make_updater(
+        scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5)
+    )
+    batch = make_batch(updater.loss.actor_network)
+    for _ in range(2):
+        updater(batch)
+    rates = {step.optimizer.param_groups[0]["lr"] for step in updater._steps.values()}
+    assert rates == {1e-2 / 4}
+
+
+def test_gradient_norm_is_clipped():
+    """With plain gradient descent a step is no longer than the learning rate times the bound."""
+    actor = make_actor(distribution=IndependentNormal)
+    updater = make_updater(
+        actor,
+        optimizer=partial(torch.optim.SGD, lr=1.0),
+        num_epochs=1,
+        minibatch_size=None,
+        max_grad_norm=0.01,
+    )
+    before = state_of(actor)
+    metrics = updater(make_batch(actor))
+    for row, name in enumerate(NAMES):
+        moved = torch.cat(
+            [(v[row] - before[k][row]).flatten() for k, v in actor.state_dict().items()]
+        )
+        assert metrics[name, "grad_norm"] > 0.01
+        torch.testing.assert_close(moved.norm(), torch.tensor(0.01), rtol=1e-3, atol=0)
+
+
+def test_early_stop_at_a_target_kl():
+    """An agent stops after the epoch in which it went too far."""
+    updater = make_updater(num_epochs=20, target_kl=1e-4)
+    metrics = updater(make_batch(updater.loss.actor_network))
+    for name in NAMES:
+        assert 1 <= metrics[name, "epochs"] < 20
+
+
+def test_metrics():
+    """Scalars for each agent and the critic, finite and in range; the first factor is 1."""
+    updater = make_updater(order="fixed")
+    metrics = updater(make_batch(updater.loss.actor_network))
+    assert set(metrics.keys()) == {*NAMES, "critic"}
+    for value in metrics.values(include_nested=True, leaves_only=True):
+        assert value.shape == ()
+        assert value.isfinite()
+    first = metrics[NAMES[0]]
+    assert first["factor_mean"] == first["factor_max"] == 1
+    torch.testing.assert_close(first["factor_ess"], torch.tensor(1.0))
+    for name in NAMES:
+        agent = metrics[name]
+        assert 0 <= agent["clip_fraction"] <= 1
+        assert 0 < agent["factor_ess"] <= 1 + 1e-6
+        assert agent["kl"] > 0
+        assert agent["ratio_min"] <= agent["ratio_mean"] <= agent["ratio_max"]
+        assert agent["surrogate"] > agent["surrogate_before"]
+
+
+def test_advantage_is_estimated_unless_it_is_there():
+    """A batch with its own advantage and target is used as it is, and left as it is."""
+    actor, critic = make_actor(), make_critic()
+    updater = make_updater(actor, critic)
+    twin = copy.deepcopy(updater)
+    batch = make_batch(actor)
+    keys = set(batch.keys(True, True))
+    metrics = updater(batch)
+    assert set(batch.keys(True, True)) == keys
+    with torch.no_grad():
+        twin.loss.value_estimator(batch)
+    assert (twin(batch) == metrics).all()
+
+
+def test_state_survives_a_file_bit_for_bit():
+    """Save, build everything anew, load, go on: the same numbers as without the break."""
+    batches = [make_batch(make_actor()) for _ in range(4)]
+    scheduler = partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.9)
+    actor = make_actor()
+    updater = make_updater(actor, scheduler=scheduler)
+    for batch in batches[:2]:
+        updater(batch)
+    file = io.BytesIO()
+    torch.save(updater.state_dict(), file)
+    expected = [updater(batch) for batch in batches[2:]]
+    file.seek(0)
+    resumed = make_updater(make_actor(), scheduler=scheduler, seed=99)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    for batch, metrics in zip(batches[2:], expected, strict=True):
+        assert (resumed(batch) == metrics).all()
+    assert same_state(updater.loss.state_dict(), resumed.loss.state_dict())
+
+
+@pytest.mark.parametrize("move", ["dtype", "load", "assign", "deepcopy", "share_memory"])
+def test_the_tie_between_stack_and_slices_survives(move):
+    """After a move, reload or copy, training still moves the actor that is rolled out."""
+    actor, critic = make_actor(), make_critic()
+    updater = make_updater(actor, critic)
+    updater(make_batch(actor))
+    if move == "dtype":
+        updater.loss.to(torch.float64)
+    elif move == "load":
+        other = make_actor()
+        actor.load_state_dict(other.state_dict())
+        assert same_state(actor.state_dict(), other.state_dict())
+    elif move == "assign":
+        actor.load_state_dict(make_actor().state_dict(), assign=True)
+        critic.load_state_dict(make_critic().state_dict(), assign=True)
+    elif move == "deepcopy":
+        old = updater
+        before_old = state_of(old.loss)
+        updater = copy.deepcopy(updater)
+        actor, critic = updater.loss.actor_network, updater.loss.critic_network
+    else:
+        actor.share_memory()
+    before, critic_before = state_of(actor), state_of(critic)
+    updater(make_batch(actor))
+    for key, value in actor.state_dict().items():
+        assert not torch.equal(value, before[key])
+    assert not same_state(critic_before, state_of(critic))
+    if move == "deepcopy":
+        assert same_state(before_old, state_of(old.loss))
+
+
+def test_deepcopied_updater_gives_the_same_numbers():
+    """A copy is independent of the original and does what it would have done."""
+    updater = make_updater()
+    batch = make_batch(updater.loss.actor_network)
+    updater(batch)
+    twin = copy.deepcopy(updater)
+    assert (updater(batch) == twin(batch)).all()
+    assert same_state(updater.loss.state_dict(), twin.loss.state_dict())
+
+
+class Interrupted(BaseException):
+    """Stands for Ctrl-C."""
+
+
+@pytest.mark.parametrize("where", ["agent", "critic"])
+@pytest.mark.parametrize("error", [RuntimeError, Interrupted])
+def test_an_interrupted_update_leaves_no_trace(where, error):
+    """An error in the middle of a step puts parameters, optimisers and generators back."""
+    updater = make_updater(num_epochs=3)
+    batch = make_batch(updater.loss.actor_network)
+    updater(batch)
+    twin = copy.deepcopy(updater)
+    before = copy.deepcopy(updater.state_dict())
+    step = updater._critic_step if where == "critic" else updater._agent_steps[NAMES[1]]
+    objective, calls = step.objective, []
+
+    def fails(data):
+        calls.append(data)
+        if len(calls) == 5:
+            raise error("in the middle")
+        return objective(data)
+
+    step.objective = fails
+    with pytest.raises(error):
+        updater(batch)
+    after = updater.state_dict()
+    assert same_state(before["loss"], after["loss"])
+    assert all(map(torch.equal, before["generators"], after["generators"]))
+    step.objective = objective
+    assert (updater(batch) == twin(batch)).all()
+
+
+def test_a_non_finite_gradient_takes_the_agents_step_back(caplog):
+    """NaN in the third minibatch: that agent keeps its old policy, the others are updated."""
+    updater = make_updater(order="fixed")
+    batch = make_batch(updater.loss.actor_network)
+    updater(batch)
+    before = state_of(updater.loss.actor_network)
+    optimizer_before = optimizer_states(updater)[NAMES[1]]
+    step = updater._agent_steps[NAMES[1]]
+    objective, calls = step.objective, []
+
+    def spoiled(data):
+        calls.append(data)
+        return objective(data) * (float("nan") if len(calls) == 3 else 1.0)
+
+    step.objective = spoiled
+    metrics = updater(batch)
+    for key, value in updater.loss.actor_network.state_dict().items():
+        assert torch.equal(value[1], before[key][1])
+        assert not torch.equal(value[2], before[key][2])
+    after = optimizer_states(updater)[NAMES[1]]
+    assert all(map(torch.equal, flat(optimizer_before), flat(after)))
+    assert metrics[NAMES[1], "ratio_mean"] == 1
+    assert metrics[NAMES[1], "kl"] == 0
+    assert "agents_1 was not finite" in caplog.text
+
+
+def test_critic_fits_the_returns():
+    """The critic's loss falls on returns that do not move."""
+    updater = make_updater()
+    batch = make_batch(updater.loss.actor_network)
+    batch["advantage"] = torch.randn(*batch.shape, 1)
+    batch["value_target"] = batch["agents", "observation"][..., :1].sin() + 2.0
+    first = updater(batch)["critic"]
+    for _ in range(10):
+        last = updater(batch)["critic"]
+    assert last["loss"] < 0.5 * first["loss"]
+
+
+def test_perturbed_networks_are_picked_up():
+    """Parameters that someone else writes in place are the ones the next update starts from."""
+    actor = make_actor()
+    updater = make_updater(actor, num_epochs=1, optimizer=partial(torch.optim.SGD, lr=0.0))
+    perturb(actor)
+    before = state_of(actor)
+    updater(make_batch(actor))
+    assert same_state(before, state_of(actor))
