@@ -140,6 +140,9 @@ def _fractions(theta: Tensor, backtrack_factor: float, max_backtracks: int) -> T
 def _is_acceptable(
     improvement: Tensor, expected: Tensor, kl: Tensor, max_kl: float, accept_ratio: float
 ) -> Tensor:
-    """Comparisons with NaN are false; an infinite improvement needs a test of its own."""
+    """Comparisons with NaN are false; an infinite improvement needs a test of its own.
+
+    Where no improvement is expected, rounding must not pass for one.
+    """
     enough = (improvement > 0) & (improvement > accept_ratio * expected) & improvement.isfinite()
-    return enough & (kl < max_kl)
+    return enough & (expected > 0) & (kl < max_kl)
