@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import pytest
 import torch
 from reference import load, make_actors, make_batch, relative_error
 
-from torchrl_happo import HAPPOLoss, SequentialUpdater
+from torchrl_happo import HAPPOLoss, HATRPOLoss, SequentialUpdater
 from torchrl_happo.batch import TeamBatch
 
 CASES = ["happo_continuous", "happo_continuous_stale", "happo_continuous_mb2", "happo_discrete"]
@@ -91,3 +92,48 @@ def test_happo_matches_the_reference(case, monkeypatch):
         if "exact_kl_old_new" in golden_agent:
             kl = golden_agent["exact_kl_old_new"].mean()
             assert relative_error(metrics[name, "kl"], kl) < 1e-7
+
+
+@pytest.mark.parametrize("case", ["hatrpo_continuous", "hatrpo_continuous_fail"])
+def test_hatrpo_matches_the_reference(case, monkeypatch):
+    """The whole sequential trust-region update gives the reference's parameters and factors.
+
+    In the ``fail`` case every line search is rejected: parameters are bit-identical to before and
+    the factor stays 1.
+    """
+    golden = load(case)
+    config = golden["config"]
+    actors = make_actors(golden)
+    before = {name: copy.deepcopy(actor.state_dict()) for name, actor in actors.items()}
+    loss = HATRPOLoss(
+        actors,
+        max_kl=config["kl_threshold"],
+        max_backtracks=config["ls_step"],
+        accept_ratio=config["accept_ratio"],
+        backtrack_factor=config["backtrack_coeff"],
+    )
+    updater = SequentialUpdater(loss, order=golden["agent_order"])
+    factors = {}
+    include = TeamBatch.include
+
+    def record(team, agent, log_ratio):
+        factors[agent.name] = team.log_factor.exp()
+        include(team, agent, log_ratio)
+
+    monkeypatch.setattr(TeamBatch, "include", record)
+    metrics = updater(make_batch(golden))
+
+    for i, golden_agent in enumerate(golden["agents"]):
+        name, trpo = f"agent_{i}", golden_agent["trpo"]
+        assert relative_error(factors[name], golden_agent["factor_in"].flatten()) < 1e-9
+        final = golden_agent["params_final"] or golden["inputs"]["actor_init"][i]
+        for key, value in actors[name][0].module.named_parameters():
+            assert relative_error(value, final[key]) < 1e-9, key
+        agent = metrics[name]
+        assert bool(agent["line_search_success"]) == bool(trpo["accepted"])
+        assert abs(agent["surrogate_before"] - trpo["surrogate"]) < 1e-12  # may be zero
+        if not trpo["accepted"]:
+            assert agent["step_fraction"] == 0
+            assert agent["ratio_max"] == agent["ratio_min"] == 1
+            for key, value in actors[name].state_dict().items():
+                assert torch.equal(value, before[name][key])

@@ -16,9 +16,10 @@ done once here, so that they need not be done each time:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import (
     ProbabilisticTensorDictSequential,
     TensorDictModule,
@@ -27,7 +28,7 @@ from tensordict.nn import (
 )
 from tensordict.utils import unravel_key
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Independent, Normal, TransformedDistribution
 from torchrl.modules import IndependentNormal, SafeModule, TanhNormal
 
 __all__ = ["Policy"]
@@ -138,7 +139,36 @@ class Policy:
             return _normal_log_prob(data.get(PREIMAGE), **parameters) - data.get(LOG_DET)
         if self._is_normal():
             return _normal_log_prob(data.get(self.action_keys[0]), **parameters)
-        dist = self.distribution(parameters)
+        return self._log_prob(self.distribution(parameters), data)
+
+    @contextmanager
+    def with_parameters(self, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+        """Runs the networks with other parameters than their own.
+
+        Args:
+            parameters (mapping of str to Tensor): by their names in the actor; the others stay.
+        """
+        everything = TensorDict.from_module(self.actor).flatten_keys(".").replace(dict(parameters))
+        with everything.unflatten_keys(".").to_module(self.actor, preserve_module_state=False):
+            yield
+
+    def scored(self, parameters: Parameters, data: TensorDictBase) -> Distribution:
+        """The distribution under which :meth:`scored_log_prob` scores the actions of ``data``.
+
+        For a squashed normal and prepared data this is the normal underneath: divergences, Fisher
+        matrices and ratios are the same, and it knows nothing of bounds.
+        """
+        if PREIMAGE in data.keys():
+            return Independent(Normal(**parameters, validate_args=False), 1, validate_args=False)
+        return self.distribution(parameters)
+
+    def scored_log_prob(self, dist: Distribution, data: TensorDictBase) -> Tensor | TensorDictBase:
+        """Log-probability of the actions in ``data`` under a :meth:`scored` distribution."""
+        if PREIMAGE in data.keys():
+            return dist.log_prob(data.get(PREIMAGE)) - data.get(LOG_DET)
+        return self._log_prob(dist, data)
+
+    def _log_prob(self, dist: Distribution, data: TensorDictBase) -> Tensor | TensorDictBase:
         if len(self.action_keys) == 1:
             return dist.log_prob(data.get(self.action_keys[0]))
         return dist.log_prob(data.select(*self.action_keys))
@@ -153,7 +183,9 @@ class Policy:
         """
         if self.squashes:
             action = data.get(self.action_keys[0])
-            transform = self.distribution(parameters).transforms[0]
+            dist = self.distribution(parameters)
+            assert isinstance(dist, TransformedDistribution)
+            transform = dist.transforms[0]
             preimage = transform.inv(action)
             data.set(PREIMAGE, preimage)
             data.set(LOG_DET, transform.log_abs_det_jacobian(preimage, action).sum(-1))

@@ -70,8 +70,8 @@ def _check_log_prob_shape(agent: Agent, batch: TensorDictBase) -> None:
         if agent.index is None:
             raise ValueError(
                 f"The log-probability {agent.policy.log_prob_keys[0]!r} has shape {list(shape)}, "
-                f"so group {agent.group!r} has {shape[-1]} agents, but its actor is one network that "
-                "all of them share; build it with MultiAgentMLP(share_params=False), or pass "
+                f"so group {agent.group!r} has {shape[-1]} agents, but its actor is one network "
+                "that all of them share; build it with MultiAgentMLP(share_params=False), or pass "
                 f"blocks=[{agent.name!r}] to update them as one."
             )
     raise ValueError(

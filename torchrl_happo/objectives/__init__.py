@@ -1,5 +1,6 @@
 """Loss modules of the sequential update."""
 
 from torchrl_happo.objectives.happo import HAPPOLoss
+from torchrl_happo.objectives.hatrpo import HATRPOLoss
 
-__all__ = ["HAPPOLoss"]
+__all__ = ["HAPPOLoss", "HATRPOLoss"]

@@ -30,7 +30,7 @@ from torchrl_happo.optim.first_order import FirstOrderStep, InnerStep
 
 __all__ = ["ADVANTAGE", "OLD_LOG_PROB", "VALID", "SequentialLossMixin", "behaviour_log_prob"]
 
-#: Entries that the updater adds to an agent's view of the batch, and :meth:`agent_loss` reads:
+#: Entries that the updater adds to an agent's view of the batch, and its step reads:
 #: the log-probability the ratio starts from, the factor times the advantage, and the validity.
 OLD_LOG_PROB = "old_log_prob"
 ADVANTAGE = "factored_advantage"
@@ -69,12 +69,14 @@ def behaviour_log_prob(agent: Agent, data: TensorDictBase, current: Tensor | Non
     stored = agent.stored_log_prob(data)
     policy = agent.policy
     parameters = policy.stored_parameters(data)
-    if not policy.squashes or (parameters is None and current is None):
+    if not policy.squashes:
         return stored
-    if parameters is None:
-        parameters = policy.parameters(data)
-    else:
+    if parameters is not None:
         current = agent.log_prob(parameters, data)
+    elif current is not None:
+        parameters = policy.parameters(data)
+    if parameters is None or current is None:
+        return stored
     saturated = is_saturated(policy.distribution(parameters), data.get(policy.action_keys[0]))
     return torch.where(saturated, current, stored)
 
@@ -153,20 +155,6 @@ class SequentialLossMixin(_Base):
             *agent.policy.parameter_keys,
         ]
         return list(dict.fromkeys(unravel_key(key) for key in keys))
-
-    @abc.abstractmethod
-    def agent_loss(self, agent: Agent, data: TensorDictBase) -> Tensor:
-        """The loss of one agent on its view of the batch.
-
-        Args:
-            agent (Agent): the agent whose turn it is.
-            data (TensorDictBase): its view, with the entries named by ``OLD_LOG_PROB``,
-                ``ADVANTAGE`` (the factor times the standardised advantage) and, if some entries
-                do not count, ``VALID``; all of the shape of the log-probability.
-
-        Returns:
-            a scalar that only depends on the parameters of ``agent``.
-        """
 
     @abc.abstractmethod
     def make_agent_step(

@@ -1,0 +1,245 @@
+"""Heterogeneous-agent trust region policy optimisation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from typing import Literal
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModule, dispatch
+from torch import Tensor
+from torch.distributions import Distribution
+from torchrl.objectives import PPOLoss
+
+from torchrl_happo.agents import Agent
+from torchrl_happo.distributions import kl_divergence
+from torchrl_happo.objectives.common import (
+    ADVANTAGE,
+    OLD_LOG_PROB,
+    VALID,
+    Actors,
+    SequentialLossMixin,
+)
+from torchrl_happo.objectives.functional import masked_mean, surrogate
+from torchrl_happo.optim.first_order import FirstOrderStep
+from torchrl_happo.optim.second_order import TrustRegionStep
+from torchrl_happo.optim.trust_region import TrustRegion
+
+__all__ = ["HATRPOLoss"]
+
+
+class HATRPOLoss(SequentialLossMixin, PPOLoss):
+    r"""Heterogeneous-agent TRPO loss (Kuba et al., 2022).
+
+    Agents are updated one after the other. Agent :math:`i_m` solves (eq. 11 of
+    https://arxiv.org/abs/2109.11251)
+
+    .. math::
+        \max_\theta \mathbb{E}[r M] \quad \text{such that} \quad
+        \mathbb{E}[D_{KL}(\pi_\text{old} \| \pi_\theta)] \le \delta,
+
+    with its ratio :math:`r` and :math:`M`, the joint advantage times the factor (see
+    :class:`HAPPOLoss`). The divergence is exact for every distribution TorchRL ships, and both
+    averages run over the valid entries only.
+
+    :class:`~torchrl_happo.SequentialUpdater` takes the step by conjugate gradient and a
+    backtracking line search (see :mod:`torchrl_happo.optim.trust_region`). Its optimiser, epochs
+    and minibatches are then the critic's.
+
+    ``forward`` gives the unclipped surrogate as ``loss_objective`` and, where the data holds the
+    parameters of the old distribution, the mean divergence as ``kl``.
+
+    Args:
+        actor_network (ProbabilisticTensorDictSequential or mapping of str to it): as for
+            :class:`HAPPOLoss`.
+        critic_network (TensorDictModule): as for :class:`HAPPOLoss`.
+
+    Keyword Args:
+        max_kl (float): bound :math:`\delta` of each agent's mean divergence, in nats.
+            Defaults to ``0.01``.
+        kl_split (str or callable, optional): ``None``: each agent has ``max_kl`` to itself, as in
+            the paper; ``"equal"``: the team has it and each agent an equal share; a callable from
+            the agents to their shares splits it otherwise. Defaults to ``None``.
+        damping (float): added to the diagonal of the Fisher matrix. Defaults to ``0.1``.
+        cg_iterations (int): iterations of conjugate gradient. Defaults to ``10``.
+        cg_tolerance (float): squared norm of the residual at which they stop.
+            Defaults to ``1e-10``.
+        backtrack_factor (float): factor between two tries of the line search. Defaults to ``0.8``.
+        max_backtracks (int): number of tries. Defaults to ``10``.
+        accept_ratio (float): least accepted ratio of actual to expected improvement.
+            Defaults to ``0.5``.
+        fisher_fraction (float): share of the samples in the Fisher matrix. Defaults to ``1.0``.
+        line_search (str, optional): ``"sequential"`` or ``"batched"`` (nothing is read back from
+            the device). Defaults to ``None``: batched on accelerators, sequential on the CPU.
+        critic_coeff, loss_critic_type, clip_value, normalize_advantage,
+            normalize_advantage_exclude_dims, reduction, log_explained_variance, blocks, device: as
+            for :class:`HAPPOLoss`.
+
+    Raises:
+        ValueError: if an argument is out of range, or as :class:`HAPPOLoss` does.
+
+    Example:
+        >>> from torchrl_happo import HATRPOLoss, SequentialUpdater, make_actor, make_critic
+        >>> from torchrl_happo.envs import MatrixGame
+        >>> env = MatrixGame(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), num_envs=64)
+        >>> actor, critic = make_actor(env), make_critic(env)
+        >>> updater = SequentialUpdater(HATRPOLoss(actor, critic, max_kl=0.01), num_epochs=1)
+        >>> from torchrl.collectors import Collector
+        >>> batch = next(iter(Collector(env, actor, frames_per_batch=64, total_frames=64)))
+        >>> metrics = updater(batch)
+        >>> bool(metrics["agents_0", "kl"] <= 0.01)
+        True
+    """
+
+    def __init__(
+        self,
+        actor_network: Actors,
+        critic_network: TensorDictModule | None = None,
+        *,
+        max_kl: float = 0.01,
+        kl_split: Literal["equal"] | Callable[[Sequence[Agent]], Sequence[float]] | None = None,
+        damping: float = 0.1,
+        cg_iterations: int = 10,
+        cg_tolerance: float = 1e-10,
+        backtrack_factor: float = 0.8,
+        max_backtracks: int = 10,
+        accept_ratio: float = 0.5,
+        fisher_fraction: float = 1.0,
+        line_search: Literal["sequential", "batched"] | None = None,
+        critic_coeff: float | None = None,
+        loss_critic_type: str = "smooth_l1",
+        clip_value: float | None = None,
+        normalize_advantage: bool = False,
+        normalize_advantage_exclude_dims: tuple[int, ...] = (),
+        reduction: str = "mean",
+        log_explained_variance: bool = True,
+        blocks: Collection[str] = (),
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__(
+            self._joint_network(actor_network),
+            critic_network,
+            entropy_bonus=False,
+            critic_coeff=critic_coeff,
+            loss_critic_type=loss_critic_type,
+            clip_value=clip_value,
+            normalize_advantage=normalize_advantage,
+            normalize_advantage_exclude_dims=normalize_advantage_exclude_dims,
+            reduction=reduction,
+            log_explained_variance=log_explained_variance,
+            device=device,
+            functional=False,
+        )
+        self._init_team(actor_network, blocks)
+        if line_search is None:
+            on_cpu = self.agents[0].parameters()[0].device.type == "cpu"
+            line_search = "sequential" if on_cpu else "batched"
+        shares = _shares(kl_split, self.agents)
+        self._trust_regions = {
+            agent.name: TrustRegion(
+                max_kl=max_kl * share,
+                damping=damping,
+                cg_iterations=cg_iterations,
+                cg_tolerance=cg_tolerance,
+                backtrack_factor=backtrack_factor,
+                max_backtracks=max_backtracks,
+                accept_ratio=accept_ratio,
+                fisher_fraction=fisher_fraction,
+                line_search=line_search,
+            )
+            for agent, share in zip(self.agents, shares, strict=True)
+        }
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """The unclipped surrogate of the whole team, and the mean divergence from the old one."""
+        kl = self._team_kl(tensordict)
+        output = super().forward(tensordict)
+        if kl is not None:
+            output.set("kl", kl)
+        return output
+
+    def _team_kl(self, tensordict: TensorDictBase) -> Tensor | None:
+        divergences = []
+        for group in self._groups:
+            data = group.view(tensordict, self.agent_keys(group))
+            stored = group.policy.stored_parameters(data)
+            if stored is None:
+                return None
+            old = group.policy.distribution(stored)
+            new = group.policy.distribution(group.policy.parameters(data))
+            batch_ndim = tensordict.batch_dims + group.member_dims(data)
+            kl = kl_divergence(old, new, batch_ndim=batch_ndim)
+            divergences.append(self._line_up(kl, tensordict))
+        return self._reduce_loss(torch.cat(divergences, -1).unsqueeze(-1), tensordict)
+
+    def agent_distribution(
+        self, agent: Agent, parameters: Mapping[str, Tensor], data: TensorDictBase
+    ) -> Distribution:
+        """The policy of one agent with other parameters, at the observations of ``data``."""
+        with agent.policy.with_parameters(parameters):
+            return agent.policy.scored(agent.policy.parameters(data), data)
+
+    def agent_surrogate(self, agent: Agent, dist: Distribution, data: TensorDictBase) -> Tensor:
+        """Mean of the ratio times the factor times the advantage, over the valid entries.
+
+        Args:
+            agent (Agent): the agent whose turn it is.
+            dist (Distribution): its policy (see :meth:`agent_distribution`).
+            data (TensorDictBase): its view of the batch, with ``OLD_LOG_PROB``, ``ADVANTAGE`` and
+                perhaps ``VALID``.
+
+        Returns:
+            a scalar.
+        """
+        log_prob = agent.joint_log_prob(agent.policy.scored_log_prob(dist, data), data)
+        gain = surrogate(log_prob - data.get(OLD_LOG_PROB), data.get(ADVANTAGE))
+        return masked_mean(gain, data.get(VALID, None))
+
+    def make_agent_step(
+        self, agent: Agent, first_order: Callable[..., FirstOrderStep], *, target_kl: float | None
+    ) -> TrustRegionStep:
+        """One trust-region step on the whole batch."""
+        if target_kl is not None:
+            raise ValueError(
+                f"target_kl={target_kl} stops first-order epochs early, but HATRPO takes one step "
+                "whose divergence is bounded by max_kl; leave target_kl out."
+            )
+        settings = self._trust_regions[agent.name]
+        generator = None
+        if settings.fisher_fraction < 1:
+            generator = torch.Generator(agent.parameters()[0].device)
+            generator.manual_seed(agent.position.start)
+        return TrustRegionStep(
+            partial(self.agent_distribution, agent),
+            partial(self.agent_surrogate, agent),
+            agent.named_parameters,
+            settings=settings,
+            valid_key=VALID,
+            generator=generator,
+        )
+
+
+def _shares(
+    split: Literal["equal"] | Callable[[Sequence[Agent]], Sequence[float]] | None,
+    agents: Sequence[Agent],
+) -> list[float]:
+    """Each agent's part of ``max_kl``."""
+    if split is None:
+        return [1.0] * len(agents)
+    if split == "equal":
+        return [1.0 / len(agents)] * len(agents)
+    if not callable(split):
+        raise ValueError(
+            f'kl_split must be None, "equal" or a callable from the agents to their shares, got '
+            f"{split!r}."
+        )
+    shares = [float(share) for share in split(agents)]
+    if len(shares) != len(agents) or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
+        raise ValueError(
+            f"kl_split returned {shares}; it must return {len(agents)} positive shares that sum "
+            "to 1."
+        )
+    return shares

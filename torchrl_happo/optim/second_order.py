@@ -1,0 +1,124 @@
+"""The trust-region inner step of one agent: one natural-gradient step on the whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from torchrl_happo.optim.trust_region import TrustRegion, trust_region_step
+
+__all__ = ["TrustRegionStep"]
+
+
+class TrustRegionStep:
+    """One :func:`~torchrl_happo.optim.trust_region.trust_region_step` for each batch.
+
+    Args:
+        distribution (callable): from parameters by name and data to the policy's distribution.
+        surrogate (callable): from a distribution and data to the scalar to increase.
+        parameters (callable): returns the names and parameters this step may move.
+
+    Keyword Args:
+        settings (TrustRegion): bound, damping, iterations, line search.
+        valid_key (str): entry of the data that marks the valid samples, if there is one.
+        generator (torch.Generator, optional): draws the samples of the Fisher matrix.
+
+    Example:
+        >>> weight = nn.Parameter(torch.zeros(()))
+        >>> step = TrustRegionStep(
+        ...     lambda params, data: torch.distributions.Normal(params["w"] + data["x"], 1.0),
+        ...     lambda dist, data: dist.mean.mean(),
+        ...     lambda: [("w", weight)],
+        ...     settings=TrustRegion(max_kl=0.02, damping=0.0),
+        ... )
+        >>> metrics = step(TensorDict({"x": torch.zeros(4)}, batch_size=[4]))
+        >>> round(weight.item(), 4), metrics["line_search_success"].item()
+        (0.2, 1.0)
+    """
+
+    def __init__(
+        self,
+        distribution: Callable[[Mapping[str, Tensor], TensorDictBase], Distribution],
+        surrogate: Callable[[Distribution, TensorDictBase], Tensor],
+        parameters: Callable[[], Iterable[tuple[str, nn.Parameter]]],
+        *,
+        settings: TrustRegion,
+        valid_key: str = "valid",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.distribution = distribution
+        self.surrogate = surrogate
+        self.named_parameters = parameters
+        self.settings = settings
+        self.valid_key = valid_key
+        self.generator = generator
+
+    def __call__(self, data: TensorDictBase) -> TensorDict:
+        """Takes the step, or none at all.
+
+        Args:
+            data (TensorDictBase): everything the policy and the surrogate read.
+
+        Returns:
+            scalars: ``line_search_success`` (1 or 0), ``step_fraction`` (0 if rejected),
+            ``step_kl`` (of the last step tried), ``improvement`` and ``expected_improvement`` of
+            the surrogate, ``curvature``, ``cg_residual`` (relative), ``grad_norm``.
+        """
+        parameters = dict(self.named_parameters())
+        valid = data.get(self.valid_key, None)
+
+        def policy(values: Mapping[str, Tensor], rows: Tensor | None) -> Distribution:
+            return self.distribution(values, data if rows is None else data[rows])
+
+        moved, result = trust_region_step(
+            policy,
+            lambda dist: self.surrogate(dist, data),
+            parameters,
+            self.settings,
+            valid=valid,
+            batch_ndim=data.batch_dims if valid is None else valid.ndim,
+            generator=self.generator,
+        )
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                if parameter.requires_grad:
+                    parameter.copy_(moved[name])
+        return TensorDict(
+            {
+                "line_search_success": result.success.float(),
+                "step_fraction": result.step_fraction,
+                "step_kl": result.kl,
+                "improvement": result.improvement,
+                "expected_improvement": result.expected_improvement,
+                "curvature": result.curvature,
+                "cg_residual": result.cg_residual,
+                "grad_norm": result.gradient_norm,
+            }
+        )
+
+    def rebind(self) -> None:
+        """Nothing is held that could go stale."""
+
+    def snapshot(self) -> dict[str, Any]:
+        """A copy of the parameters."""
+        return {name: p.detach().clone() for name, p in self.named_parameters()}
+
+    @torch.no_grad()
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Puts the parameters back, bit for bit."""
+        for name, parameter in self.named_parameters():
+            parameter.copy_(snapshot[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the generator, the only one there is."""
+        return {} if self.generator is None else {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Loads what :meth:`state_dict` returned."""
+        if self.generator is not None:
+            self.generator.set_state(state["generator"])
