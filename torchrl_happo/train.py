@@ -8,24 +8,20 @@ run (``outputs/<task>/<algorithm>/<time>``) ends up with ``config.yaml``, ``metr
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
 from contextlib import closing
 from pathlib import Path
 
-import hydra
 import torch
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
 
 from torchrl_happo.recipe import checkpoint, compose
 from torchrl_happo.recipe.algorithms import Learner, make_learner
-from torchrl_happo.recipe.checkpoint import CheckpointError, Checkpoints, Progress
+from torchrl_happo.recipe.checkpoint import Checkpoints, Progress
+from torchrl_happo.recipe.cli import command_line
 from torchrl_happo.recipe.collection import Batches
-from torchrl_happo.recipe.config import ConfigError, TrainConfig, validate
+from torchrl_happo.recipe.config import TrainConfig, validate
 from torchrl_happo.recipe.environments import make_env
 from torchrl_happo.recipe.evaluation import Evaluation
 from torchrl_happo.recipe.interrupt import Interrupt
@@ -77,8 +73,10 @@ def run(config: TrainConfig, folder: Path) -> Path:
     ):
         if progress.iteration == 0 and config.evaluation.interval > 0:
             records.add_evaluation({**progress.position, **evaluate(learner.policy)})
-        batches.restart(derive_seed(config.seed, progress.iteration))
+        fresh_start = True
         while progress.iteration < config.iterations:
+            if fresh_start:
+                batches.restart(derive_seed(config.seed, progress.iteration))
             row = _learn(batches, learner, progress)
             records.add_training(row)
             display.update(progress.frames, row["return"])
@@ -86,12 +84,12 @@ def run(config: TrainConfig, folder: Path) -> Path:
             if _due(config.evaluation.interval, progress, config):
                 records.add_evaluation({**progress.position, **evaluate(learner.policy)})
 
-            if interrupt.requested or _due(config.checkpoint.interval, progress, config):
+            fresh_start = interrupt.requested or _due(config.checkpoint.interval, progress, config)
+            if fresh_start:
                 checkpoints.save(config, learner.updater, progress)
-                if interrupt.requested:
-                    logger.info("Stopped and saved; go on with: resume=%s", folder)
-                    raise KeyboardInterrupt
-                batches.restart(derive_seed(config.seed, progress.iteration))
+            if interrupt.requested:
+                logger.info("Stopped and saved; go on with: resume=%s", folder)
+                raise KeyboardInterrupt
 
     write_report(config, folder)
     result = progress.evaluation[-1]
@@ -129,38 +127,9 @@ def _due(interval: int, progress: Progress, config: TrainConfig) -> bool:
     return last or (interval > 0 and progress.iteration % interval == 0)
 
 
-@hydra.main(f"pkg://{compose.CONFIG_MODULE}", "config", version_base="1.3")
-def _job(composed: DictConfig) -> None:
-    """One run of the command line, or of a sweep."""
-    logging.getLogger("torchrl").setLevel(logging.WARNING)
-    job = HydraConfig.get()
-    try:
-        if composed.resume is None:
-            config = compose.to_config(composed)
-        else:
-            stored = checkpoint.read_config(checkpoint.read(Path(composed.resume)))
-            config = compose.resume_config(stored, composed, job.overrides.task)
-        run(config, Path(job.runtime.output_dir))
-    except (ConfigError, CheckpointError) as error:
-        raise SystemExit(_refuse(str(error))) from error
-
-
 def main() -> int:
-    """The command line; returns its exit code: 2 for what cannot be run, 130 after Ctrl-C."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # hands errors over instead of printing them
-    compose.register()
-    try:
-        _job()
-    except (HydraException, MissingConfigException, OmegaConfBaseException) as error:
-        return _refuse(compose.sentence(error))
-    except KeyboardInterrupt:
-        return 130
-    return 0
-
-
-def _refuse(sentence: str) -> int:
-    sys.stderr.write(sentence + "\n")
-    return 2
+    """The command line; returns its exit code."""
+    return command_line(run)
 
 
 if __name__ == "__main__":

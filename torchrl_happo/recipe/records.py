@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -113,8 +114,8 @@ def make_logger(config: TrainConfig, folder: Path) -> Logger | None:
             f"pip install {config.logger}, or take logger=csv."
         )
     name = f"{config.task.name}/{config.algorithm.name}/seed_{config.seed}".replace("/", "_")
-    options = {"project": "torchrl_happo", "config": {}} if config.logger == "wandb" else {}
-    return get_logger(config.logger, str(folder), name, wandb_kwargs=options)
+    project = {"project": "torchrl_happo", "config": asdict(config)}
+    return get_logger(config.logger, str(folder), name, wandb_kwargs=project)
 
 
 def episode_statistics(batch: TensorDictBase) -> Row:

@@ -1,0 +1,246 @@
+"""Whole runs: repeatable, resumable bit for bit, and undisturbed by what only looks on."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from recipe_helpers import TINY, table, tiny_config
+
+from torchrl_happo import train
+from torchrl_happo.recipe import checkpoint
+from torchrl_happo.recipe.algorithms import SequentialUpdater
+from torchrl_happo.recipe.baselines import SimultaneousUpdater
+from torchrl_happo.recipe.checkpoint import CheckpointError
+from torchrl_happo.recipe.config import ConfigError
+
+ALGORITHMS = ("happo", "mappo", "ippo")
+
+
+@pytest.fixture(autouse=True)
+def drawn(request, monkeypatch):
+    """Leaves the report out, which takes longer than these runs, but where it is what is tested."""
+    if "draws" not in request.fixturenames:
+        monkeypatch.setattr(train, "write_report", lambda config, folder: None)
+
+
+@pytest.fixture
+def draws():
+    """Asks for the report at the end of a run."""
+
+
+def final(folder):
+    """Everything that a finished run has learned."""
+    return checkpoint.read(folder)["updater"]
+
+
+def same(first, second):
+    """Whether two runs measured and learned the same, bit for bit."""
+    torch.testing.assert_close(final(first), final(second), rtol=0, atol=0)
+    assert table(first / "metrics.csv") == table(second / "metrics.csv")
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_run_can_be_repeated(tmp_path, algorithm):
+    """The seed decides everything, also for a second run in the same process."""
+    config = tiny_config(f"algorithm={algorithm}", "seed=5")
+    same(train.run(config, tmp_path / "a"), train.run(config, tmp_path / "b"))
+    other = train.run(replace(config, seed=6), tmp_path / "c")
+    assert table(other / "metrics.csv") != table(tmp_path / "a" / "metrics.csv")
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, algorithm):
+    """From each checkpoint, in place or branched off, the run ends with the same numbers."""
+    config = tiny_config(f"algorithm={algorithm}", "checkpoint.interval=1", "evaluation.interval=1")
+    whole = train.run(config, tmp_path / "whole")
+    branch = whole / "checkpoints" / "00000001.pt"
+    same(whole, train.run(replace(config, resume=str(branch)), tmp_path / "branch"))
+
+    stopped = shutil.copytree(whole, tmp_path / "stopped")
+    (stopped / "checkpoints" / "00000003.pt").unlink()
+    same(whole, train.run(replace(config, resume=str(stopped)), stopped))
+    assert table(whole / "evaluation.csv") == table(stopped / "evaluation.csv")
+
+
+def test_a_finished_run_can_be_made_longer(tmp_path):
+    """Resuming with more frames adds iterations to what is there."""
+    config = tiny_config()
+    folder = train.run(config, tmp_path)
+    before = table(folder / "metrics.csv")
+    train.run(replace(config, resume=str(folder), total_frames=120), folder)
+    after = table(folder / "metrics.csv")
+    assert after[: len(before)] == before
+    assert [row["iteration"] for row in after] == ["1", "2", "3", "4", "5"]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_evaluation_does_not_disturb_training(tmp_path, algorithm):
+    """With and without evaluation the training run is the same, bit for bit.
+
+    VMAS environments of a process share a random state, so a second one disturbs the first.
+    """
+    config = tiny_config(f"algorithm={algorithm}", "task=vmas/navigation")
+    often = replace(config, evaluation=replace(config.evaluation, interval=1))
+    never, always = train.run(config, tmp_path / "never"), train.run(often, tmp_path / "always")
+    same(never, always)
+    assert [row["iteration"] for row in table(always / "evaluation.csv")] == ["0", "1", "2", "3"]
+    assert [row["iteration"] for row in table(never / "evaluation.csv")] == ["3"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_and_can_be_resumed(tmp_path, monkeypatch, number):
+    """The iteration that is interrupted is finished, saved, and gone on from."""
+    config = tiny_config()
+    update = SequentialUpdater.__call__
+
+    def interrupted(self, batch):
+        if self.num_updates == 1:
+            signal.raise_signal(number)
+        return update(self, batch)
+
+    handler = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(SequentialUpdater, "__call__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(config, tmp_path)
+    assert signal.getsignal(number) is handler
+    assert checkpoint.read(tmp_path)["progress"]["iteration"] == 2
+    train.run(replace(config, resume=str(tmp_path)), tmp_path)
+    assert len(table(tmp_path / "metrics.csv")) == 3
+
+
+def test_a_second_ctrl_c_acts_at_once(tmp_path, monkeypatch):
+    """Whoever presses twice does not wait for the iteration, and nothing is written."""
+
+    def interrupted_twice(self, batch):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("not interrupted")
+
+    monkeypatch.setattr(SequentialUpdater, "__call__", interrupted_twice)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(tiny_config(), tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_an_error_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    """A run that breaks in the middle is resumed from where it last saved."""
+    config = tiny_config("algorithm=mappo", "checkpoint.interval=1")
+    whole = train.run(config, tmp_path / "whole")
+    update = SimultaneousUpdater.__call__
+    calls = []
+
+    def broken(self, batch):
+        calls.append(batch)
+        if len(calls) == 3:
+            raise RuntimeError("the third update breaks")
+        return update(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SimultaneousUpdater, "__call__", broken)
+        with pytest.raises(RuntimeError, match="third update"):
+            train.run(config, tmp_path / "broken")
+    broken_run = tmp_path / "broken"
+    same(whole, train.run(replace(config, resume=str(broken_run)), broken_run))
+
+
+def test_a_run_leaves_what_it_promises(tmp_path, draws):
+    """Configuration, tables with named columns, checkpoint and curve."""
+    folder = train.run(tiny_config("evaluation.interval=2"), tmp_path / "new" / "folder")
+    assert {path.name for path in folder.iterdir()} == {
+        "checkpoints",
+        "config.yaml",
+        "curve.png",
+        "evaluation.csv",
+        "metrics.csv",
+    }
+    rows = table(folder / "metrics.csv")
+    assert [int(row["frames"]) for row in rows] == [24, 48, 72]
+    assert {"return", "episode_length", "agents_0/kl", "critic/loss"} <= rows[0].keys()
+    assert float(rows[0]["episode_length"]) == 4
+    assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path):
+    """``logger=tensorboard`` adds an event file with what the tables hold."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = train.run(tiny_config("logger=tensorboard"), tmp_path)
+    events = EventAccumulator(str(next(folder.glob("vmas_*"))))
+    events.Reload()
+    logged = [(event.step, event.value) for event in events.Scalars("train/return")]
+    rows = table(folder / "metrics.csv")
+    assert logged == [(int(r["frames"]), pytest.approx(float(r["return"]))) for r in rows]
+
+
+def test_a_logger_that_is_not_installed_is_refused(tmp_path, monkeypatch):
+    """The sentence says what to install."""
+    monkeypatch.setattr("torchrl_happo.recipe.records.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install wandb"):
+        train.run(tiny_config("logger=wandb"), tmp_path)
+
+
+def test_a_checkpoint_of_other_networks_is_refused(tmp_path):
+    """A change of the networks is named before anything is trained."""
+    folder = train.run(tiny_config(), tmp_path)
+    wider = tiny_config("model.num_cells=[9]", f"resume={folder}")
+    with pytest.raises(CheckpointError, match=r"does not fit this run: .*architecture"):
+        train.run(wider, folder)
+    assert len(table(folder / "metrics.csv")) == 3
+
+
+class TestCommandLine:
+    """What a shell sees."""
+
+    @pytest.fixture(autouse=True)
+    def restored_logging(self):
+        """Hydra sets up logging for the whole process."""
+        root = logging.getLogger()
+        handlers, level = list(root.handlers), root.level
+        yield
+        root.handlers[:] = handlers
+        root.setLevel(level)
+
+    def call(self, monkeypatch, folder, *overrides):
+        monkeypatch.setattr("sys.argv", ["torchrl-happo", *overrides, *TINY])
+        monkeypatch.chdir(folder)
+        return train.main()
+
+    def test_runs_in_a_folder_of_its_own(self, monkeypatch, tmp_path):
+        """Task and algorithm are in the path."""
+        assert self.call(monkeypatch, tmp_path, "algorithm=ippo") == 0
+        assert len(list(tmp_path.glob("outputs/vmas/balance/ippo/*/metrics.csv"))) == 1
+
+    def test_sweeps(self, monkeypatch, tmp_path):
+        """``-m`` runs every combination, each in its own folder."""
+        assert self.call(monkeypatch, tmp_path, "-m", "algorithm=happo,mappo", "seed=0,1") == 0
+        assert len(list(tmp_path.glob("multirun/*/vmas/balance/*/seed_*/metrics.csv"))) == 4
+
+    def test_resumes_in_place(self, monkeypatch, tmp_path):
+        """``resume=FOLDER`` goes on in that folder with the stored task and algorithm."""
+        run = train.run(tiny_config("algorithm=mappo", "task=vmas/wheel"), tmp_path / "run")
+        monkeypatch.setattr("sys.argv", ["torchrl-happo", f"resume={run}", "total_frames=96"])
+        assert train.main() == 0
+        assert len(table(run / "metrics.csv")) == 4
+
+    @pytest.mark.parametrize(
+        ("override", "words"),
+        [
+            ("task=vmas/whel", "There is no task 'vmas/whel'; near: vmas/wheel."),
+            ("algorithm.lr=-1", "algorithm.lr is -1.0, but must be above 0."),
+            ("resume=nowhere", "There is no checkpoint or run folder at nowhere."),
+        ],
+    )
+    def test_refuses_in_one_sentence(self, monkeypatch, tmp_path, capsys, override, words):
+        """Exit code 2, one line, no traceback."""
+        try:
+            code = self.call(monkeypatch, tmp_path, override)
+        except SystemExit as error:
+            code = error.code
+        assert code == 2
+        assert capsys.readouterr().err == words + "\n"

@@ -1,0 +1,67 @@
+"""The command line: Hydra in front, one sentence instead of a traceback for a user's mistake."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from torchrl_happo.recipe import checkpoint, compose
+from torchrl_happo.recipe.checkpoint import CheckpointError
+from torchrl_happo.recipe.config import ConfigError, TrainConfig
+
+REFUSED = 2
+INTERRUPTED = 130
+
+
+def command_line(run: Callable[[TrainConfig, Path], Path]) -> int:
+    """Runs what ``sys.argv`` asks for: one run, or with ``-m`` a sweep.
+
+    Args:
+        run (callable): from a configuration and a folder to a finished run.
+
+    Returns:
+        the exit code: 0, 2 for what cannot be run, 130 after Ctrl-C.
+    """
+
+    @hydra.main(f"pkg://{compose.CONFIG_MODULE}", "config", version_base="1.3")
+    def job(composed: DictConfig) -> None:
+        logging.getLogger("torchrl").setLevel(logging.WARNING)
+        hydra_config = HydraConfig.get()
+        try:
+            config = _load(composed, list(hydra_config.overrides.task))
+            run(config, Path(hydra_config.runtime.output_dir))
+        except (ConfigError, CheckpointError) as error:
+            raise SystemExit(_refuse(str(error))) from error
+
+    compose.register()
+    # By default Hydra prints an error and ends the process; this makes it hand the error over.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    try:
+        job()
+    except (HydraException, MissingConfigException, OmegaConfBaseException) as error:
+        return _refuse(compose.sentence(error))
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 0
+
+
+def _load(composed: DictConfig, overrides: list[str]) -> TrainConfig:
+    """What Hydra composed or, for a resumed run, what its checkpoint says."""
+    if composed.resume is None:
+        return compose.to_config(composed)
+    stored = checkpoint.read_config(checkpoint.read(Path(composed.resume)))
+    return compose.resume_config(stored, composed, overrides)
+
+
+def _refuse(sentence: str) -> int:
+    sys.stderr.write(sentence + "\n")
+    return REFUSED
