@@ -21,7 +21,7 @@ from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
 from torchrl_happo.policy import Parameters, Policy
-from torchrl_happo.stacks import Tie, check_not_shared, cut_actor, num_agents
+from torchrl_happo.stacks import Tie, cut_actor, num_agents, shared_part
 
 __all__ = ["Agent", "split_actor", "split_team"]
 
@@ -236,16 +236,23 @@ def split_actor(
     key_group = group_of(actor.dist_sample_keys[0])
     name = group if group is not None else (key_group or "agent")
     n_agents = num_agents(actor, name)
-    if as_block or n_agents is None or n_agents == 1:
+    shared = None if n_agents is None else shared_part(actor, n_agents)
+    if as_block or n_agents is None or (n_agents == 1 and shared is not None):
         size = n_agents or 1
         return [Agent(name, actor, group=key_group, position=slice(start, start + size))]
-    check_not_shared(actor, name, n_agents)
+    if shared is not None:
+        raise ValueError(
+            f"The actor of group {name!r} has {shared}, but HAPPO updates one agent after the "
+            "other and needs a network of its own for each (share_params=False, "
+            "centralized=False); to update agents that share parameters as one block, pass "
+            f"blocks=[{name!r}]."
+        )
     agents = []
     for index in range(n_agents):
         single_actor, ties = cut_actor(actor, n_agents, index)
         agents.append(
             Agent(
-                f"{name}_{index}",
+                name if n_agents == 1 else f"{name}_{index}",
                 single_actor,
                 group=key_group,
                 position=slice(start + index, start + index + 1),

@@ -148,8 +148,10 @@ class Policy:
         Args:
             parameters (mapping of str to Tensor): by their names in the actor; the others stay.
         """
-        everything = TensorDict.from_module(self.actor).flatten_keys(".").replace(dict(parameters))
-        with everything.unflatten_keys(".").to_module(self.actor, preserve_module_state=False):
+        networks = TensorDict.from_module(self.actor).named_apply(
+            lambda path, tensor: parameters.get(".".join(path), tensor), nested_keys=True
+        )
+        with networks.to_module(self.actor, preserve_module_state=False):
             yield
 
     def scored(self, parameters: Parameters, data: TensorDictBase) -> Distribution:

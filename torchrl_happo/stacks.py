@@ -16,7 +16,7 @@ from tensordict.nn import AddStateIndependentNormalScale, ProbabilisticTensorDic
 from torch import Tensor, nn
 from torchrl.modules.models.multiagent import MultiAgentNetBase
 
-__all__ = ["Tie", "check_not_shared", "cut_actor", "num_agents"]
+__all__ = ["Tie", "cut_actor", "num_agents", "shared_part"]
 
 
 @dataclass
@@ -103,28 +103,17 @@ def num_agents(actor: nn.Module, group: str) -> int | None:
     return sizes.pop() if sizes else None
 
 
-def check_not_shared(actor: nn.Module, group: str, n_agents: int) -> None:
-    """Refuses an actor in which one parameter would serve several agents."""
+def shared_part(actor: nn.Module, n_agents: int) -> str | None:
+    """Names a part of the joint actor that several agents use; ``None`` if there is none."""
     for net in _stacked_modules(actor):
         if net.centralized:
-            raise ValueError(
-                f"The actor of group {group!r} contains a {type(net).__name__} with "
-                "centralized=True, which makes every agent act on all observations; pass "
-                "centralized=False."
-            )
+            return f"a {type(net).__name__} with centralized=True, which sees all observations"
         if net.share_params:
-            raise ValueError(_shared(f"a {type(net).__name__} with share_params=True", group))
+            return f"a {type(net).__name__} with share_params=True"
     for path, module in _outside_stacks(actor, n_agents):
         for name, _ in module.named_parameters(recurse=False):
-            raise ValueError(_shared(f"one parameter {path}.{name} for all agents", group))
-
-
-def _shared(what: str, group: str) -> str:
-    return (
-        f"The actor of group {group!r} has {what}, but HAPPO updates one agent after the other and "
-        "needs a network of its own for each (share_params=False); to update agents that share "
-        f"parameters as one block, pass blocks=[{group!r}]."
-    )
+            return f"one parameter {path}.{name} for all agents"
+    return None
 
 
 def _outside_stacks(
