@@ -82,6 +82,7 @@ def assert_unmoved(new, params, result):
     assert new.keys() == params.keys()
     for name, parameter in params.items():
         assert torch.equal(new[name], parameter)
+        assert torch.equal(new[name].signbit(), parameter.signbit())  # -0.0 equals 0.0
         assert new[name].dtype == parameter.dtype
 
 
@@ -309,6 +310,22 @@ def test_line_searches_agree_with_the_definition(
         torch.testing.assert_close(outcome.expected, fraction * expected)
 
 
+@pytest.mark.parametrize("search", [sequential_line_search, batched_line_search])
+@pytest.mark.parametrize("expected", [0.0, -1.0])
+def test_rounding_does_not_pass_for_an_improvement(search, expected):
+    """A step that the gradient promises nothing for is not accepted."""
+    outcome = search(
+        lambda x: (x.sum() + 1e-7, x.sum()),
+        torch.zeros(2),
+        torch.zeros(2),
+        torch.tensor(0.0),
+        torch.tensor(expected),
+        max_kl=0.01,
+    )
+    assert not outcome.success
+    assert outcome.fraction == 0
+
+
 # -- the whole step ----------------------------------------------------------------------------
 
 
@@ -446,6 +463,7 @@ def test_parameters_passed_in_are_not_touched(line_search):
 def test_a_gradient_that_is_zero_or_not_finite_moves_nothing(line_search, scale):
     """Nothing is NaN but what reports the gradient itself."""
     distribution_fn, surrogate_fn, params = make_problem()
+    params["0.bias"] = torch.full_like(params["0.bias"], -0.0, requires_grad=True)
     settings = TrustRegion(line_search=line_search)
     new, result = trust_region_step(
         distribution_fn, lambda dist: scale * surrogate_fn(dist), params, settings
@@ -466,7 +484,7 @@ def test_a_surrogate_without_a_graph_moves_nothing(line_search):
 
 
 @pytest.mark.parametrize("line_search", LINE_SEARCHES)
-@pytest.mark.parametrize("scale", [1e-30, 1e25])
+@pytest.mark.parametrize("scale", [1e-30, 1.8e19, 1e25])
 def test_a_matrix_that_is_not_finite_or_vanishes_moves_nothing(line_search, scale):
     """1 / scale^2 overflows or underflows in float32; there is no damping to help."""
     loc = torch.zeros(2, requires_grad=True)
@@ -477,6 +495,7 @@ def test_a_matrix_that_is_not_finite_or_vanishes_moves_nothing(line_search, scal
         TrustRegion(damping=0.0, line_search=line_search),
     )
     assert_unmoved(new, {"loc": loc}, result)
+    assert result.kl == result.improvement == result.expected_improvement == 0
 
 
 @pytest.mark.parametrize("line_search", LINE_SEARCHES)
@@ -594,6 +613,35 @@ def test_fisher_matrix_on_a_share_of_the_rows():
     assert valid[drawn[1]].all()
     step(0.5, 0, valid)
     assert set(drawn[1].tolist()) > set(range(30))
+
+
+def test_a_share_of_the_rows_counts_valid_samples_only():
+    """What the policy does at samples that are not valid makes no difference."""
+    distribution_fn, _, params = make_problem("categorical")
+    valid = torch.arange(64) % 4 > 0
+
+    def step(sharpness):
+        def sharpened(params, rows):
+            logits = distribution_fn(params, rows).logits
+            counted = valid if rows is None else valid[rows]
+            return D.Categorical(
+                logits=torch.where(counted.unsqueeze(-1), logits, sharpness * logits)
+            )
+
+        return trust_region_step(
+            sharpened,
+            lambda dist: torch.where(valid, dist.log_prob(torch.zeros(64)), 0).mean(),
+            params,
+            TrustRegion(fisher_fraction=0.9),
+            valid=valid,
+            generator=torch.Generator().manual_seed(0),
+        )
+
+    (new, result), (other, expected) = step(1.0), step(3.0)
+    assert result.success
+    torch.testing.assert_close(torch.stack(result[2:]), torch.stack(expected[2:]))
+    for name in new:
+        torch.testing.assert_close(new[name], other[name])
 
 
 @pytest.mark.parametrize("line_search", LINE_SEARCHES)

@@ -140,9 +140,10 @@ def _fractions(theta: Tensor, backtrack_factor: float, max_backtracks: int) -> T
 def _is_acceptable(
     improvement: Tensor, expected: Tensor, kl: Tensor, max_kl: float, accept_ratio: float
 ) -> Tensor:
-    """Comparisons with NaN are false; an infinite improvement needs a test of its own.
+    """The three conditions; the ratio implies an improvement where one is promised at all.
 
-    Where no improvement is expected, rounding must not pass for one.
+    Without a promise, rounding must not pass for an improvement. Comparisons with NaN are false,
+    an infinite improvement needs a test of its own.
     """
-    enough = (improvement > 0) & (improvement > accept_ratio * expected) & improvement.isfinite()
-    return enough & (expected > 0) & (kl < max_kl)
+    enough = (improvement > accept_ratio * expected) & improvement.isfinite()
+    return (expected > 0) & enough & (kl < max_kl)
