@@ -2,7 +2,25 @@
 
 from __future__ import annotations
 
-from torchrl_happo.envs.matrix import MatrixGame
+from torchrl_happo.envs.matrix import (
+    DifferentialGame,
+    MatrixGame,
+    climbing_payoff,
+    penalty_payoff,
+    permutation_payoff,
+    xor_payoff,
+)
+from torchrl_happo.envs.tabular import TabularGame, TabularGameEnv
 from torchrl_happo.envs.transforms import TeamReward
 
-__all__ = ["MatrixGame", "TeamReward"]
+__all__ = [
+    "DifferentialGame",
+    "MatrixGame",
+    "TabularGame",
+    "TabularGameEnv",
+    "TeamReward",
+    "climbing_payoff",
+    "penalty_payoff",
+    "permutation_payoff",
+    "xor_payoff",
+]
