@@ -176,6 +176,12 @@ class TeamBatch:
         names = [unravel_key(name) for name in names if name not in (None, "auto")]
         return self._items(self.batch.select(*names, strict=False)).contiguous()
 
+    def valid_returns(self) -> Tensor:
+        """The returns that count, ``[num_returns, 1]``."""
+        returns = self.batch.get(self.loss.tensor_keys.value_target)
+        counted = returns if self._valid is None else returns[self._valid]
+        return counted.reshape(-1, 1)
+
     def explained_variance(self) -> Tensor:
         """Share of the variance of the returns that the critic's values explain."""
         keys = self.loss.tensor_keys

@@ -250,6 +250,8 @@ class SequentialUpdater:
             report["position"] = torch.tensor(float(position))
             metrics[agent.name] = report
         if self._critic_step is not None:
+            undo.append(partial(self._critic_step.restore, self._critic_step.snapshot()))
+            undo.append(self.loss.update_value_norm(team.valid_returns()))
             report = self._run("critic", self._critic_step, team.critic_view(), undo)
             report["explained_variance"] = team.explained_variance()
             metrics["critic"] = report

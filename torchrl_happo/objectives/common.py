@@ -21,11 +21,13 @@ from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, T
 from tensordict.utils import unravel_key
 from torch import Tensor
 from torch.distributions import Distribution
+from torchrl.modules import ValueNorm
 from torchrl.objectives import PPOLoss
 from torchrl.objectives.utils import ValueEstimators, _sum_td_features
 
 from torchrl_happo.agents import Agent, split_actor, split_team
 from torchrl_happo.distributions import is_saturated
+from torchrl_happo.objectives.value_norm import RealValues, update_value_norm
 from torchrl_happo.optim.first_order import FirstOrderStep, InnerStep
 
 __all__ = ["ADVANTAGE", "OLD_LOG_PROB", "VALID", "SequentialLossMixin", "behaviour_log_prob"]
@@ -101,10 +103,24 @@ class SequentialLossMixin(_Base):
         active: str = "active"
 
     default_keys = _AcceptedKeys
+    value_norm: ValueNorm | None
     default_value_estimator = ValueEstimators.MAGAE
 
-    def _init_team(self, actors: Actors, blocks: Collection[str]) -> None:
+    def _init_team(
+        self,
+        actors: Actors,
+        blocks: Collection[str],
+        value_norm: ValueNorm | None,
+        popart: bool,
+    ) -> None:
         """Splits the actors into agents; the module must be initialised."""
+        if popart and value_norm is None:
+            raise ValueError(
+                "popart=True needs the statistics of a value_norm; pass e.g. "
+                "value_norm=PopArtValueNorm(shape=1)."
+            )
+        self.value_norm = value_norm
+        self.popart = popart
         self._agents = tuple(split_team(actors, blocks))
         groups = actors.items() if isinstance(actors, Mapping) else [(None, actors)]
         self._groups = tuple(
@@ -172,6 +188,48 @@ class SequentialLossMixin(_Base):
     def agent_report(self, log_ratio: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
         """Metrics of an agent's update that are this loss's own."""
         return {}
+
+    # -- the critic ----------------------------------------------------------------------------
+
+    def make_value_estimator(
+        self, value_type: ValueEstimators | None = None, **hyperparams: Any
+    ) -> SequentialLossMixin:
+        """Chooses the value estimator (see :meth:`LossModule.make_value_estimator`)."""
+        super().make_value_estimator(value_type, **hyperparams)
+        self._forward_value_estimator_keys()
+        return self
+
+    def _forward_value_estimator_keys(self, **kwargs: Any) -> None:
+        estimator = self._value_estimator
+        if estimator is not None and self.value_norm is not None:
+            estimator.value_network = RealValues(
+                self.critic_network, self.value_norm, self.tensor_keys.value
+            )
+        super()._forward_value_estimator_keys(**kwargs)
+
+    def _critic_loss_inputs(
+        self, target_return: Tensor, state_value: Tensor, old_state_value: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Puts the returns, and the old values for clipping, on the scale of the critic."""
+        if self.value_norm is None:
+            return target_return, state_value, old_state_value
+        if old_state_value is not None:
+            old_state_value = self.value_norm.normalize(old_state_value)
+        return self.value_norm.normalize(target_return), state_value, old_state_value
+
+    def update_value_norm(self, value_target: Tensor) -> Callable[[], None]:
+        """Takes the valid returns of a batch into the value normalisation, if there is one.
+
+        Args:
+            value_target (Tensor): the returns, ``[num_returns, 1]``.
+
+        Returns:
+            a callable that takes it back.
+        """
+        if self.value_norm is None:
+            return lambda: None
+        critic = self.critic_network if self.popart else None
+        return update_value_norm(self.value_norm, value_target, critic)
 
     def critic_objective(self, data: TensorDictBase) -> Tensor:
         """The critic's loss on (a part of) the batch, a scalar."""

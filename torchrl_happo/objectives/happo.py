@@ -10,6 +10,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor
+from torchrl.modules import ValueNorm
 from torchrl.objectives import ClipPPOLoss
 
 from torchrl_happo.agents import Agent
@@ -83,6 +84,11 @@ class HAPPOLoss(SequentialLossMixin, ClipPPOLoss):
         reduction (str): ``"mean"``, ``"sum"`` or ``"none"``. Defaults to ``"mean"``.
         log_explained_variance (bool): whether ``forward`` reports the critic's explained
             variance. Defaults to ``True``.
+        value_norm (ValueNorm, optional): normalises the critic's targets. The critic then
+            predicts normalised values; the advantage sees real ones. The updater takes each
+            batch's returns into the statistics once. Defaults to ``None``.
+        popart (bool): whether to rescale the critic's last layer when the statistics move, so
+            that its values do not jump. Defaults to ``False``.
         blocks (collection of str): groups whose agents are updated together as one unit; they may
             share parameters. Defaults to ``()``.
         device (torch.device, optional): device of the buffers. Defaults to the networks'.
@@ -177,6 +183,8 @@ class HAPPOLoss(SequentialLossMixin, ClipPPOLoss):
         normalize_advantage_exclude_dims: tuple[int, ...] = (),
         reduction: str = "mean",
         log_explained_variance: bool = True,
+        value_norm: ValueNorm | None = None,
+        popart: bool = False,
         blocks: Collection[str] = (),
         device: torch.device | None = None,
     ) -> None:
@@ -201,7 +209,7 @@ class HAPPOLoss(SequentialLossMixin, ClipPPOLoss):
             device=device,
             functional=False,
         )
-        self._init_team(actor_network, blocks)
+        self._init_team(actor_network, blocks, value_norm, popart)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "entropy_coeff" and isinstance(value, (int, float)) and value != 0:

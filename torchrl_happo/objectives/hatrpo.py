@@ -11,6 +11,7 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, dispatch
 from torch import Tensor
 from torch.distributions import Distribution
+from torchrl.modules import ValueNorm
 from torchrl.objectives import PPOLoss
 
 from torchrl_happo.agents import Agent
@@ -74,7 +75,8 @@ class HATRPOLoss(SequentialLossMixin, PPOLoss):
         line_search (str, optional): ``"sequential"`` or ``"batched"`` (nothing is read back from
             the device). Defaults to ``None``: batched on accelerators, sequential on the CPU.
         critic_coeff, loss_critic_type, clip_value, normalize_advantage,
-            normalize_advantage_exclude_dims, reduction, log_explained_variance, blocks, device: as
+            normalize_advantage_exclude_dims, reduction, log_explained_variance, value_norm,
+            popart, blocks, device: as
             for :class:`HAPPOLoss`.
 
     Raises:
@@ -115,6 +117,8 @@ class HATRPOLoss(SequentialLossMixin, PPOLoss):
         normalize_advantage_exclude_dims: tuple[int, ...] = (),
         reduction: str = "mean",
         log_explained_variance: bool = True,
+        value_norm: ValueNorm | None = None,
+        popart: bool = False,
         blocks: Collection[str] = (),
         device: torch.device | None = None,
     ) -> None:
@@ -132,7 +136,7 @@ class HATRPOLoss(SequentialLossMixin, PPOLoss):
             device=device,
             functional=False,
         )
-        self._init_team(actor_network, blocks)
+        self._init_team(actor_network, blocks, value_norm, popart)
         if line_search is None:
             on_cpu = self.agents[0].parameters()[0].device.type == "cpu"
             line_search = "sequential" if on_cpu else "batched"

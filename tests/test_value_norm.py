@@ -1,0 +1,150 @@
+"""Value normalisation: the critic sees normalised returns, the advantage real values."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from reference import DATA, Trunk, relative_error
+from team import N_AGENTS, make_actor, make_batch, make_critic, same_state
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import nn
+from torchrl.modules import PopArtValueNorm, RunningValueNorm
+
+from torchrl_happo import HAPPOLoss, HATRPOLoss, SequentialUpdater
+
+
+def make_updater(value_norm=None, *, loss_class=HAPPOLoss, popart=False, **kwargs):
+    """An updater whose critic predicts normalised values."""
+    if value_norm is None:
+        value_norm = PopArtValueNorm(shape=1)
+    loss = loss_class(make_actor(), make_critic(), value_norm=value_norm, popart=popart)
+    return SequentialUpdater(loss, **{"num_epochs": 2, **kwargs})
+
+
+def test_advantage_is_estimated_from_real_values():
+    """The values that enter GAE are the critic's outputs, denormalised."""
+    updater = make_updater(RunningValueNorm(shape=1))
+    loss = updater.loss
+    loss.value_norm.update(5.0 + 3.0 * torch.randn(100, 1))
+    batch = make_batch(loss.actor_network)
+    with torch.no_grad():
+        loss.value_estimator(batch)
+        predicted = loss.critic_network(batch.copy())["agents", "state_value"]
+    assert torch.equal(batch["agents", "state_value"], loss.value_norm.denormalize(predicted))
+
+
+@pytest.mark.parametrize("loss_class", [HAPPOLoss, HATRPOLoss])
+def test_statistics_are_updated_once_per_batch(loss_class):
+    """However many epochs and minibatches, the returns of a batch are taken in once."""
+    updater = make_updater(
+        RunningValueNorm(shape=1), loss_class=loss_class, num_epochs=3, minibatch_size=5
+    )
+    batch = make_batch(updater.loss.actor_network)
+    updater(batch)
+    assert updater.loss.value_norm.count == batch.numel() * N_AGENTS
+
+
+def test_statistics_are_part_of_the_state():
+    """They are saved and loaded, and moved with the loss."""
+    updater = make_updater()
+    updater(make_batch(updater.loss.actor_network))
+    other = make_updater()
+    other.load_state_dict(updater.state_dict())
+    assert same_state(updater.loss.value_norm.state_dict(), other.loss.value_norm.state_dict())
+    assert updater.loss.to("meta").value_norm.running_mean.device.type == "meta"
+
+
+def test_popart_keeps_the_values():
+    """When the statistics move, the critic's real values stay where they are."""
+    updater = make_updater(popart=True)
+    loss = updater.loss.double()
+    batch = make_batch(loss.actor_network)
+    loss.update_value_norm(torch.randn(50, 1).double() * 4 + 10)
+    values = loss.value_estimator.value_network
+    with torch.no_grad():
+        before = values(batch.copy())["agents", "state_value"]
+        loss.update_value_norm(torch.randn(50, 1).double() * 400 - 1000)
+        after = values(batch.copy())["agents", "state_value"]
+    torch.testing.assert_close(after, before, rtol=1e-8, atol=1e-8)
+
+
+def test_popart_wants_a_linear_last_layer():
+    """A critic that ends in something else is refused, and nothing is changed."""
+    critic = TensorDictModule(
+        nn.Sequential(nn.Linear(5, 1), nn.LayerNorm(1, bias=False)),
+        in_keys=[("agents", "observation")],
+        out_keys=[("agents", "state_value")],
+    )
+    loss = HAPPOLoss(make_actor(), critic, value_norm=PopArtValueNorm(shape=1), popart=True)
+    before = copy.deepcopy(loss.state_dict())
+    updater = SequentialUpdater(loss)
+    with pytest.raises(ValueError, match="must be linear with a bias"):
+        updater(make_batch(loss.actor_network))
+    assert same_state(before, {k: v for k, v in loss.state_dict().items() if k in before})
+
+
+def test_an_error_in_the_critics_fit_takes_the_statistics_back():
+    """The update is all or nothing, statistics and rescaled layer included."""
+    updater = make_updater(popart=True)
+    batch = make_batch(updater.loss.actor_network)
+    updater(batch)
+    before = copy.deepcopy(updater.state_dict())
+
+    def fails(data):
+        raise RuntimeError("in the middle")
+
+    updater._critic_step.objective = fails
+    with pytest.raises(RuntimeError):
+        updater(batch)
+    assert same_state(before["loss"], updater.state_dict()["loss"])
+
+
+def test_critic_steps_match_the_reference():
+    """Loss, gradient norm, statistics and parameters of the reference's critic steps, to 1e-9.
+
+    The reference takes the same returns into its statistics before each step; so does this test.
+    Its Huber loss is quadratic below 10: half of TorchRL's ``"l2"``.
+    """
+    golden = torch.load(DATA / "critic.pt", weights_only=True)
+    torch.set_default_dtype(torch.float64)
+    try:
+        net = nn.Sequential()
+        net.add_module("base", Trunk(18, golden["hidden_sizes"]))
+        net.add_module("v_out", nn.Linear(golden["hidden_sizes"][-1], 1))
+        net.load_state_dict(golden["critic_init"])
+        critic = TensorDictModule(net, in_keys=["state"], out_keys=["state_value"])
+        actor = make_actor().double()
+        value_norm = PopArtValueNorm(shape=1)
+        loss = HAPPOLoss(
+            actor,
+            critic,
+            critic_coeff=0.5,
+            loss_critic_type="l2",
+            clip_value=golden["clip_param"],
+            value_norm=value_norm,
+        )
+        for name, value in golden["valuenorm_init"].items():
+            getattr(value_norm, name).copy_(value.reshape(getattr(value_norm, name).shape))
+        updater = SequentialUpdater(
+            loss,
+            optimizer=partial(torch.optim.Adam, lr=golden["lr"], eps=golden["eps"]),
+            max_grad_norm=golden["max_grad_norm"],
+        )
+    finally:
+        torch.set_default_dtype(torch.float32)
+    data = TensorDict(
+        {"state": golden["state"], "value_target": golden["returns"]}, golden["state"].shape[:1]
+    )
+    for epoch in golden["epochs"]:
+        value_norm.update(golden["returns"])
+        # The reference stores normalised predictions; here the old value is a real one.
+        data["state_value"] = value_norm.denormalize(golden["value_preds"])
+        value, norm = updater._critic_step.step(data)
+        assert relative_error(value, torch.as_tensor(epoch["value_loss"])) < 1e-9
+        assert relative_error(norm, torch.as_tensor(epoch["grad_norm"])) < 1e-9
+        for key, parameter in net.named_parameters():
+            assert relative_error(parameter, epoch["params"][key]) < 1e-9, key

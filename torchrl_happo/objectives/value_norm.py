@@ -1,0 +1,116 @@
+r"""Value normalisation: the critic predicts normalised values, everything else sees real ones.
+
+With running mean :math:`\mu` and scale :math:`\sigma` of the returns (TorchRL's
+:class:`~torchrl.modules.ValueNorm` classes keep them), the critic's output :math:`\hat V` stands
+for the value :math:`V = \sigma \hat V + \mu`. The advantage is estimated from :math:`V`; the critic
+regresses on :math:`(R - \mu) / \sigma` (Yu et al., 2022, https://arxiv.org/abs/2103.01955).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor, nn
+from torchrl.modules import ValueNorm
+
+__all__ = ["RealValues", "update_value_norm"]
+
+
+class RealValues(TensorDictModuleBase):
+    """A critic whose normalised predictions are put back on the scale of the returns.
+
+    Args:
+        critic (TensorDictModuleBase): predicts normalised values.
+        value_norm (ValueNorm): knows their location and scale.
+        value_key (NestedKey): where the critic writes them.
+
+    Example:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from tensordict.nn import TensorDictModule
+        >>> from torchrl.modules import RunningValueNorm
+        >>> critic = TensorDictModule(nn.Identity(), in_keys=["state"], out_keys=["state_value"])
+        >>> value_norm = RunningValueNorm(shape=1)
+        >>> value_norm.update(torch.tensor([[9.0], [11.0]]))
+        >>> values = RealValues(critic, value_norm, "state_value")
+        >>> values(TensorDict({"state": torch.ones(1, 1)}, batch_size=[1]))["state_value"]
+        tensor([[11.]])
+    """
+
+    def __init__(
+        self, critic: TensorDictModuleBase, value_norm: ValueNorm, value_key: NestedKey
+    ) -> None:
+        super().__init__()
+        self.critic = critic
+        self.value_norm = value_norm
+        self.value_key = value_key
+        self.in_keys = critic.in_keys
+        self.out_keys = critic.out_keys
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Writes what the critic writes, the value denormalised."""
+        tensordict = self.critic(tensordict)
+        value = self.value_norm.denormalize(tensordict.get(self.value_key))
+        return tensordict.set(self.value_key, value)
+
+
+@torch.no_grad()
+def update_value_norm(
+    value_norm: ValueNorm, value_target: Tensor, critic: nn.Module | None = None
+) -> Callable[[], None]:
+    r"""Takes a batch of returns into the running statistics.
+
+    With a critic, its last linear layer is rescaled so that the values it stands for do not jump
+    when the statistics do (PopArt; van Hasselt et al., 2016, https://arxiv.org/abs/1602.07714):
+
+    .. math::
+        w \leftarrow \frac{\sigma}{\sigma'} w, \qquad
+        b \leftarrow \frac{\sigma b + \mu - \mu'}{\sigma'}.
+
+    Args:
+        value_norm (ValueNorm): the statistics; modified.
+        value_target (Tensor): the valid returns of the batch, ``[num_returns, 1]``.
+        critic (nn.Module, optional): the critic whose outputs are to be preserved.
+
+    Returns:
+        a callable that puts statistics and critic back to where they were.
+
+    Raises:
+        ValueError: if the critic does not end in a linear layer.
+    """
+    before = copy.deepcopy(value_norm.state_dict())
+    last = [] if critic is None else _last_linear(critic)
+    values = [parameter.clone() for parameter in last]
+    zero = torch.zeros_like(value_target[:1])
+    old_mean, old_scale = value_norm.denormalize(zero)[0], value_norm.scale().clone()
+    value_norm.update(value_target)
+    if last:
+        mean, scale = value_norm.denormalize(zero)[0], value_norm.scale()
+        weight, bias = last
+        weight.mul_(old_scale / scale)
+        bias.mul_(old_scale).add_(old_mean - mean).div_(scale)
+
+    @torch.no_grad()
+    def restore() -> None:
+        value_norm.load_state_dict(before)
+        for parameter, value in zip(last, values, strict=True):
+            parameter.copy_(value)
+
+    return restore
+
+
+def _last_linear(critic: nn.Module) -> list[nn.Parameter]:
+    """Weight and bias of the layer that writes the value, stacked or not."""
+    named = list(critic.named_parameters())[-2:]
+    names = [name.rpartition(".")[2] for name, _ in named]
+    if names != ["weight", "bias"] or named[0][1].shape[:-1] != named[1][1].shape:
+        raise ValueError(
+            "PopArt rescales the critic's last layer, which must be linear with a bias, but the "
+            f"critic ends in the parameters {[name for name, _ in named]}; give it one, or use "
+            "value normalisation without popart."
+        )
+    return [parameter for _, parameter in named]
