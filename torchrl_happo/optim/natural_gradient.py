@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchrl_happo.distributions import distribution_parameters, fisher_product
 
@@ -18,7 +16,6 @@ __all__ = [
     "fisher_vector_product",
     "flatten",
     "gradient",
-    "twice_differentiable",
     "unflatten",
 ]
 
@@ -132,14 +129,6 @@ def conjugate_gradient(
         rr = rr_next
         active = active & (rr >= residual_tolerance)
     return x, r
-
-
-@contextmanager
-def twice_differentiable() -> Iterator[None]:
-    """Keeps torch from fused kernels whose backward pass has no derivative."""
-    cudnn = torch.backends.cudnn.flags(enabled=False)  # recurrent networks
-    with cudnn, sdpa_kernel(SDPBackend.MATH):  # attention
-        yield
 
 
 def gradient(

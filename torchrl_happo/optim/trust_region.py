@@ -35,12 +35,12 @@ from torch.distributions import Distribution
 
 from torchrl_happo.distributions import distribution_parameters, kl_divergence
 from torchrl_happo.optim.line_search import batched_line_search, sequential_line_search
+from torchrl_happo.optim.linearize import linearizable
 from torchrl_happo.optim.natural_gradient import (
     conjugate_gradient,
     fisher_vector_product,
     flatten,
     gradient,
-    twice_differentiable,
     unflatten,
 )
 
@@ -207,7 +207,7 @@ def trust_region_step(
     theta = flatten(leaves.values()).detach()
 
     def differentiable_policy(rows: Tensor | None) -> Distribution:
-        with torch.enable_grad(), twice_differentiable():
+        with torch.enable_grad(), linearizable():
             return distribution_fn({**params, **leaves}, rows)
 
     old = differentiable_policy(None)

@@ -1,0 +1,92 @@
+"""Saturation: which stored actions cannot be scored as they were sampled."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from policies import all_policies
+from tensordict import TensorDict
+from tensordict.nn import CompositeDistribution
+from torch import distributions as D
+from torchrl.modules import (
+    TanhNormal,
+)
+
+from torchrl_happo.distributions import (
+    is_saturated,
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_saturated_actions_are_those_near_a_bound_of_their_dimension(dtype):
+    """Per dimension: either bound, beyond it, and both sides of the threshold sqrt(eps)."""
+    low = torch.tensor([-1.0, 0.0, -1e-5], dtype=dtype)
+    high = torch.tensor([1.0, 10.0, 1e-5], dtype=dtype)
+    middle, half = (high + low) / 2, (high - low) / 2
+    dist = TanhNormal(
+        torch.zeros(1, 3, dtype=dtype), torch.ones(1, 3, dtype=dtype), low=low, high=high
+    )
+    threshold = math.sqrt(torch.finfo(dtype).eps)
+    for distance, expected in (
+        (0.0, True),
+        (-0.1, True),
+        (threshold / 2, True),
+        (2 * threshold, False),
+    ):
+        for side in (-1, 1):
+            for dim in range(3):
+                y = torch.zeros(1, 3, dtype=dtype)
+                y[0, dim] = side * (1 - distance)
+                assert is_saturated(dist, middle + half * y).tolist() == [expected]
+    assert is_saturated(dist, middle.unsqueeze(0)).tolist() == [False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_actions_that_are_not_saturated_are_scored_as_they_were_sampled(dtype):
+    """The log-probability that TorchRL gives a fresh action is found again from the stored one.
+
+    Of the saturated actions some are scored differently by more than a nat.
+    """
+    loc = torch.linspace(-8, 8, 20_001, dtype=dtype).unsqueeze(-1)
+    if dtype == torch.float64:
+        loc = loc * 3
+    dist = TanhNormal(loc, torch.full_like(loc, 0.3), low=-3.0, high=1.0)
+    action, fresh = dist.sample_and_log_prob()
+    error = (dist.log_prob(action) - fresh).abs()
+    saturated = is_saturated(dist, action)
+    assert saturated.any()
+    assert error[~saturated].max() < 30 * math.sqrt(torch.finfo(dtype).eps)
+    assert error[saturated].max() > 1
+
+
+def test_other_distributions_are_never_saturated():
+    """False of the batch's shape, whatever the type of the action."""
+    for policy in all_policies(2, 0):
+        if "Tanh" in policy.name or policy.name == "CompositeDistribution":
+            continue
+        dist = policy.build(torch.randn(4, policy.width))
+        flags = is_saturated(dist, dist.sample(), batch_ndim=1)
+        assert flags.dtype == torch.bool
+        assert flags.tolist() == [False] * 4
+
+
+def test_a_composite_is_saturated_where_a_component_is():
+    """Nested names and event_dims=0 are followed."""
+    params = TensorDict(
+        {
+            "move": {"loc": torch.zeros(2, 3), "scale": torch.ones(2, 3)},
+            ("talk", "word"): {"logits": torch.zeros(2, 4)},
+        },
+        batch_size=[2],
+    )
+    dist = CompositeDistribution(
+        params,
+        {"move": TanhNormal, ("talk", "word"): D.Categorical},
+        extra_kwargs={"move": {"event_dims": 0}},
+    )
+    move = torch.zeros(2, 3)
+    move[1, 2] = 1.0
+    action = TensorDict({"move": move, ("talk", "word"): torch.zeros(2, dtype=torch.long)}, [2])
+    assert is_saturated(dist, action).tolist() == [False, True]
