@@ -18,9 +18,7 @@ from torchrl_happo.recipe.config import ConfigError
 from torchrl_happo.recipe.environments import make_env
 from torchrl_happo.specs import read_groups
 
-BASELINES = [
-    (algorithm, share) for algorithm in ("mappo", "ippo") for share in ("true", "false")
-]
+BASELINES = [(algorithm, share) for algorithm in ("mappo", "ippo") for share in ("true", "false")]
 
 
 def learner_and_batch(*overrides):
@@ -61,7 +59,8 @@ def test_the_policy_that_acts_is_the_one_that_is_trained(task, algorithm, share)
     learner, batch = learner_and_batch(*overrides)
     before = parameters(learner.policy)
     metrics = learner.updater(batch)
-    assert all(not torch.equal(a, b) for a, b in zip(before, learner.policy.parameters()))
+    after = parameters(learner.policy)
+    assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     for value in metrics.values(include_nested=True, leaves_only=True):
         assert value.shape == ()
         assert value.isfinite()
@@ -123,7 +122,7 @@ def test_a_state_of_other_networks_changes_nothing(other):
         make_env(tiny_config(other).task, num_envs=1, seed=0),
     ).updater.state_dict()
     before = copy.deepcopy(learner.updater.state_dict())
-    with pytest.raises(ValueError, match="groups|networks"):
+    with pytest.raises(ValueError, match=r"groups|networks"):
         learner.updater.load_state_dict(state)
     torch.testing.assert_close(learner.updater.state_dict(), before, rtol=0, atol=0)
 

@@ -18,7 +18,7 @@ from torchrl_happo.recipe.baselines import SimultaneousUpdater
 from torchrl_happo.recipe.checkpoint import CheckpointError
 from torchrl_happo.recipe.config import ConfigError
 
-ALGORITHMS = ("happo", "mappo", "ippo")
+ALGORITHMS = ("happo", "hatrpo", "mappo", "ippo")
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -15,9 +15,8 @@ from torchrl.envs import EnvBase
 from torchrl.objectives import ValueEstimators
 from torchrl.objectives.multiagent import IPPOLoss, MAPPOLoss
 
-from torchrl_happo import objectives
 from torchrl_happo.networks import joint_policy, make_actor, make_critic
-from torchrl_happo.objectives import HAPPOLoss
+from torchrl_happo.objectives import HAPPOLoss, HATRPOLoss
 from torchrl_happo.objectives.common import SequentialLossMixin
 from torchrl_happo.recipe.baselines import SimultaneousUpdater, make_group_critic
 from torchrl_happo.recipe.config import (
@@ -88,14 +87,15 @@ def _make_happo(config: TrainConfig, env: EnvBase, settings: Happo) -> Learner:
 
 
 def _make_hatrpo(config: TrainConfig, env: EnvBase, settings: Hatrpo) -> Learner:
-    loss_class = getattr(objectives, "HATRPOLoss", None)
-    if loss_class is None:
-        raise ConfigError("algorithm=hatrpo is not part of this version yet: take happo.")
     actor = make_actor(env, **_networks(config.model))
-    loss = loss_class(
+    loss = HATRPOLoss(
         _by_group(env, actor),
         make_critic(env, **_networks(config.model)),
         max_kl=settings.max_kl,
+        kl_split=cast(Literal["equal"] | None, settings.kl_split),
+        damping=settings.damping,
+        cg_iterations=settings.cg_iterations,
+        fisher_fraction=settings.fisher_fraction,
         loss_critic_type=settings.loss_critic_type,
     )
     return _sequential(config, settings, actor, loss)

@@ -145,6 +145,10 @@ class Hatrpo(AlgorithmConfig):
 
     order: str = choice("random", "fixed")
     max_kl: float = number(above=0)
+    kl_split: str | None = choice("equal")
+    damping: float = number(at_least=0)
+    cg_iterations: int = count()
+    fisher_fraction: float = number(above=0, at_most=1)
 
 
 @dataclass

@@ -67,7 +67,6 @@ def draw_curve(training: list[Row], evaluation: list[Row], *, title: str, path: 
         label="evaluation (deterministic, ± standard error)",
     )
     axes.set(title=title, xlabel="environment frames", ylabel="team return of an episode")
-    axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.3)
     axes.legend(loc="best", frameon=False)

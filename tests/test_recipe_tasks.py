@@ -1,0 +1,86 @@
+"""Every task of the recipe starts, with the layout the rest of it relies on."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+import vmas
+from recipe_helpers import tiny_config
+from torchrl.collectors import Collector
+
+from torchrl_happo.recipe.algorithms import make_learner
+from torchrl_happo.recipe.environments import make_env
+from torchrl_happo.recipe.records import episode_statistics, flatten
+from torchrl_happo.recipe.tasks import TASKS
+
+LEFT_OUT = {
+    "teams of learners compete": {
+        "simple_adversary",
+        "simple_crypto",
+        "simple_push",
+        "simple_tag",
+        "simple_world_comm",
+    },
+    "one agent": {"circle_trajectory", "goal", "line_trajectory", "simple"},
+    "no reward": {"diff_drive", "drone", "kinematic_bicycle", "pollock"},
+}
+
+
+def test_every_cooperative_scenario_is_a_task():
+    """What VMAS has and the recipe has not, it has not for a reason."""
+    scenarios = {*vmas.scenarios, *vmas.mpe_scenarios, *vmas.debug_scenarios}
+    tasks = {name.removeprefix("vmas/") for name in TASKS if name.startswith("vmas/")}
+    assert scenarios - tasks == set().union(*LEFT_OUT.values())
+
+
+@pytest.mark.parametrize("task", sorted(TASKS))
+def test_a_task_trains(task):
+    """It knows every option of its file, pays one team reward, and two updates are finite."""
+    config = tiny_config(
+        f"task={task}", "num_envs=3", "steps_per_batch=4", "algorithm.minibatch_size=5"
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*not used by the scenario")
+        env = make_env(config.task, num_envs=3, seed=0)
+    learner = make_learner(config, env)
+    collector = Collector(
+        env, learner.policy, frames_per_batch=12, auto_register_policy_transforms=False
+    )
+    batches = iter(collector)
+    for batch in (next(batches), next(batches)):
+        assert batch["next", "reward"].shape == (3, 4, 1)
+        metrics = flatten(learner.updater(batch))
+        assert all(torch.tensor(value).isfinite() for value in metrics.values()), metrics
+    collector.shutdown()
+
+
+def test_the_time_limit_truncates():
+    """An episode that runs out of time is not called terminated: its value is bootstrapped."""
+    env = make_env(tiny_config("task=vmas/wheel").task, num_envs=2, seed=0)
+    batch = env.rollout(9, break_when_any_done=False)
+    ends = batch["next", "truncated"].squeeze(-1)
+    assert ends.nonzero()[:, 1].tolist() == [3, 7, 3, 7]
+    assert not batch["next", "terminated"].any()
+    statistics = episode_statistics(batch)
+    assert statistics["episode_length"] == 4
+    assert statistics["episodes"] == 4
+    assert statistics["return"] == pytest.approx(batch["next", "reward"][:, :8].sum().item() / 4)
+
+
+def test_the_team_reward_can_be_summed():
+    """``task.team_reward=sum`` pays three agents three times their mean."""
+    rewards = []
+    for reduction in ("mean", "sum"):
+        task = tiny_config(f"task.team_reward={reduction}").task
+        rewards.append(make_env(task, num_envs=2, seed=0).rollout(3)["next", "reward"])
+    torch.testing.assert_close(3 * rewards[0], rewards[1])
+
+
+def test_a_batch_without_an_end_has_no_return():
+    """NaN says so, where 0 would pass for a result."""
+    env = make_env(tiny_config("task.max_steps=50").task, num_envs=2, seed=0)
+    statistics = episode_statistics(env.rollout(2))
+    assert statistics["return"] != statistics["return"]
+    assert statistics["episodes"] == 0
