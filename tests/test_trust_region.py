@@ -12,11 +12,17 @@ from policies import seeds
 from problems import assert_unmoved, leaves_of, make_problem, random_system
 from reference import Network, load, relative_error
 from tensordict import TensorDict
-from tensordict.nn import NormalParamExtractor, TensorDictModule
+from tensordict.nn import NormalParamExtractor, TensorDictModule, TensorDictSequential
 from torch import distributions as D
 from torch import nn
 from torch.func import functional_call
-from torchrl.modules import IndependentNormal, ProbabilisticActor, TanhNormal
+from torchrl.modules import (
+    GRUModule,
+    IndependentNormal,
+    ProbabilisticActor,
+    TanhNormal,
+    set_recurrent_mode,
+)
 
 from torchrl_happo.distributions import kl_divergence
 from torchrl_happo.optim.natural_gradient import (
@@ -243,43 +249,60 @@ def test_a_share_of_the_rows_counts_valid_samples_only():
         torch.testing.assert_close(new[name], other[name])
 
 
+class PolicyOf(nn.Module):
+    """The distribution of an actor as the output of a module, for functional_call.
+
+    TensorDict.to_module would not put the parameters back when called inside torch.vmap.
+    """
+
+    def __init__(self, actor):
+        super().__init__()
+        self.actor = actor
+
+    def forward(self, data):
+        return self.actor.get_dist(data)
+
+
 @pytest.mark.parametrize("line_search", LINE_SEARCHES)
-def test_recurrent_policy(line_search):
-    """Whole sequences through a GRU, which cannot be vectorised over candidates."""
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_recurrent_policy(line_search, fraction):
+    """Whole sequences, with resets, through a GRU that cannot be vectorised over candidates."""
     torch.manual_seed(0)
-    net, head = nn.GRU(3, 8, batch_first=True), nn.Linear(8, 4)
-    module = nn.ModuleDict({"net": net, "head": head})
-    x, m = torch.randn(6, 10, 3), torch.randn(6, 10)
-    valid = torch.rand(6, 10) < 0.8
-    action = torch.randint(4, (6, 10))
-
-    class Policy(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = module
-
-        def forward(self, x):
-            return self.layers["head"](self.layers["net"](x)[0])
-
-    policy = Policy()
+    gru = GRUModule(
+        input_size=3,
+        hidden_size=8,
+        in_keys=["observation", "hidden"],
+        out_keys=["features", ("next", "hidden")],
+    )
+    head = TensorDictModule(nn.Linear(8, 4), in_keys=["features"], out_keys=["logits"])
+    policy = PolicyOf(
+        ProbabilisticActor(
+            TensorDictSequential(gru, head), in_keys=["logits"], distribution_class=D.Categorical
+        )
+    )
+    inputs = TensorDict(
+        {
+            "observation": torch.randn(6, 10, 3),
+            "is_init": torch.rand(6, 10, 1) < 0.2,
+            "hidden": torch.zeros(6, 10, 1, 8),
+        },
+        batch_size=[6, 10],
+    )
+    m, action, valid = torch.randn(6, 10), torch.randint(4, (6, 10)), torch.rand(6, 10) < 0.8
 
     def distribution_fn(params, rows):
-        inputs = x if rows is None else x[rows]
-        return D.Categorical(logits=functional_call(policy, dict(params), (inputs,)))
+        data = inputs.copy() if rows is None else inputs[rows]
+        return functional_call(policy, dict(params), (data,))
 
     def surrogate_fn(dist):
         return torch.where(valid, dist.log_prob(action) * m, 0).sum() / valid.sum()
 
-    for fraction in (1.0, 0.5):
-        _, result = trust_region_step(
-            distribution_fn,
-            surrogate_fn,
-            dict(policy.named_parameters()),
-            TrustRegion(line_search=line_search, fisher_fraction=fraction),
-            valid=valid,
-        )
-        assert result.success
-        assert 0.001 < result.kl < 0.01
+    params = dict(policy.named_parameters())
+    settings = TrustRegion(line_search=line_search, fisher_fraction=fraction)
+    with set_recurrent_mode(True):
+        _, result = trust_region_step(distribution_fn, surrogate_fn, params, settings, valid=valid)
+    assert result.success
+    assert 0.001 < result.kl < 0.01
 
 
 @pytest.mark.parametrize("line_search", LINE_SEARCHES)
@@ -299,18 +322,9 @@ def test_step_of_a_tensordict_actor(line_search):
     with torch.no_grad():
         data = actor(data)
 
-    class Policy(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.actor = actor
-
-        def forward(self, data):
-            return self.actor.get_dist(data)
-
-    policy = Policy()
+    policy = PolicyOf(actor)
 
     def distribution_fn(params, rows):
-        # TensorDict.to_module does not put back the parameters when called inside torch.vmap.
         inputs = data.select("observation")
         inputs = inputs if rows is None else inputs[rows]
         return functional_call(policy, dict(params), (inputs,))

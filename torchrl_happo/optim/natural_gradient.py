@@ -44,7 +44,8 @@ def fisher_vector_product(
     costs these two passes and no forward pass.
 
     Args:
-        dist (Distribution): the policy at the batch, with its graph.
+        dist (Distribution): the policy at the batch, with its graph; built within
+            :func:`~torchrl_happo.optim.linearize.linearizable`, which some networks need.
         parameters (mapping of str to Tensor): the tensors that ``dist`` was computed from; those
             that it does not depend on have zero products.
 
