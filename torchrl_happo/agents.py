@@ -20,6 +20,7 @@ from tensordict.nn import (
 from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
+from torchrl_happo.actor_list import ActorList
 from torchrl_happo.policy import Parameters, Policy
 from torchrl_happo.stacks import Tie, cut_actor, num_agents, shared_part
 
@@ -175,7 +176,7 @@ class Agent:
 
 
 def split_actor(
-    actor: ProbabilisticTensorDictSequential,
+    actor: ProbabilisticTensorDictSequential | ActorList,
     *,
     group: str | None = None,
     start: int = 0,
@@ -184,7 +185,7 @@ def split_actor(
     """Cuts the actor of a group into one actor per agent.
 
     Args:
-        actor (ProbabilisticTensorDictSequential): the joint actor of the group.
+        actor (ProbabilisticTensorDictSequential or ActorList): the joint actor of the group.
 
     Keyword Args:
         group (str, optional): name of the group. Defaults to the first element of the action key.
@@ -228,6 +229,17 @@ def split_actor(
         >>> bool((agents[1].parameters()[0] == stack[1]).all())
         True
     """
+    if isinstance(actor, ActorList):
+        return [
+            Agent(
+                f"{group or actor.group}_{index}",
+                single,
+                group=actor.group,
+                position=slice(start + index, start + index + 1),
+                index=index,
+            )
+            for index, single in enumerate(actor.actors)
+        ]
     if not isinstance(actor, ProbabilisticTensorDictSequential):
         raise TypeError(
             f"The actor of group {group!r} is a {type(actor).__name__}; pass a ProbabilisticActor "

@@ -171,7 +171,7 @@ class TeamBatch:
         """What the critic reads and regresses on, as items."""
         keys = self.loss.tensor_keys
         names = [*self.loss.critic_network.in_keys, keys.value_target, keys.value]
-        names += [group.group and (group.group, keys.active) for group in self.loss._groups]
+        names += [agent.group and (agent.group, keys.active) for agent in self.loss.agents]
         names += [*AUTO_LOSS_MASK_KEYS, self.loss.loss_mask_key]
         names = [unravel_key(name) for name in names if name not in (None, "auto")]
         return self._items(self.batch.select(*names, strict=False)).contiguous()

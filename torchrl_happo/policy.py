@@ -17,18 +17,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import (
     ProbabilisticTensorDictSequential,
     TensorDictModule,
     TensorDictModuleBase,
+    TensorDictParams,
     TensorDictSequential,
 )
 from tensordict.utils import unravel_key
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, TransformedDistribution
+from torch.func import functional_call
 from torchrl.modules import IndependentNormal, SafeModule, TanhNormal
 
 __all__ = ["Policy"]
@@ -97,8 +98,36 @@ class Policy:
         written = {unravel_key(key) for m in _flat_modules(self.actor) for key in m.out_keys}
         return [key for key in self.parameter_keys if key in written]
 
-    def parameters(self, data: TensorDictBase) -> Parameters:
-        """Runs the networks on the observations of ``data``, which is not modified."""
+    def parameters(
+        self, data: TensorDictBase, weights: Mapping[str, Tensor] | None = None
+    ) -> Parameters:
+        """Runs the networks on the observations of ``data``.
+
+        Args:
+            data (TensorDictBase): a view of the batch; not modified.
+            weights (mapping of str to Tensor, optional): used in place of the networks' own, by
+                their names in the actor. Defaults to ``None``.
+
+        Returns:
+            the parameters of the distribution, by their names in its constructor.
+        """
+        if weights is None:
+            return self._run(data)
+        if self.is_stacked:
+            networks = TensorDict.from_module(self.actor).named_apply(
+                lambda path, tensor: weights.get(".".join(path), tensor), nested_keys=True
+            )
+            with networks.to_module(self.actor, preserve_module_state=False):
+                return self._run(data)
+        named = {f"actor.{name}": weight for name, weight in weights.items()}
+        return functional_call(_Networks(self), named, (data,))
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether the networks of several agents are stacked in one tensordict of parameters."""
+        return any(isinstance(module, TensorDictParams) for module in self.actor.modules())
+
+    def _run(self, data: TensorDictBase) -> Parameters:
         values: dict[NestedKey, Tensor] = {}
         modules = list(_flat_modules(self.actor))
         if all(_is_plain(module) for module in modules):
@@ -140,19 +169,6 @@ class Policy:
         if self._is_normal():
             return _normal_log_prob(data.get(self.action_keys[0]), **parameters)
         return self._log_prob(self.distribution(parameters), data)
-
-    @contextmanager
-    def with_parameters(self, parameters: Mapping[str, Tensor]) -> Iterator[None]:
-        """Runs the networks with other parameters than their own.
-
-        Args:
-            parameters (mapping of str to Tensor): by their names in the actor; the others stay.
-        """
-        networks = TensorDict.from_module(self.actor).named_apply(
-            lambda path, tensor: parameters.get(".".join(path), tensor), nested_keys=True
-        )
-        with networks.to_module(self.actor, preserve_module_state=False):
-            yield
 
     def scored(self, parameters: Parameters, data: TensorDictBase) -> Distribution:
         """The distribution under which :meth:`scored_log_prob` scores the actions of ``data``.
@@ -206,6 +222,18 @@ class Policy:
     def _is_normal(self) -> bool:
         head = self.head
         return head.distribution_class is IndependentNormal and not head.distribution_kwargs
+
+
+class _Networks(nn.Module):
+    """The networks as a module, so that torch can call them with other weights."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__()
+        self.actor = policy.actor
+        self._call = policy._run
+
+    def forward(self, data: TensorDictBase) -> Parameters:
+        return self._call(data)
 
 
 def _flat_modules(module: TensorDictModuleBase) -> Iterator[TensorDictModuleBase]:

@@ -13,7 +13,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import ReplayBuffer
 from torchrl.envs.utils import ExplorationType, set_exploration_type
-from torchrl.modules import set_recurrent_mode
+from torchrl.modules import GRUModule, LSTMModule, set_recurrent_mode
 
 from torchrl_happo.agents import Agent
 from torchrl_happo.batch import TeamBatch
@@ -91,7 +91,8 @@ class SequentialUpdater:
             divergence from its old policy passes this. Reads a number back from the device after
             each epoch. Defaults to ``None``: no early stop.
         sequence_length (int, optional): minibatches hold whole chunks of this many consecutive
-            steps, for recurrent policies. Defaults to ``None``: single steps.
+            steps. Defaults to ``None``: single steps, or the whole length of the batch if a
+            network is recurrent.
         replay_buffer (ReplayBuffer, optional): draws the minibatches with its own sampler, in
             place of ``minibatch_size``. Defaults to ``None``.
         standardize_advantage (bool): whether to standardise the advantage over the batch.
@@ -146,6 +147,9 @@ class SequentialUpdater:
     ) -> None:
         self.loss = loss
         self.sequence_length = sequence_length
+        self.is_recurrent = any(
+            isinstance(module, (GRUModule, LSTMModule)) for module in loss.modules()
+        )
         self.standardize_advantage = standardize_advantage
         self.num_updates = 0
         device = loss.agents[0].parameters()[0].device
@@ -238,11 +242,12 @@ class SequentialUpdater:
             step.rebind()
 
     def _update(self, batch: TensorDictBase, undo: list[Undo]) -> TensorDict:
+        whole = self.is_recurrent and self.sequence_length is None
         team = TeamBatch(
             self.loss,
             batch,
             standardize_advantage=self.standardize_advantage,
-            sequence_length=self.sequence_length,
+            sequence_length=batch.shape[-1] if whole else self.sequence_length,
         )
         metrics = TensorDict()
         for position, agent in enumerate(self._line_up(batch)):

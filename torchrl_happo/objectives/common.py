@@ -123,15 +123,17 @@ class SequentialLossMixin(_Base):
         self.popart = popart
         self._agents = tuple(split_team(actors, blocks))
         groups = actors.items() if isinstance(actors, Mapping) else [(None, actors)]
-        self._groups = tuple(
-            split_actor(actor, group=name, as_block=True)[0] for name, actor in groups
+        # What forward evaluates: a stack at once, the actors of an ActorList one by one.
+        self._units = tuple(
+            unit for name, actor in groups for unit in split_actor(actor, group=name, as_block=True)
         )
         if isinstance(actors, Mapping):
+            policies = [unit.policy for unit in self._units]
+            actions = [key for policy in policies for key in policy.action_keys]
+            log_probs = [key for policy in policies for key in policy.log_prob_keys]
             self.set_keys(
-                action=[key for group in self._groups for key in group.policy.action_keys],
-                sample_log_prob=[
-                    key for group in self._groups for key in group.policy.log_prob_keys
-                ],
+                action=list(dict.fromkeys(actions)),
+                sample_log_prob=list(dict.fromkeys(log_probs)),
             )
         critic = self.critic_network
         if critic is None:
@@ -242,26 +244,26 @@ class SequentialLossMixin(_Base):
         self, tensordict: TensorDictBase, adv_shape: torch.Size
     ) -> tuple[Tensor, Any, Tensor, None]:
         old, new, dists = [], [], []
-        for group in self._groups:
-            keys = group.policy.log_prob_keys
+        for unit in self._units:
+            keys = unit.policy.log_prob_keys
             missing = [key for key in keys if tensordict.get(key, None) is None]
             if missing:
                 raise KeyError(
                     f"The tensordict has no log-probability {missing[0]!r}; build the actor with "
                     "return_log_prob=True and collect with it."
                 )
-            data = group.view(tensordict, self.agent_keys(group))
-            parameters = group.policy.parameters(data)
-            group.policy.prepare(data, parameters)
-            old_log_prob = behaviour_log_prob(group, data, None)
+            data = unit.view(tensordict, self.agent_keys(unit))
+            parameters = unit.policy.parameters(data)
+            unit.policy.prepare(data, parameters)
+            old_log_prob = behaviour_log_prob(unit, data, None)
             if old_log_prob.requires_grad:
                 raise RuntimeError(
                     f"The stored log-probability {keys[0]!r} requires grad; collect under "
                     "torch.no_grad() or detach it."
                 )
             old.append(self._line_up(old_log_prob, tensordict))
-            new.append(self._line_up(group.log_prob(parameters, data), tensordict))
-            dists.append(group.policy.distribution(parameters))
+            new.append(self._line_up(unit.log_prob(parameters, data), tensordict))
+            dists.append(unit.policy.distribution(parameters))
         log_weight = (torch.cat(new, -1) - torch.cat(old, -1)).unsqueeze(-1)
         if log_weight.shape[-2] == 1 and log_weight.shape[:-2] == adv_shape:
             log_weight = log_weight.squeeze(-2)  # one agent, one advantage: as ClipPPOLoss
@@ -305,23 +307,21 @@ class SequentialLossMixin(_Base):
 
     def active(self, tensordict: TensorDictBase) -> Tensor | None:
         """Which agents act at which step, ``[*B, n_agents]``; ``None`` if nothing says so."""
-        name = self.tensor_keys.active
-        masks = []
-        for group in self._groups:
-            key = name if group.group is None else (group.group, name)
-            mask = tensordict.get(key, None)
-            if mask is not None and mask.ndim > tensordict.batch_dims + 1:
-                mask = mask.squeeze(-1)
-            masks.append(None if mask is None else self._line_up(mask.bool(), tensordict))
+        masks: list[Tensor | None] = []
+        for agent in self._agents:
+            name = self.tensor_keys.active
+            key = name if agent.group is None else (agent.group, name)
+            mask = agent.view(tensordict, [key]).get(key, None)
+            if mask is not None:
+                mask = mask.reshape(*tensordict.batch_size, agent.num_members).bool()
+            masks.append(mask)
         if all(mask is None for mask in masks):
             return None
-        shape = tensordict.batch_size
-        sizes = [group.num_members for group in self._groups]
+        always = torch.ones((), dtype=torch.bool, device=tensordict.device)
+        sizes = [agent.num_members for agent in self._agents]
         return torch.cat(
             [
-                mask
-                if mask is not None
-                else torch.ones(*shape, size, dtype=torch.bool, device=tensordict.device)
+                always.expand(*tensordict.batch_size, size) if mask is None else mask
                 for mask, size in zip(masks, sizes, strict=True)
             ],
             -1,

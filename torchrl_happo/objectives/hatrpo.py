@@ -151,7 +151,8 @@ class HATRPOLoss(SequentialLossMixin, PPOLoss):
                 max_backtracks=max_backtracks,
                 accept_ratio=accept_ratio,
                 fisher_fraction=fisher_fraction,
-                line_search=line_search,
+                # torch cannot map over a stack that already is mapped over agents.
+                line_search="sequential" if agent.policy.is_stacked else line_search,
             )
             for agent, share in zip(self.agents, shares, strict=True)
         }
@@ -167,14 +168,14 @@ class HATRPOLoss(SequentialLossMixin, PPOLoss):
 
     def _team_kl(self, tensordict: TensorDictBase) -> Tensor | None:
         divergences = []
-        for group in self._groups:
-            data = group.view(tensordict, self.agent_keys(group))
-            stored = group.policy.stored_parameters(data)
+        for unit in self._units:
+            data = unit.view(tensordict, self.agent_keys(unit))
+            stored = unit.policy.stored_parameters(data)
             if stored is None:
                 return None
-            old = group.policy.distribution(stored)
-            new = group.policy.distribution(group.policy.parameters(data))
-            batch_ndim = tensordict.batch_dims + group.member_dims(data)
+            old = unit.policy.distribution(stored)
+            new = unit.policy.distribution(unit.policy.parameters(data))
+            batch_ndim = tensordict.batch_dims + unit.member_dims(data)
             kl = kl_divergence(old, new, batch_ndim=batch_ndim)
             divergences.append(self._line_up(kl, tensordict))
         return self._reduce_loss(torch.cat(divergences, -1).unsqueeze(-1), tensordict)
@@ -183,8 +184,7 @@ class HATRPOLoss(SequentialLossMixin, PPOLoss):
         self, agent: Agent, parameters: Mapping[str, Tensor], data: TensorDictBase
     ) -> Distribution:
         """The policy of one agent with other parameters, at the observations of ``data``."""
-        with agent.policy.with_parameters(parameters):
-            return agent.policy.scored(agent.policy.parameters(data), data)
+        return agent.policy.scored(agent.policy.parameters(data, parameters), data)
 
     def agent_surrogate(self, agent: Agent, dist: Distribution, data: TensorDictBase) -> Tensor:
         """Mean of the ratio times the factor times the advantage, over the valid entries.
