@@ -101,7 +101,7 @@ class ActorList(TensorDictModuleBase):
         )
         written = []
         for actor, row in zip(self.actors, group.unbind(-1), strict=True):
-            view = shared.copy().set(self.group, row.select(*_inside(actor.in_keys)))
+            view = shared.copy().set(self.group, row.select(*_inside(actor.in_keys), strict=False))
             written.append(actor(view).select(*actor.out_keys))
         for owner in ("root", "next"):
             rows = [td if owner == "root" else td.get("next", None) for td in written]

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import (
+    CompositeDistribution,
     ProbabilisticTensorDictSequential,
     TensorDictModule,
     TensorDictModuleBase,
@@ -127,10 +128,15 @@ class Policy:
         """Whether the networks of several agents are stacked in one tensordict of parameters."""
         return any(isinstance(module, TensorDictParams) for module in self.actor.modules())
 
+    @property
+    def is_composite(self) -> bool:
+        """Whether the distribution takes its parameters in a tensordict, head by head."""
+        return self.head.distribution_class is CompositeDistribution
+
     def _run(self, data: TensorDictBase) -> Parameters:
         values: dict[NestedKey, Tensor] = {}
         modules = list(_flat_modules(self.actor))
-        if all(_is_plain(module) for module in modules):
+        if not self.is_composite and all(_is_plain(module) for module in modules):
             for module in modules:
                 inputs = [values[key] if key in values else data.get(key) for key in module.in_keys]
                 outputs = module.module(*inputs)

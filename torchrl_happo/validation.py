@@ -212,4 +212,6 @@ def _leaves(batch: TensorDictBase, key: NestedKey) -> list[Tensor]:
         if len({row.get(key[1:]).shape for row in rows if row.get(key[1:], None) is not None}) > 1:
             return [row.get(key[1:]) for row in rows]
     value = batch.get(key, None)
+    if isinstance(value, TensorDictBase):
+        return list(value.values(include_nested=True, leaves_only=True))
     return [] if value is None else [value]

@@ -1,0 +1,320 @@
+"""Every layout x action space x mask x algorithm: a new row is one line.
+
+What holds in all of them: before an update each agent's ratio is one, the log-probability is the
+joint one over the action's dimensions and heads, and an update moves every agent, stays finite and
+reports what it did.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import (
+    AddStateIndependentNormalScale,
+    CompositeDistribution,
+    NormalParamExtractor,
+    TensorDictModule,
+    set_composite_lp_aggregate,
+)
+from torch import distributions as d
+from torch import nn
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules import (
+    IndependentNormal,
+    MaskedCategorical,
+    MultiAgentMLP,
+    OneHotCategorical,
+    ProbabilisticActor,
+    TanhNormal,
+)
+
+from torchrl_happo import ActorList, HAPPOLoss, HATRPOLoss, SequentialUpdater, joint_policy
+
+OBS_DIM, N_AGENTS, BATCH = 4, 2, (6, 5)
+
+
+class Beta(d.Independent):
+    """A beta distribution for each dimension of an action in (0, 1)."""
+
+    def __init__(self, alpha, beta):
+        super().__init__(d.Beta(alpha, beta), 1)
+
+
+class Split(nn.Module):
+    """Cuts the last dimension into positive halves or heads."""
+
+    def __init__(self, sizes, activation=None):
+        super().__init__()
+        self.sizes, self.activation = sizes, activation
+
+    def forward(self, x):
+        x = x if self.activation is None else self.activation(x) + 1.0
+        return x.split(self.sizes, -1)
+
+
+class Rows(nn.Module):
+    """Logits of several choices of equal size."""
+
+    def forward(self, x):
+        return x.unflatten(-1, (3, 2))
+
+
+@dataclass
+class Space:
+    """An action space: network outputs, what follows the network, and the distribution."""
+
+    num_outputs: int
+    after: Callable[[], nn.Module]
+    parameters: list
+    distribution: Callable
+    kwargs: dict | None = None
+    masked: bool = False
+
+
+COMPOSITE = {
+    "distribution_map": {"move": IndependentNormal, "talk": d.Categorical},
+}
+SPACES = {
+    "tanh_normal": Space(4, NormalParamExtractor, ["loc", "scale"], TanhNormal),
+    "normal": Space(4, NormalParamExtractor, ["loc", "scale"], IndependentNormal),
+    "bare_normal": Space(4, NormalParamExtractor, ["loc", "scale"], d.Normal),
+    "state_independent_std": Space(2, None, ["loc", "scale"], IndependentNormal),
+    "beta": Space(4, partial(Split, [2, 2], nn.functional.softplus), ["alpha", "beta"], Beta),
+    "categorical": Space(3, nn.Identity, ["logits"], d.Categorical),
+    "one_hot": Space(3, nn.Identity, ["logits"], OneHotCategorical),
+    "masked": Space(3, nn.Identity, ["logits"], MaskedCategorical, masked=True),
+    "multi_discrete": Space(6, Rows, ["logits"], d.Categorical),
+}
+LAYOUTS = ["stack", "list", "groups", "groups_of_one"]
+LOSSES = [HAPPOLoss, HATRPOLoss]
+
+
+def make_actor(space: Space, group: str, n_agents: int | None, hidden: int = 16):
+    """An actor for one group: a stack if it has an agent dimension, else a plain network."""
+    if n_agents is None:
+        net = nn.Sequential(
+            nn.Linear(OBS_DIM, hidden), nn.Tanh(), nn.Linear(hidden, space.num_outputs)
+        )
+    else:
+        net = MultiAgentMLP(
+            n_agent_inputs=OBS_DIM,
+            n_agent_outputs=space.num_outputs,
+            n_agents=n_agents,
+            centralized=False,
+            share_params=False,
+            depth=1,
+            num_cells=hidden,
+        )
+    if space.after is None:
+        shape = (2,) if n_agents is None else (n_agents, 2)
+        after = AddStateIndependentNormalScale(shape)
+    else:
+        after = space.after()
+    keys = [(group, name) for name in space.parameters]
+    in_keys = dict(zip(space.parameters, keys, strict=True))
+    if space.masked:
+        in_keys["mask"] = (group, "action_mask")
+    return ProbabilisticActor(
+        TensorDictModule(
+            nn.Sequential(net, after), in_keys=[(group, "observation")], out_keys=keys
+        ),
+        in_keys=in_keys,
+        out_keys=[(group, "action")],
+        distribution_class=space.distribution,
+        distribution_kwargs=space.kwargs,
+        return_log_prob=True,
+    )
+
+
+def make_team(layout: str, space: Space):
+    """The actors of a team and the groups of its tensordict with their agent dimensions."""
+    if layout == "stack":
+        return make_actor(space, "agents", N_AGENTS), {"agents": (N_AGENTS,)}
+    if layout == "list":
+        actors = [make_actor(space, "agents", None, hidden=8 + i) for i in range(N_AGENTS)]
+        return ActorList(actors), {"agents": (N_AGENTS,)}
+    names = ["speaker", "listener"]
+    if layout == "groups":
+        return {name: make_actor(space, name, None) for name in names}, dict.fromkeys(names, ())
+    return {name: make_actor(space, name, 1) for name in names}, dict.fromkeys(names, (1,))
+
+
+def make_batch(actors, groups, masked: bool, inactive: bool):
+    """A batch that the team has acted on."""
+    batch = TensorDict({"advantage": torch.randn(*BATCH, 1)}, BATCH)
+    for group, agent_dim in groups.items():
+        shape = (*BATCH, *agent_dim)
+        batch[group] = TensorDict({"observation": torch.randn(*shape, OBS_DIM)}, shape)
+        if masked:
+            mask = torch.rand(*shape, 3) > 0.4
+            mask[..., 0] = True
+            batch[group, "action_mask"] = mask
+        if inactive:
+            batch[group, "active"] = torch.rand(shape) > 0.3
+    with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
+        return joint_policy(actors)(batch)
+
+
+@pytest.mark.parametrize("loss_class", LOSSES)
+@pytest.mark.parametrize("inactive", [False, True], ids=["all_active", "some_inactive"])
+@pytest.mark.parametrize("space", list(SPACES))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_update(layout, space, inactive, loss_class):
+    """An update of every kind of team."""
+    space = SPACES[space]
+    actors, groups = make_team(layout, space)
+    batch = make_batch(actors, groups, space.masked, inactive)
+    check_update(loss_class(actors, None), batch)
+
+
+def check_update(loss, batch):
+    """What holds for every team."""
+    for agent in loss.agents:
+        data = agent.view(batch, loss.agent_keys(agent))
+        with torch.no_grad():
+            log_prob = agent.log_prob(agent.policy.parameters(data), data)
+        assert log_prob.shape == batch.shape or log_prob.shape == (*batch.shape, 1)
+        torch.testing.assert_close(log_prob, agent.stored_log_prob(data), rtol=1e-3, atol=1e-3)
+    updater = SequentialUpdater(
+        loss, optimizer=partial(torch.optim.Adam, lr=1e-2), num_epochs=2, minibatch_size=11
+    )
+    before = copy.deepcopy(loss.actor_network.state_dict())
+    metrics = updater(batch)
+    for key, value in loss.actor_network.state_dict().items():
+        assert value.isfinite().all()
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and "param" in key:
+            assert not torch.equal(value, before[key])
+    for agent in loss.agents:
+        report = metrics[agent.name]
+        assert all(value.isfinite() for value in report.values())
+        assert report["kl"] > 0
+        assert report["surrogate"] > report["surrogate_before"]
+    return metrics
+
+
+@pytest.mark.parametrize("loss_class", LOSSES)
+def test_one_agent_continuous_the_other_discrete(loss_class):
+    """A mover with a continuous action and a talker with a discrete one, without padding."""
+    actors = {
+        "mover": make_actor(SPACES["tanh_normal"], "mover", None),
+        "talker": make_actor(SPACES["categorical"], "talker", None),
+    }
+    batch = make_batch(actors, {"mover": (), "talker": ()}, False, False)
+    check_update(loss_class(actors, None), batch)
+
+
+@pytest.mark.parametrize("loss_class", LOSSES)
+@pytest.mark.parametrize("layout", ["list", "groups"])
+def test_composite_actions(loss_class, layout):
+    """Move and communicate: the ratio is that of the product of both heads."""
+    with set_composite_lp_aggregate(False):
+
+        def actor(group):
+            net = nn.Sequential(nn.Linear(OBS_DIM, 16), nn.Tanh(), nn.Linear(16, 7))
+            heads = [
+                (group, "params", "move", "loc"),
+                (group, "params", "move", "scale"),
+                (group, "params", "talk", "logits"),
+            ]
+            return ProbabilisticActor(
+                TensorDictModule(
+                    nn.Sequential(net, Heads()), in_keys=[(group, "observation")], out_keys=heads
+                ),
+                in_keys=[(group, "params")],
+                out_keys=[(group, "move"), (group, "talk")],
+                distribution_class=CompositeDistribution,
+                distribution_kwargs={
+                    **COMPOSITE,
+                    "name_map": {"move": (group, "move"), "talk": (group, "talk")},
+                },
+                return_log_prob=True,
+            )
+
+        if layout == "groups":
+            actors = {"a": actor("a"), "b": actor("b")}
+            groups = {"a": (), "b": ()}
+        else:
+            actors = ActorList([actor("agents"), actor("agents")])
+            groups = {"agents": (2,)}
+        batch = make_batch(actors, groups, False, False)
+        loss = loss_class(actors, None)
+        agent = loss.agents[0]
+        data = agent.view(batch, loss.agent_keys(agent))
+        prefix = agent.group
+        separate = (
+            data[prefix, "move_log_prob"] + data[prefix, "talk_log_prob"]
+            if (prefix, "move_log_prob") in data.keys(True)
+            else agent.stored_log_prob(data)
+        )
+        torch.testing.assert_close(agent.stored_log_prob(data), separate)
+        check_update(loss, batch)
+
+
+class Heads(nn.Module):
+    """Mean and scale of the movement, logits of the message."""
+
+    def forward(self, x):
+        loc, scale, logits = x.split([2, 2, 3], -1)
+        return loc, nn.functional.softplus(scale) + 0.1, logits
+
+
+@pytest.mark.parametrize("loss_class", LOSSES)
+def test_a_block_beside_single_agents(loss_class):
+    """Two agents that share parameters move as one block, the third on its own.
+
+    The factor after the block is the product of both members' ratios.
+    """
+    shared = MultiAgentMLP(
+        n_agent_inputs=OBS_DIM,
+        n_agent_outputs=3,
+        n_agents=2,
+        centralized=False,
+        share_params=True,
+        depth=1,
+        num_cells=8,
+    )
+    twins = ProbabilisticActor(
+        TensorDictModule(
+            shared, in_keys=[("twins", "observation")], out_keys=[("twins", "logits")]
+        ),
+        in_keys=[("twins", "logits")],
+        out_keys=[("twins", "action")],
+        distribution_class=d.Categorical,
+        return_log_prob=True,
+    )
+    actors = {"twins": twins, "single": make_actor(SPACES["categorical"], "single", None)}
+    batch = make_batch(actors, {"twins": (2,), "single": ()}, False, True)
+    loss = loss_class(actors, None, blocks=["twins"])
+    assert [(agent.name, agent.num_members) for agent in loss.agents] == [
+        ("twins", 2),
+        ("single", 1),
+    ]
+    with torch.no_grad():
+        before = twins.get_dist(batch.copy()).log_prob(batch["twins", "action"])
+    updater = SequentialUpdater(loss, num_epochs=2, order=["twins", "single"])
+    metrics = updater(batch)
+    with torch.no_grad():
+        after = twins.get_dist(batch.copy()).log_prob(batch["twins", "action"])
+    log_ratio = torch.where(batch["twins", "active"], after - before, 0.0)
+    factor = log_ratio.sum(-1).exp()
+    torch.testing.assert_close(metrics["single", "factor_mean"], factor.mean(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(metrics["single", "factor_max"], factor.max(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("loss_class", LOSSES)
+def test_all_inactive_agent_is_left_alone(loss_class):
+    """An agent that never acts in the batch keeps its policy; the others are updated."""
+    actors, groups = make_team("stack", SPACES["categorical"])
+    batch = make_batch(actors, groups, False, True)
+    batch["agents", "active"][..., 1] = False
+    before = copy.deepcopy(actors.state_dict())
+    SequentialUpdater(loss_class(actors, None), num_epochs=2)(batch)
+    for key, value in actors.state_dict().items():
+        assert torch.equal(value[1], before[key][1])
+        assert not torch.equal(value[0], before[key][0])
