@@ -1,0 +1,374 @@
+"""What one update costs, side by side in one interleaved run.
+
+    python benchmarks/update_cost.py                                  # the reference size
+    python benchmarks/update_cost.py --samples 400 4000 --agents 3 --json results/update_cost.json
+
+The contestants update the same team on the same data:
+
+- ``floor``: forward and backward of the same networks alone, no losses, no optimiser;
+- ``plain``: HAPPO written by hand in plain torch, an honest yardstick;
+- ``mappo``: TorchRL's ``MAPPOLoss`` with unshared networks and one Adam;
+- ``happo``: this library, and ``happo-compiled`` where ``SequentialUpdater`` can compile;
+- ``hatrpo``: this library's trust region; ``hatrpo-fifth`` with a fifth of the samples in the
+  Fisher matrix; ``hatrpo-double``: the same with Fisher-vector products by double backward through
+  a new graph each time, as the reference implementation does.
+
+One thread unless told otherwise. Times are medians over the repetitions, of the process's CPU time
+on the CPU (the machine may be shared) and of the wall clock on a GPU; look at the ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from tensordict import TensorDict
+from tensordict.nn import NormalParamExtractor, TensorDictModule
+from torch import Tensor, nn
+from torch.distributions import Categorical
+from torchrl.modules import IndependentNormal, MultiAgentMLP, ProbabilisticActor
+from torchrl.objectives.multiagent import MAPPOLoss
+
+from torchrl_happo import HAPPOLoss, HATRPOLoss, SequentialUpdater
+from torchrl_happo.distributions import kl_divergence
+from torchrl_happo.optim import trust_region
+from torchrl_happo.optim.natural_gradient import flatten, gradient, unflatten
+
+OBS_DIM, ACT_DIM, EPOCHS, CLIP, LR, MAX_NORM = 24, 2, 5, 0.2, 3e-4, 10.0
+Update = Callable[[], object]
+
+
+def make_team(n_agents: int, hidden: int, discrete: bool, device: str) -> tuple:
+    """Joint actor and centralised critic of a MAPPO script."""
+    mlp = partial(
+        MultiAgentMLP,
+        n_agent_inputs=OBS_DIM,
+        n_agents=n_agents,
+        depth=2,
+        num_cells=hidden,
+        activation_class=nn.Tanh,
+        device=device,
+    )
+    outputs = ACT_DIM + 3 if discrete else 2 * ACT_DIM
+    net = mlp(n_agent_outputs=outputs, centralized=False, share_params=False)
+    keys = [("agents", "logits")] if discrete else [("agents", "loc"), ("agents", "scale")]
+    actor = ProbabilisticActor(
+        TensorDictModule(
+            net if discrete else nn.Sequential(net, NormalParamExtractor()),
+            in_keys=[("agents", "observation")],
+            out_keys=keys,
+        ),
+        in_keys=keys,
+        out_keys=[("agents", "action")],
+        distribution_class=Categorical if discrete else IndependentNormal,
+        return_log_prob=True,
+        default_interaction_type="random",
+    )
+    critic = TensorDictModule(
+        mlp(n_agent_outputs=1, centralized=True, share_params=True),
+        in_keys=[("agents", "observation")],
+        out_keys=[("agents", "state_value")],
+    )
+    return actor, critic
+
+
+def make_batch(actor: nn.Module, samples: int, n_agents: int, device: str) -> TensorDict:
+    """A batch of ``samples`` steps in rows of at most 100."""
+    time_steps = math.gcd(samples, 100)
+    shape = (samples // time_steps, time_steps)
+
+    def agents() -> TensorDict:
+        observation = torch.randn(*shape, n_agents, OBS_DIM, device=device)
+        return TensorDict({"observation": observation}, (*shape, n_agents))
+
+    done = torch.zeros(*shape, 1, dtype=torch.bool, device=device)
+    reward = torch.randn(*shape, 1, device=device)
+    after = TensorDict(
+        {"agents": agents(), "reward": reward, "done": done, "terminated": done.clone()}, shape
+    )
+    batch = TensorDict({"agents": agents(), "next": after}, shape, device=device)
+    with torch.no_grad():
+        return actor(batch)
+
+
+def sequential(
+    loss_class: type, minibatch: int | None, actor: nn.Module, critic: nn.Module, **kwargs: object
+) -> SequentialUpdater:
+    """This library's updater with the settings of the benchmark."""
+    updater_kwargs = kwargs.pop("updater", {})
+    if loss_class is HAPPOLoss:
+        kwargs = {"clip_epsilon": CLIP, "entropy_coeff": 0.0, **kwargs}
+    return SequentialUpdater(
+        loss_class(actor, critic, **kwargs),
+        optimizer=partial(torch.optim.Adam, lr=LR),
+        num_epochs=EPOCHS,
+        minibatch_size=minibatch,
+        max_grad_norm=MAX_NORM,
+        **updater_kwargs,
+    )
+
+
+def mappo(batch: TensorDict, minibatch: int | None, actor: nn.Module, critic: nn.Module) -> Update:
+    """TorchRL's MAPPO as its multi-agent script runs it."""
+    loss = MAPPOLoss(actor, critic, clip_epsilon=CLIP, entropy_coeff=0.0, entropy_bonus=False)
+    loss.set_keys(value=("agents", "state_value"), action=("agents", "action"))
+    optimizer = torch.optim.Adam(loss.parameters(), lr=LR)
+
+    def update() -> None:
+        data = batch.copy()
+        with torch.no_grad():
+            loss.value_estimator(data)
+        data = data.reshape(-1)
+        for _ in range(EPOCHS):
+            for index in torch.randperm(len(data)).split(minibatch or len(data)):
+                losses = loss(data[index.to(data.device)])
+                (losses["loss_objective"] + losses["loss_critic"]).backward()
+                nn.utils.clip_grad_norm_(loss.parameters(), MAX_NORM)
+                optimizer.step()
+                optimizer.zero_grad()
+
+    return update
+
+
+def plain(batch: TensorDict, minibatch: int | None, hidden: int, discrete: bool) -> Update:
+    """HAPPO by hand: lists of networks and optimisers, tensors, no framework."""
+    n_agents = batch["agents", "observation"].shape[-2]
+    device = batch["agents", "observation"].device
+    observation = batch["agents", "observation"].flatten(0, 1)
+    action = batch["agents", "action"].flatten(0, 1)
+    stored = batch["agents", "action_log_prob"].flatten(0, 1)
+    observations = [observation[:, i].contiguous() for i in range(n_agents)]
+    actions = [action[:, i].contiguous() for i in range(n_agents)]
+    state = observation.flatten(1)
+    next_state = batch["next", "agents", "observation"].flatten(0, 1).flatten(1)
+    outputs = ACT_DIM + 3 if discrete else 2 * ACT_DIM
+    actors = [network(OBS_DIM, hidden, outputs, device) for _ in range(n_agents)]
+    critic = network(OBS_DIM * n_agents, hidden, 1, device)
+    optimizers = [torch.optim.Adam(a.parameters(), lr=LR, fused=True) for a in actors]
+    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=LR, fused=True)
+
+    def log_prob(net: nn.Module, x: Tensor, a: Tensor) -> Tensor:
+        out = net(x)
+        if discrete:
+            return out.log_softmax(-1).gather(-1, a.unsqueeze(-1)).squeeze(-1)
+        loc, raw = out.chunk(2, -1)
+        scale = nn.functional.softplus(raw + 0.5413).clamp_min(1e-4)
+        return -(0.5 * ((a - loc) / scale).square() + scale.log() + 0.9189).sum(-1)
+
+    def fit(net: nn.Module, optimizer: torch.optim.Optimizer, loss_of: Callable) -> None:
+        for _ in range(EPOCHS):
+            for index in torch.randperm(len(state)).split(minibatch or len(state)):
+                loss = loss_of(slice(None) if minibatch is None else index.to(device))
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(net.parameters(), MAX_NORM)
+                optimizer.step()
+
+    def update() -> None:
+        with torch.no_grad():
+            value, next_value = critic(state).squeeze(-1), critic(next_state).squeeze(-1)
+            advantage, target = gae(batch, value, next_value)
+            advantage = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-5)
+        factor = torch.ones_like(advantage)
+        for i in torch.randperm(n_agents).tolist():
+            net, weighted = actors[i], factor * advantage
+
+            def surrogate(index: Tensor, i: int = i, net: nn.Module = net, m: Tensor = weighted):  # noqa: ANN202
+                new = log_prob(net, observations[i][index], actions[i][index])
+                ratio = (new - stored[index, i]).exp()
+                return -torch.min(
+                    ratio * m[index], ratio.clamp(1 - CLIP, 1 + CLIP) * m[index]
+                ).mean()
+
+            with torch.no_grad():
+                before = log_prob(net, observations[i], actions[i])
+            fit(net, optimizers[i], surrogate)
+            with torch.no_grad():
+                factor = factor * (log_prob(net, observations[i], actions[i]) - before).exp()
+
+        def value_loss(index: Tensor) -> Tensor:
+            return nn.functional.smooth_l1_loss(critic(state[index]).squeeze(-1), target[index])
+
+        fit(critic, critic_optimizer, value_loss)
+
+    return update
+
+
+def gae(batch: TensorDict, value: Tensor, next_value: Tensor) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation, by a loop over time."""
+    shape = batch.shape
+    reward, done = batch["next", "reward"].squeeze(-1), batch["next", "done"].squeeze(-1)
+    value, next_value = value.view(shape), next_value.view(shape)
+    delta = reward + 0.99 * next_value * ~done - value
+    advantage, running = torch.empty_like(delta), 0.0
+    for t in reversed(range(shape[1])):
+        running = delta[:, t] + 0.99 * 0.95 * ~done[:, t] * running
+        advantage[:, t] = running
+    return advantage.flatten(), (advantage + value).flatten()
+
+
+def network(inputs: int, hidden: int, outputs: int, device: torch.device) -> nn.Sequential:
+    """The network of one agent."""
+    return nn.Sequential(
+        *(nn.Linear(inputs, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh()),
+        nn.Linear(hidden, outputs),
+    ).to(device)
+
+
+def floor(batch: TensorDict, minibatch: int | None, hidden: int, discrete: bool) -> Update:
+    """The matrix products alone."""
+    observation = batch["agents", "observation"].flatten(0, 1)
+    n_agents, device = observation.shape[1], observation.device
+    outputs = ACT_DIM + 3 if discrete else 2 * ACT_DIM
+    inputs = [observation[:, i].contiguous() for i in range(n_agents)]
+    pairs = [(network(OBS_DIM, hidden, outputs, device), x) for x in inputs]
+    pairs.append((network(OBS_DIM * n_agents, hidden, 1, device), observation.flatten(1)))
+
+    def update() -> None:
+        for net, x in pairs:
+            parameters = list(net.parameters())
+            for _ in range(EPOCHS):
+                for part in x.split(minibatch or len(x)):
+                    torch.autograd.grad(net(part).sum(), parameters)
+
+    return update
+
+
+def double_backward(updater: SequentialUpdater, batch: TensorDict) -> Update:
+    """The trust-region update with Hessian products of a divergence that is computed anew."""
+    policy: Callable = lambda weights: None  # noqa: E731
+
+    def remember(distribution: Callable, weights: dict, data: TensorDict) -> object:
+        nonlocal policy
+        policy = partial(distribution, data=data)
+        return distribution(weights, data)
+
+    def products(dist: object, parameters: dict, **kwargs: object) -> Callable[[Tensor], Tensor]:
+        step = policy
+        with torch.no_grad():
+            old = step(parameters)
+
+        def matvec(vector: Tensor) -> Tensor:
+            kl = kl_divergence(old, step(parameters)).mean()
+            slope = gradient([kl], parameters.values(), create_graph=True)
+            parts = unflatten(vector, parameters).values()
+            along = sum((s * v).sum() for s, v in zip(slope, parts, strict=True))
+            return flatten(gradient([along], parameters.values()))
+
+        return matvec
+
+    for inner in updater._agent_steps.values():
+        inner.distribution = partial(remember, inner.distribution)
+    linearised = trust_region.fisher_vector_product
+
+    def update() -> None:
+        trust_region.fisher_vector_product = products
+        try:
+            updater(batch)
+        finally:
+            trust_region.fisher_vector_product = linearised
+
+    return update
+
+
+def contestants(args: argparse.Namespace, n_agents: int, samples: int, hidden: int) -> dict:
+    """The updates to time, by name."""
+    team = partial(make_team, n_agents, hidden, args.discrete, args.device)
+    batch = make_batch(team()[0], samples, n_agents, args.device)
+    minibatch = args.minibatch
+
+    def ours(loss_class: type, **kwargs: object) -> Update:
+        return partial(sequential(loss_class, minibatch, *team(), **kwargs), batch)
+
+    updates = {
+        "floor": floor(batch, minibatch, hidden, args.discrete),
+        "plain": plain(batch, minibatch, hidden, args.discrete),
+        "mappo": mappo(batch, minibatch, *team()),
+        "happo": ours(HAPPOLoss),
+        "hatrpo": ours(HATRPOLoss),
+        "hatrpo-fifth": ours(HATRPOLoss, fisher_fraction=0.2),
+        "hatrpo-double": double_backward(sequential(HATRPOLoss, minibatch, *team()), batch),
+    }
+    return {name: update for name, update in updates.items() if name in args.only}
+
+
+def measure(updates: dict[str, Update], repetitions: int, device: str) -> dict[str, list[float]]:
+    """Milliseconds of each update, in turn, after a warm-up."""
+    times: dict[str, list[float]] = {name: [] for name in updates}
+    for repetition in range(repetitions + 1):
+        for name, update in updates.items():
+            if device != "cpu":
+                torch.cuda.synchronize()
+            clock = time.process_time if device == "cpu" else time.perf_counter
+            start = clock()
+            update()
+            if device != "cpu":
+                torch.cuda.synchronize()
+            if repetition:
+                times[name].append(1e3 * (clock() - start))
+    return times
+
+
+NAMES = ["floor", "plain", "mappo", "happo", "hatrpo", "hatrpo-fifth", "hatrpo-double"]
+RATIOS = [
+    ("happo", "plain"),
+    ("happo", "floor"),
+    ("happo", "mappo"),
+    ("hatrpo", "happo"),
+    ("hatrpo-fifth", "happo"),
+    ("hatrpo-double", "hatrpo"),
+]
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--agents", type=int, nargs="+", default=[3])
+    parser.add_argument("--samples", type=int, nargs="+", default=[400, 4000])
+    parser.add_argument("--hidden", type=int, nargs="+", default=[128])
+    parser.add_argument("--minibatch", type=int, help="samples in a minibatch; default: all")
+    parser.add_argument("--discrete", action="store_true")
+    parser.add_argument("--only", nargs="+", default=NAMES, choices=NAMES)
+    parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    rows = []
+    for n_agents in args.agents:
+        for samples in args.samples:
+            for hidden in args.hidden:
+                updates = contestants(args, n_agents, samples, hidden)
+                times = measure(updates, args.repetitions, args.device)
+                medians = {name: statistics.median(values) for name, values in times.items()}
+                ratios = {
+                    f"{a}/{b}": medians[a] / medians[b]
+                    for a, b in RATIOS
+                    if a in medians and b in medians
+                }
+                size = {"agents": n_agents, "samples": samples, "hidden": hidden}
+                print(", ".join(f"{value} {name}" for name, value in size.items()))
+                for name, median in medians.items():
+                    spread = f"{min(times[name]):8.1f} .. {max(times[name]):.1f}"
+                    print(f"  {name:<16}{median:10.1f} ms   ({spread})")
+                print("  " + "   ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items()))
+                rows.append({**size, "discrete": args.discrete, "ms": times, "ratios": ratios})
+    if args.json:
+        about = {"torch": torch.__version__, "threads": args.threads, "device": args.device}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
