@@ -130,6 +130,21 @@ class TabularGame:
             batch_dims=len(batch_size),
         )
 
+    @classmethod
+    def one_step(cls, payoff: Tensor) -> TabularGame:
+        """A matrix game as a game with a single state and no future, in double precision.
+
+        Args:
+            payoff (Tensor): the team's reward for each joint action, one dimension per agent.
+
+        Example:
+            >>> game = TabularGame.one_step(torch.eye(2))
+            >>> game.expected_return([torch.tensor([[0.5, 0.5]], dtype=torch.float64)] * 2)
+            tensor(0.5000, dtype=torch.float64)
+        """
+        reward = payoff.double().unsqueeze(0)
+        return cls(torch.ones_like(reward).unsqueeze(-1), reward, gamma=0.0)
+
     def random_policies(
         self, *, temperature: float = 1.0, generator: torch.Generator | None = None
     ) -> list[Tensor]:
