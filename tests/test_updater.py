@@ -23,6 +23,7 @@ from torchrl.modules import IndependentNormal, TanhNormal
 
 from torchrl_happo import HAPPOLoss, SequentialUpdater
 from torchrl_happo.batch import TeamBatch
+from torchrl_happo.distributions import entropy
 
 ADAM = partial(torch.optim.Adam, lr=1e-2)
 NAMES = [f"agents_{i}" for i in range(N_AGENTS)]
@@ -465,3 +466,16 @@ def test_perturbed_networks_are_picked_up():
     before = state_of(actor)
     updater(make_batch(actor))
     assert same_state(before, state_of(actor))
+
+
+def test_entropy_of_a_squashed_normal_is_estimated_well():
+    """The metric agrees with quadrature within the error of the batch's sample."""
+    actor = make_actor(distribution=TanhNormal)
+    updater = make_updater(actor, num_epochs=3)
+    batch = make_batch(actor, num_envs=100, time=20)
+    metrics = updater(batch)
+    for agent in updater.loss.agents:
+        data = agent.view(batch, updater.loss.agent_keys(agent))
+        with torch.no_grad():
+            exact = entropy(agent.policy.distribution(agent.policy.parameters(data))).mean()
+        torch.testing.assert_close(metrics[agent.name, "entropy"], exact, rtol=0.05, atol=0.05)

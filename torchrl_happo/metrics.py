@@ -7,7 +7,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.distributions import Distribution
 
-from torchrl_happo.distributions import entropy, kl_divergence
+from torchrl_happo.distributions import kl_divergence
 from torchrl_happo.objectives.functional import effective_sample_size, masked_mean, surrogate
 
 __all__ = ["agent_metrics", "factor_metrics"]
@@ -30,6 +30,7 @@ def agent_metrics(
     new_dist: Distribution,
     log_ratio: Tensor,
     advantage: Tensor,
+    entropy: Tensor,
     valid: Tensor | None,
 ) -> TensorDict:
     r"""How far one agent's policy went, and what it gained.
@@ -39,6 +40,7 @@ def agent_metrics(
         new_dist (Distribution): the policy after it.
         log_ratio (Tensor): :math:`\log \pi_\text{new} / \pi_\text{old}` of the stored actions.
         advantage (Tensor): the factor times the advantage, same shape.
+        entropy (Tensor): of the new policy, same shape.
         valid (Tensor, optional): which entries count.
 
     Returns:
@@ -49,7 +51,7 @@ def agent_metrics(
     ratio = log_ratio.exp()
     kept = ratio if valid is None else torch.where(valid, ratio, torch.ones_like(ratio))
     try:
-        kl = kl_divergence(old_dist, new_dist)
+        kl = kl_divergence(old_dist, new_dist, batch_ndim=log_ratio.ndim)
     except NotImplementedError:
         kl = ratio - 1 - log_ratio
     return TensorDict(
@@ -60,6 +62,6 @@ def agent_metrics(
             "ratio_max": kept.max(),
             "ratio_min": kept.min(),
             "kl": masked_mean(kl, valid),
-            "entropy": masked_mean(entropy(new_dist), valid),
+            "entropy": masked_mean(entropy, valid),
         }
     )

@@ -33,6 +33,8 @@ from torch.distributions import Distribution, Independent, Normal, TransformedDi
 from torch.func import functional_call
 from torchrl.modules import IndependentNormal, SafeModule, TanhNormal
 
+from torchrl_happo.distributions import entropy
+
 __all__ = ["Policy"]
 
 #: Entries that :meth:`Policy.prepare` adds to a view of the batch: the action before squashing and
@@ -196,6 +198,26 @@ class Policy:
         if len(self.action_keys) == 1:
             return dist.log_prob(data.get(self.action_keys[0]))
         return dist.log_prob(data.select(*self.action_keys))
+
+    def entropy(self, parameters: Parameters, data: TensorDictBase, log_ratio: Tensor) -> Tensor:
+        r"""Entropy of the policy at each sample, for the metrics.
+
+        Exact, but for a squashed normal, which has no closed form: there the expected
+        log-determinant of the squashing is estimated from the stored actions,
+
+        .. math:: H(\pi) = H(\mathcal{N}) + \mathbb{E}_{a \sim \pi_\text{old}}[r J],
+
+        which costs nothing and draws no random number.
+
+        Args:
+            parameters (dict of str to Tensor): of the policy's distribution.
+            data (TensorDictBase): the prepared view of the batch.
+            log_ratio (Tensor): log of this policy over the one that acted.
+        """
+        if PREIMAGE in data.keys():
+            normal = (parameters["scale"].log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+            return normal + log_ratio.exp() * data.get(LOG_DET)
+        return entropy(self.distribution(parameters), batch_ndim=log_ratio.ndim)
 
     def prepare(self, data: TensorDictBase, parameters: Parameters) -> TensorDictBase:
         """Adds the unsquashed actions to ``data``, if the distribution squashes.

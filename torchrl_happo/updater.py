@@ -287,6 +287,7 @@ class SequentialUpdater:
                     policy.distribution(new),
                     log_ratio,
                     data.get(ADVANTAGE),
+                    policy.entropy(new, data, log_ratio),
                     valid,
                 )
             )
