@@ -235,7 +235,8 @@ class SequentialLossMixin(_Base):
 
     def critic_objective(self, data: TensorDictBase) -> Tensor:
         """The critic's loss on (a part of) the batch, a scalar."""
-        value_loss, _, _ = self.loss_critic(data)
+        # A copy: the critic writes its value where clip_value looks for the old one.
+        value_loss, _, _ = self.loss_critic(data.copy())
         return self._reduce_loss(value_loss, data)
 
     # -- the joint forward: hooks of PPOLoss ---------------------------------------------------
