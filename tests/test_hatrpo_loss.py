@@ -49,7 +49,7 @@ def test_forward_equals_ppo_without_clipping(distribution):
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_forward_gives_the_exact_divergence(distribution):
-    """Output kl is the mean of torch's own divergence of the old policy's distribution from the new."""
+    """It is the mean of torch's own divergence of the old policy's distribution from the new."""
     actor = make_actor(distribution=distribution).double()
     batch = make_batch(actor)
     with torch.no_grad():
