@@ -400,3 +400,15 @@ def test_each_agent_can_be_cut_out_of_its_stack(action, kwargs):
         torch.testing.assert_close(log_prob, batch["agents", "action_log_prob"][:, index])
     cut = sum(p.numel() for agent in agents for p in agent.parameters())
     assert cut == sum(p.numel() for p in actor.parameters())
+
+
+def test_torch_initialisation_makes_unlike_first_policies():
+    """With torch's own initialisation agents start apart; with the small gain nearly alike."""
+    env = VmasEnv("balance", num_envs=2)
+    apart = {}
+    for init in ("orthogonal", "torch"):
+        loc = make_actor(env, init=init)(env.reset())["agents", "loc"]
+        apart[init] = loc.std(1).max()
+    assert apart["torch"] > 5 * apart["orthogonal"]
+    with pytest.raises(ValueError, match='init must be "orthogonal" or "torch"'):
+        make_actor(env, init="xavier")

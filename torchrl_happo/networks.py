@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Literal
 
 import torch
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
@@ -35,6 +36,7 @@ def make_actor(
     state_dependent_std: bool = True,
     scale_mapping: str = "biased_softplus_1.0",
     output_gain: float = 0.01,
+    init: Literal["orthogonal", "torch"] = "orthogonal",
     observation_key: str = "observation",
     mask_key: str | None = "action_mask",
     recurrent: str | None = None,
@@ -79,6 +81,8 @@ def make_actor(
             mapping of 0; see :func:`~tensordict.nn.mappings`.
             Defaults to ``"biased_softplus_1.0"``, which starts at 1.
         output_gain (float): gain of the last layer's initialisation. Defaults to ``0.01``.
+        init (str): ``"orthogonal"``, or ``"torch"`` for the initialisation of torch's own layers,
+            under which the agents' first policies differ more. Defaults to ``"orthogonal"``.
         observation_key (str): name of the observation in the group.
             Defaults to ``"observation"``.
         mask_key (str, optional): name of the mask of available actions in the group, which is used
@@ -121,7 +125,9 @@ def make_actor(
     """
     team = select_groups(read_groups(env, observation_key), None if group is None else [group])
     device = env.device if device is None else device
-    build = partial(_make_group_actor, share_params=share_params)
+    if init not in ("orthogonal", "torch"):
+        raise ValueError(f'init must be "orthogonal" or "torch", got {init!r}.')
+    build = partial(_make_group_actor, share_params=share_params, init=init)
     if recurrent is not None:
         _check_recurrent(recurrent, share_params)
         build = partial(make_recurrent_actor, cell=recurrent, hidden_size=hidden_size)
@@ -189,6 +195,7 @@ def _make_group_actor(
     state_dependent_std: bool,
     scale_mapping: str,
     output_gain: float,
+    init: str,
     device: torch.device | str | None,
 ) -> ProbabilisticActor:
     parameters = ParameterHead(
@@ -206,7 +213,8 @@ def _make_group_actor(
             share_params=share_params,
             **mlp,
         )
-    init_orthogonal(net, activation_class, output_gain)
+    if init == "orthogonal":
+        init_orthogonal(net, activation_class, output_gain)
     rows = () if group.n_agents is None or share_params else (group.n_agents,)
     net = parameters.split(net, rows, device)
     module = TensorDictModule(net, in_keys=[group.observation], out_keys=parameters.keys)
