@@ -10,8 +10,8 @@ The contestants update the same team on the same data:
 - ``mappo``: TorchRL's ``MAPPOLoss`` with unshared networks and one Adam;
 - ``happo``: this library, and ``happo-compiled`` where ``SequentialUpdater`` can compile;
 - ``hatrpo``: this library's trust region; ``hatrpo-fifth`` with a fifth of the samples in the
-  Fisher matrix; ``hatrpo-double``: the same with Fisher-vector products by double backward through
-  a new graph each time, as the reference implementation does.
+  Fisher matrix; ``hatrpo-double``: the same with eleven Fisher-vector products by double backward
+  through a new graph each time, as the reference implementation does.
 
 One thread unless told otherwise. Times are medians over the repetitions, of the process's CPU time
 on the CPU (the machine may be shared) and of the wall clock on a GPU; look at the ratios.
@@ -262,6 +262,8 @@ def double_backward(updater: SequentialUpdater, batch: TensorDict) -> Update:
             along = sum((s * v).sum() for s, v in zip(slope, parts, strict=True))
             return flatten(gradient([along], parameters.values()))
 
+        # The reference multiplies once more, for the length of the step.
+        matvec(torch.ones(sum(p.numel() for p in parameters.values()), device=batch.device))
         return matvec
 
     for inner in updater._agent_steps.values():
