@@ -168,11 +168,15 @@ class Agent:
         return log_prob.flatten(-surplus).sum(-1) if surplus > 0 else log_prob
 
     def member_dims(self, data: TensorDictBase) -> int:
-        """1 if the entries of a whole group carry an agent dimension in ``data``, else 0."""
+        """1 if the log-probabilities of a whole group carry an agent dimension, else 0.
+
+        The agent dimension of a group of one does not count: the group's log-probability is that
+        of its only agent, and lines up with the advantage as any single agent's does.
+        """
         if self.index is not None or self.group is None:
             return 0
-        has_agent_dim = data.get(self.group).batch_dims > data.batch_dims
-        return int(has_agent_dim or self.num_members > 1)
+        rows = data.get(self.group).batch_size[data.batch_dims :]
+        return int(self.num_members > 1 or rows.numel() > 1)
 
 
 def split_actor(

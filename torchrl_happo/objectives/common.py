@@ -79,7 +79,8 @@ def behaviour_log_prob(agent: Agent, data: TensorDictBase, current: Tensor | Non
         parameters = policy.parameters(data)
     if parameters is None or current is None:
         return stored
-    saturated = is_saturated(policy.distribution(parameters), data.get(policy.action_keys[0]))
+    action = data.get(policy.action_keys[0])
+    saturated = is_saturated(policy.distribution(parameters), action, batch_ndim=stored.ndim)
     return torch.where(saturated, current, stored)
 
 
