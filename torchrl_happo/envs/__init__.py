@@ -1,7 +1,8 @@
-"""What stands between an environment and the team's loss, and small exact games."""
+"""What stands between an environment and the team's loss, batched simulators, exact games."""
 
 from __future__ import annotations
 
+from torchrl_happo.envs.envpool import EnvPoolEnv
 from torchrl_happo.envs.matrix import (
     DifferentialGame,
     MatrixGame,
@@ -10,16 +11,23 @@ from torchrl_happo.envs.matrix import (
     permutation_payoff,
     xor_payoff,
 )
+from torchrl_happo.envs.mujoco import make_mujoco
+from torchrl_happo.envs.pettingzoo import BatchedPettingZooEnv
+from torchrl_happo.envs.split import AgentSplit
 from torchrl_happo.envs.tabular import TabularGame, TabularGameEnv
 from torchrl_happo.envs.transforms import TeamReward
 
 __all__ = [
+    "AgentSplit",
+    "BatchedPettingZooEnv",
     "DifferentialGame",
+    "EnvPoolEnv",
     "MatrixGame",
     "TabularGame",
     "TabularGameEnv",
     "TeamReward",
     "climbing_payoff",
+    "make_mujoco",
     "penalty_payoff",
     "permutation_payoff",
     "xor_payoff",

@@ -1,0 +1,297 @@
+"""Multi-agent MuJoCo: gymnasium-robotics' teams, Gymnasium's physics, TorchRL's protocol."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.collectors import Collector
+from torchrl.envs.utils import check_env_specs
+
+from torchrl_happo import HAPPOLoss, SequentialUpdater, TeamReward, make_actor, make_critic
+from torchrl_happo.envs import EnvPoolEnv, make_mujoco
+from torchrl_happo.envs.robots import ROBOTS
+from torchrl_happo.networks import joint_policy
+
+envpool = pytest.importorskip("envpool")
+gymnasium = pytest.importorskip("gymnasium")
+
+TEAMS = [(robot, name) for robot, body in ROBOTS.items() for name in body.partitions]
+OUR_OWN = {("Ant", "8x1"), ("Humanoid", "17x1"), ("HumanoidStandup", "17x1"), ("Walker2d", "6x1")}
+FINGERTIP_HEIGHT = (
+    5  # entry of the second agent's observation; it is always 0, and not in the state
+)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """MuJoCo logs its warnings into the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
+def step(env, data, action):
+    """One step with a joint action, cut into the agents' ones."""
+    transform = env.transform
+    for group, agents in transform.group_map.items():
+        own = [transform.partition[int(agent.removeprefix("agent_"))] for agent in agents]
+        data[group, "action"] = torch.stack([action[:, entries] for entries in own], 1)
+    return env.step(data)["next"]
+
+
+@pytest.mark.parametrize(("robot", "name"), [team for team in TEAMS if team not in OUR_OWN])
+def test_gymnasium_robotics_agrees(robot, name):
+    """The same actuators move, and the same values are observed, number by number.
+
+    Two differences are known. gymnasium-robotics swaps the names of two joints of the humanoid,
+    so that its agent observes the same values in another order; and it does not clip Walker2d's
+    velocities to 10, as the task's state has them.
+    """
+    mamujoco = pytest.importorskip("gymnasium_robotics").mamujoco_v1
+    body = ROBOTS[robot]
+    team = body.partitions[name]
+    for distance in (0, 1, 3):
+        theirs = mamujoco.parallel_env(robot, name, agent_obsk=distance)
+        seen, _ = theirs.reset(seed=0)
+        joints = [[node.act_ids for node in part] for part in theirs.agent_action_partitions]
+        assert body.actuators(team) == joints
+        for agent in theirs.possible_agents:
+            theirs.action_space(agent).seed(0)
+        for _ in range(0 if robot == "Walker2d" else 5):
+            actions = {agent: theirs.action_space(agent).sample() for agent in theirs.agents}
+            seen = theirs.step(actions)[0]
+        state = theirs.state()
+        for agent, entries in zip(seen, body.observations(team, distance), strict=True):
+            expected, ours = seen[agent], state[entries]
+            if robot == "Reacher" and agent == "agent_1":
+                expected = np.delete(expected, FINGERTIP_HEIGHT)
+            if robot.startswith("Humanoid"):
+                expected, ours = np.sort(expected), np.sort(ours)
+            np.testing.assert_array_equal(ours, expected)
+        theirs.close()
+
+
+@pytest.mark.parametrize("name", ["2x4", "8x1"])
+def test_the_nearest_joints_are_what_agents_observe(name):
+    """``nearest`` reaches the agents: each sees these entries of the state, and nothing else."""
+    env = make_mujoco("Ant", name, num_envs=2, nearest=1, identity=False, standardize=False, seed=0)
+    data = env.rollout(2)
+    body = ROBOTS["Ant"]
+    entries = iter(body.observations(body.partitions[name], 1))
+    for group in env.transform.group_map:
+        for seen in data[group, "observation"].unbind(2):
+            assert torch.equal(seen, data["state"][..., next(entries)])
+
+
+@pytest.mark.parametrize("robot", ["Ant", "HalfCheetah", "Hopper", "Swimmer", "Walker2d"])
+def test_gymnasium_agrees(robot):
+    """From the same state the same joint action leads to Gymnasium's state and reward.
+
+    The action lies outside the motors' range: MuJoCo clamps it, the control cost does not.
+    """
+    name = next(iter(ROBOTS[robot].partitions))
+    env = make_mujoco(robot, name, standardize=False, seed=3)
+    data = env.reset()
+    state = data["state"][0].double().numpy()
+    theirs = gymnasium.make(f"{robot}-v5").unwrapped
+    theirs.reset(seed=0)
+    hidden = theirs.observation_structure["skipped_qpos"]
+    positions = theirs.model.nq - hidden
+    theirs.set_state(
+        np.concatenate([np.zeros(hidden), state[:positions]]),
+        state[positions : positions + theirs.model.nv],
+    )
+    action = torch.linspace(-2, 1.5, theirs.model.nu).unsqueeze(0)
+    observed, reward, *_ = theirs.step(action[0].double().numpy())
+    after = step(env, data, action)
+    np.testing.assert_allclose(after["state"][0], observed, rtol=1e-3, atol=1e-3)
+    assert after["reward"].item() == pytest.approx(reward, abs=1e-3)
+
+
+def test_actions_are_clamped_where_they_act_and_paid_for_as_they_are():
+    """Twice as far outside the range: the same motion, at a higher cost."""
+    after = []
+    for scale in (1.0, 3.0):
+        env = make_mujoco("HalfCheetah", "2x3", num_envs=2, seed=0)
+        after.append(step(env, env.reset(), torch.full((2, 6), scale)))
+    assert torch.equal(after[0]["state"], after[1]["state"])
+    cost = torch.full((2, 1), 0.1 * 6 * (3**2 - 1))
+    torch.testing.assert_close(after[0]["reward"] - after[1]["reward"], cost)
+
+
+@pytest.mark.parametrize(
+    ("robot", "name", "settings"),
+    [
+        ("HalfCheetah", "2x3", {}),
+        ("Hopper", "3x1", {"nearest": 1, "bounded_actions": True}),
+        ("Humanoid", "9|8", {}),
+        ("Walker2d", [[0, 1], [2, 3, 4], [5]], {"version": "v4"}),
+    ],
+)
+def test_specs(robot, name, settings):
+    """Float32 throughout, and what the specs promise is what the data are."""
+    env = make_mujoco(robot, name, num_envs=3, seed=0, **settings)
+    check_env_specs(env)
+    data = env.rollout(2)
+    floats = {leaf.dtype for leaf in data.values(True, True) if leaf.is_floating_point()}
+    assert floats == {torch.float32}
+    assert data["next", "reward"].shape == (3, 2, 1)
+
+
+def test_an_observation_is_the_standardised_state_and_identity():
+    """The reference's setting, on the simulator's own numbers."""
+    raw, ours = (
+        make_mujoco("HalfCheetah", "2x3", num_envs=2, standardize=scaled, seed=0).reset()
+        for scaled in (False, True)
+    )
+    for agent in range(2):
+        who = torch.eye(2)[agent].expand(2, 2)
+        vector = torch.cat([raw["state"], who], -1).double()
+        mean, std = vector.mean(-1, keepdim=True), vector.std(-1, correction=0, keepdim=True)
+        torch.testing.assert_close(
+            ours["agents", "observation"][:, agent].double(), (vector - mean) / std
+        )
+    mean = raw["state"].mean(-1, keepdim=True)
+    std = raw["state"].std(-1, correction=0, keepdim=True)
+    torch.testing.assert_close(ours["state"], (raw["state"] - mean) / std)
+
+
+def hoppers(max_steps=1000, seed=0, num_envs=6, **kwargs):
+    """Legs that fall after some tens of steps, with the simulator's own numbers."""
+    return EnvPoolEnv("Hopper-v5", num_envs=num_envs, max_steps=max_steps, seed=seed, **kwargs)
+
+
+def play(env, steps, seed=0):
+    """Random actions, the same ones for each seed, over all ends of episodes."""
+    torch.manual_seed(seed)
+    return env.rollout(steps, break_when_any_done=False)
+
+
+def test_ends_are_told_apart():
+    """A fall terminates, the time limit truncates, and a fall in the last step is both."""
+    free = play(hoppers(num_envs=1), 60)["next"]
+    fall = int(free["terminated"].flatten().nonzero()[0])
+    assert not free["truncated"].any()
+    for max_steps, terminated, truncated in (
+        (fall, False, True),
+        (fall + 1, True, True),
+        (fall + 2, True, False),
+    ):
+        ends = play(hoppers(max_steps, num_envs=1), 60)["next"]
+        first = int(ends["done"].flatten().nonzero()[0])
+        assert first == min(fall, max_steps - 1)
+        assert ends["terminated"][0, first].item() is terminated
+        assert ends["truncated"][0, first].item() is truncated
+    assert torch.equal(free["done"], free["terminated"])
+
+
+def test_the_last_observation_is_the_true_one():
+    """EnvPool, driven by hand, shows the same rewards and observations up to each end."""
+    batch = play(hoppers(max_steps=30), 80)
+    env = hoppers()
+    env.reset()
+    pool, alive = env._pool, np.ones(6, bool)
+    for now in batch.unbind(1):
+        observation, reward, *_ = pool.step(now["action"].numpy())
+        np.testing.assert_array_equal(
+            now["next", "observation"][alive], observation.astype(np.float32)[alive]
+        )
+        np.testing.assert_array_equal(now["next", "reward"][alive, 0], reward[alive])
+        alive &= ~now["next", "done"].numpy()[:, 0]
+    assert not alive.any()
+
+
+def test_partial_resets():
+    """Where an episode ends a new one begins, near the initial state; all others go on."""
+    batch = play(hoppers(max_steps=30), 80)
+    done = batch["next", "done"][:, :-1, 0]
+    assert (done.any(0) & ~done.all(0)).any()
+    before, after = batch["next", "observation"][:, :-1], batch["observation"][:, 1:]
+    assert torch.equal(before[~done], after[~done])
+    initial = torch.tensor([1.25] + 10 * [0.0])
+    assert ((after[done] - initial).abs() <= 0.005 + 1e-6).all()
+    assert not torch.isclose(before[done], initial, atol=0.005).all(-1).any()
+    assert not batch["done"].any()
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"num_threads": 2}, {"seed": 0}])
+def test_seeds(other):
+    """Equal seeds give equal data on any number of threads; neighbouring ones share no episode."""
+    ours, theirs = play(hoppers(), 20), play(hoppers(**other), 20)
+    assert bool((ours == theirs).all()) == (other != {"seed": 1})
+    if other == {"seed": 1}:
+        starts = torch.cat([ours["observation"][:, 0], theirs["observation"][:, 0]])
+        assert len(starts.unique(dim=0)) == len(starts) == 12
+
+
+def test_seeding_starts_anew():
+    """``set_seed`` makes an environment forget what it did before, and asks for a reset."""
+    env = hoppers()
+    first = play(env, 20)
+    play(env, 15, seed=1)
+    env.set_seed(0)
+    with pytest.raises(RuntimeError, match="reset it before it steps"):
+        env.step(first[:, 0].select("action"))
+    assert (play(env, 20) == first).all()
+
+
+def test_without_a_seed_torchs_generator_decides():
+    """Runs differ unless torch is seeded, like everything in TorchRL."""
+    torch.manual_seed(5)
+    starts = [hoppers(seed=None).reset()["observation"] for _ in range(2)]
+    torch.manual_seed(5)
+    assert torch.equal(starts[0], hoppers(seed=None).reset()["observation"])
+    assert not torch.equal(*starts)
+
+
+@pytest.mark.parametrize(("robot", "name"), [("HalfCheetah", "2x3"), ("Humanoid", "9|8")])
+def test_happo_learns_from_it(robot, name):
+    """Two updates of alike agents and of unlike ones, over the ends of episodes, are finite."""
+    env = make_mujoco(robot, name, num_envs=4, max_steps=8, seed=0).append_transform(TeamReward())
+    actors = make_actor(env, num_cells=[16], state_dependent_std=False)
+    critic = make_critic(env, state_key="state", num_cells=[16])
+    updater = SequentialUpdater(
+        HAPPOLoss(actors, critic, entropy_coeff=0.01),
+        optimizer=partial(torch.optim.Adam, lr=5e-4),
+        num_epochs=2,
+    )
+    collector = Collector(env, joint_policy(actors), frames_per_batch=80, total_frames=160)
+    for batch in collector:
+        metrics: TensorDict = updater(batch)
+        assert all(value.isfinite().all() for value in metrics.values(True, True))
+    assert batch["next", "truncated"].any()
+    collector.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("HalfCheeta", "2x3"), "no robot 'HalfCheeta'.*'HalfCheetah'"),
+        (("HalfCheetah", "3x2"), "no partition of HalfCheetah '3x2'.*'2x3'"),
+        (("HalfCheetah", [[0, 1], [1, 2]]), "exactly one agent"),
+    ],
+)
+def test_refuses_teams(arguments, message):
+    """A team that does not exist is named, with those near it."""
+    with pytest.raises(ValueError, match=message):
+        make_mujoco(*arguments)
+
+
+def test_refuses_tasks():
+    """Other versions have another state, and tasks without vectors are not taken."""
+    with pytest.raises(ValueError, match="nearest=1 needs the state of version='v5', got 'v4'"):
+        make_mujoco("Ant", "4x2", nearest=1, version="v4")
+    with pytest.raises(ValueError, match="no task 'Hopper-v9'"):
+        EnvPoolEnv("Hopper-v9")
+    with pytest.raises(ValueError, match="action of 'CartPole-v1'"):
+        EnvPoolEnv("CartPole-v1")
+
+
+def test_closing_ends_the_pool():
+    """A closed environment holds no threads."""
+    env = hoppers()
+    env.reset()
+    env.close()
+    assert env._pool is None

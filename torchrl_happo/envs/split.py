@@ -1,0 +1,360 @@
+"""A team out of one body: each agent moves some of the joints."""
+
+from __future__ import annotations
+
+from collections.abc import ItemsView, Sequence
+from itertools import chain
+from typing import cast
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from torch import Tensor, nn
+from torchrl.data import Bounded, Composite, TensorSpec, Unbounded
+from torchrl.envs import MarlGroupMapType, Transform
+
+__all__ = ["AgentSplit"]
+
+# Keeps a vector of equal entries finite; far below what changes any other result.
+_EPS = 1e-20
+
+
+class AgentSplit(Transform):
+    r"""Turns an environment with one agent and a vector action into one with a team.
+
+    Each agent chooses some of the entries of the action (as in multi-agent MuJoCo,
+    `Peng et al., 2021 <https://arxiv.org/abs/2003.06709>`_, where it moves some of the joints),
+    and observes the state, or part of it, and who it is (one-hot). The reward and the end of an
+    episode concern the team; they stay at the root. It works with any environment whose
+    observation is a vector and whose action is a continuous one, batched or not, on any device.
+
+    With ``standardize=True`` each vector has mean 0 and standard deviation 1 over *its own*
+    entries, which makes no use of any other step:
+
+    .. math::
+        o \leftarrow \frac{o - \bar o}{\sqrt{\frac{1}{d} \sum_{k=1}^{d} (o_k - \bar o)^2}},
+        \qquad \bar o = \frac{1}{d} \sum_{k=1}^{d} o_k .
+
+    That is the setting of the reference implementation of HAPPO in multi-agent MuJoCo: an agent's
+    vector is the state followed by its one-hot identity, and the critic's is the state alone.
+
+    ==============================  ==================  ============================================
+    key                             shape               content
+    ==============================  ==================  ============================================
+    ``("agents", "action")``        ``[*B, n, a]``      entry ``k`` of agent ``i`` is entry
+                                                        ``partition[i][k]`` of the joint action
+    ``("agents", "observation")``   ``[*B, n, d]``      what each agent sees
+    ``"state"``                     ``[*B, s]``         the observation of the environment, for the
+                                                        critic; it takes its place at the root
+    ==============================  ==================  ============================================
+
+    Where agents differ in the size of their action or observation, each is a group of its own:
+    ``("agent_0", "action")`` of shape ``[*B, 1, a_0]``, and so on.
+
+    Args:
+        partition (sequence of sequence of int): for each agent, the entries of the joint action
+            that it chooses. Each entry belongs to exactly one agent.
+
+    Keyword Args:
+        observations (sequence of sequence of int, optional): for each agent, the entries of the
+            state that it observes, in this order. Defaults to ``None``: all of them.
+        identity (bool): whether an agent observes its one-hot identity, after the state.
+            Defaults to ``True``.
+        standardize (bool): whether the agents' observations and the state are standardised as
+            above. Defaults to ``False``.
+        bounded_actions (bool): whether the agents' actions have the bounds of the joint action.
+            Without bounds a policy is Gaussian, and what it draws outside the bounds of the
+            environment is passed on as it is: MuJoCo then clamps what it applies to the joints,
+            while the cost of control is that of the action itself. Defaults to ``True``.
+        group_map (MarlGroupMapType, optional): ``ALL_IN_ONE_GROUP`` or ``ONE_GROUP_PER_AGENT``.
+            Defaults to ``None``: one group where the agents' sizes allow it.
+        observation_key (NestedKey): the vector that the environment observes.
+            Defaults to ``"observation"``.
+        action_key (NestedKey): the joint action. Defaults to ``"action"``.
+        state_key (NestedKey, optional): where the state goes; ``None`` drops it.
+            Defaults to ``"state"``.
+
+    Raises:
+        ValueError: if an agent is without action, an entry of the action belongs to no agent or
+            to several, or the agents of one group differ in size; at the first use, if action or
+            observation are no vectors or have other sizes.
+
+    Examples:
+        >>> from torchrl.envs import GymEnv, TransformedEnv
+        >>> env = TransformedEnv(
+        ...     GymEnv("Pendulum-v1"), AgentSplit([[0]], standardize=True)
+        ... )  # a team of one
+        >>> rollout = env.rollout(3)
+        >>> rollout["agents", "observation"].shape, rollout["agents", "action"].shape
+        (torch.Size([3, 1, 4]), torch.Size([3, 1, 1]))
+        >>> rollout["state"].shape, rollout["next", "reward"].shape
+        (torch.Size([3, 3]), torch.Size([3, 1]))
+    """
+
+    invertible = True
+    _members: nn.ModuleDict
+    _to_joint: Tensor
+
+    def __init__(
+        self,
+        partition: Sequence[Sequence[int]],
+        *,
+        observations: Sequence[Sequence[int]] | None = None,
+        identity: bool = True,
+        standardize: bool = False,
+        bounded_actions: bool = True,
+        group_map: MarlGroupMapType | None = None,
+        observation_key: NestedKey = "observation",
+        action_key: NestedKey = "action",
+        state_key: NestedKey | None = "state",
+    ) -> None:
+        _check_partition(partition)
+        if observations is not None and len(observations) != len(partition):
+            raise ValueError(
+                f"AgentSplit got the observations of {len(observations)} agents and the actions "
+                f"of {len(partition)}; give one list of entries for each agent."
+            )
+        groups = _group_agents(partition, observations, group_map)
+        super().__init__(
+            in_keys=[observation_key],
+            out_keys=[(name, "observation") for name in groups],
+            in_keys_inv=[action_key],
+            out_keys_inv=[(name, "action") for name in groups],
+        )
+        if state_key is not None:
+            self.out_keys.append(state_key)
+        self.partition = [list(actions) for actions in partition]
+        self.group_map = {
+            name: [f"agent_{agent}" for agent in agents] for name, agents in groups.items()
+        }
+        self.standardize = standardize
+        self.bounded_actions = bounded_actions
+        self.observation_key, self.action_key = observation_key, action_key
+        self.state_key = state_key
+        who = torch.eye(len(partition)) if identity else torch.empty(len(partition), 0)
+        self._members = nn.ModuleDict(
+            {
+                name: _Members(
+                    [self.partition[agent] for agent in agents],
+                    None if observations is None else [list(observations[i]) for i in agents],
+                    who[agents],
+                )
+                for name, agents in groups.items()
+            }
+        )
+        chosen = torch.cat([members.actions.flatten() for _, members in self._groups()])
+        self.register_buffer("_to_joint", chosen.argsort())
+        self._is_in_order = bool((self._to_joint.diff() == 1).all())
+
+    def _groups(self) -> ItemsView[str, _Members]:
+        return cast("ItemsView[str, _Members]", self._members.items())
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Replaces the state of a batch by what the agents observe of it, in place.
+
+        Args:
+            tensordict (TensorDictBase): with the environment's observation.
+
+        Returns:
+            the same tensordict.
+        """
+        return self._call(tensordict)
+
+    def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
+        state = next_tensordict.pop(self.observation_key, None)
+        if state is None:
+            raise KeyError(
+                f"AgentSplit finds no observation {self.observation_key!r}; set observation_key."
+            )
+        for name, members in self._groups():
+            observation = members.observe(state)
+            group = TensorDict(
+                {"observation": self._scaled(observation)},
+                batch_size=(*next_tensordict.batch_size, members.size),
+                device=next_tensordict.device,
+            )
+            next_tensordict.set(name, group)
+        if self.state_key is not None:
+            next_tensordict.set(self.state_key, self._scaled(state))
+        return next_tensordict
+
+    def _reset(
+        self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase
+    ) -> TensorDictBase:
+        return self._call(tensordict_reset)
+
+    def _inv_call(self, tensordict: TensorDictBase) -> TensorDictBase:
+        actions = [tensordict.get(key, None) for key in self.out_keys_inv]
+        missing = [
+            key for key, action in zip(self.out_keys_inv, actions, strict=True) if action is None
+        ]
+        if not missing:
+            joint = torch.cat([action.flatten(-2) for action in actions], dim=-1)
+            joint = joint if self._is_in_order else joint[..., self._to_joint]
+            return tensordict.set(self.action_key, joint)
+        if self.missing_tolerance:
+            return tensordict
+        raise KeyError(f"AgentSplit finds no action {missing[0]!r}; the policy has to write it.")
+
+    def _scaled(self, vector: Tensor) -> Tensor:
+        if not self.standardize:
+            return vector
+        return nn.functional.layer_norm(vector, vector.shape[-1:], eps=_EPS)
+
+    def transform_observation_spec(self, observation_spec: Composite) -> Composite:
+        """Replaces the environment's observation by those of the agents and the state."""
+        known = list(observation_spec.keys(True, True))
+        if self.observation_key not in known:
+            raise ValueError(
+                f"AgentSplit finds no observation {self.observation_key!r}; choose observation_key "
+                f"among {known}."
+            )
+        state = observation_spec[self.observation_key]
+        if state.ndim != observation_spec.ndim + 1:
+            raise ValueError(
+                f"AgentSplit got the observation {self.observation_key!r} of shape "
+                f"{tuple(state.shape)}, but it splits a vector [*B, s]; flatten it first."
+            )
+        del observation_spec[self.observation_key]
+        for name, members in self._groups():
+            members.check(state.shape[-1])
+            n_inputs = members.n_inputs(state.shape[-1])
+            observation_spec[name] = _group_spec(
+                observation_spec,
+                members.size,
+                observation=_unbounded(state, (*state.shape[:-1], members.size, n_inputs)),
+            )
+        if self.state_key is not None:
+            observation_spec[self.state_key] = _unbounded(state, state.shape)
+        return observation_spec
+
+    def transform_input_spec(self, input_spec: Composite) -> Composite:
+        """Replaces the joint action by those of the agents."""
+        input_spec = input_spec.clone()
+        actions = input_spec["full_action_spec"]
+        joint = actions.get(self.action_key, None)
+        if joint is None:
+            raise ValueError(
+                f"AgentSplit finds no action {self.action_key!r}; choose action_key among "
+                f"{list(actions.keys(True, True))}."
+            )
+        self._check_action(joint, actions.ndim)
+        del actions[self.action_key]
+        for name, members in self._groups():
+            actions[name] = _group_spec(
+                actions, members.size, action=self._action_spec(joint, members.actions)
+            )
+        return input_spec
+
+    def _check_action(self, joint: TensorSpec, batch_dims: int) -> None:
+        size = sum(map(len, self.partition))
+        if joint.domain != "continuous" or joint.ndim != batch_dims + 1:
+            raise ValueError(
+                f"AgentSplit got the action {self.action_key!r}, a {type(joint).__name__} of shape "
+                f"{tuple(joint.shape)}, but it splits a continuous vector [*B, a]."
+            )
+        if joint.shape[-1] != size:
+            raise ValueError(
+                f"The partition of AgentSplit has {size} entries, but the action "
+                f"{self.action_key!r} has {joint.shape[-1]}; give each to one agent."
+            )
+
+    def _action_spec(self, joint: TensorSpec, entries: Tensor) -> TensorSpec:
+        shape = (*joint.shape[:-1], *entries.shape)
+        if not self.bounded_actions or isinstance(joint, Unbounded):
+            return _unbounded(joint, shape)
+        entries = entries.to(joint.space.low.device)
+        return Bounded(
+            joint.space.low[..., entries],
+            joint.space.high[..., entries],
+            shape=shape,
+            dtype=joint.dtype,
+            device=joint.device,
+        )
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(partition={self.partition}, groups={self.group_map})"
+
+
+class _Members(nn.Module):
+    """The agents of one group: the entries of the action and of the state that are theirs."""
+
+    actions: Tensor
+    entries: Tensor | None
+    identity: Tensor
+    size: int
+
+    def __init__(
+        self, actions: list[list[int]], entries: list[list[int]] | None, identity: Tensor
+    ) -> None:
+        super().__init__()
+        self.size = len(actions)
+        self.register_buffer("actions", torch.tensor(actions))
+        self.register_buffer("entries", None if entries is None else torch.tensor(entries))
+        self.register_buffer("identity", identity)
+
+    def observe(self, state: Tensor) -> Tensor:
+        """What the agents see of ``state [*B, s]``: ``[*B, n, d]``."""
+        if self.entries is None:
+            seen = state.unsqueeze(-2).expand(*state.shape[:-1], self.size, -1)
+        else:
+            seen = state[..., self.entries]
+        who = self.identity.to(state.dtype).expand(*state.shape[:-1], -1, -1)
+        return torch.cat([seen, who], dim=-1)
+
+    def n_inputs(self, n_states: int) -> int:
+        """Size of an agent's observation."""
+        seen = n_states if self.entries is None else self.entries.shape[-1]
+        return seen + self.identity.shape[-1]
+
+    def check(self, n_states: int) -> None:
+        """Refuses to observe what the state has not."""
+        if self.entries is not None and not bool((self.entries < n_states).all()):
+            raise ValueError(
+                f"The observations of AgentSplit name entry {int(self.entries.max())} of the "
+                f"state, but it has {n_states} entries, counted from 0."
+            )
+
+
+def _check_partition(partition: Sequence[Sequence[int]]) -> None:
+    entries = sorted(chain.from_iterable(partition))
+    if not partition or not all(partition):
+        raise ValueError(
+            f"AgentSplit got the partition {partition}, in which an agent has nothing to choose; "
+            "give each at least one entry of the action."
+        )
+    if entries != list(range(len(entries))):
+        raise ValueError(
+            f"AgentSplit got the partition {partition}, but each of the entries 0 to "
+            f"{max(entries)} of the action belongs to exactly one agent."
+        )
+
+
+def _group_agents(
+    partition: Sequence[Sequence[int]],
+    observations: Sequence[Sequence[int]] | None,
+    group_map: MarlGroupMapType | None,
+) -> dict[str, list[int]]:
+    """The agents of each group by their numbers."""
+    sizes = [len(actions) for actions in partition]
+    widths = [len(entries) for entries in observations] if observations is not None else [0]
+    alike = len(set(sizes)) == 1 and len(set(widths)) == 1
+    if group_map is None:
+        group_map = (
+            MarlGroupMapType.ALL_IN_ONE_GROUP if alike else MarlGroupMapType.ONE_GROUP_PER_AGENT
+        )
+    if group_map is MarlGroupMapType.ONE_GROUP_PER_AGENT:
+        return {f"agent_{agent}": [agent] for agent in range(len(partition))}
+    if not alike:
+        raise ValueError(
+            f"AgentSplit got agents with {sizes} actions and {widths} observations for one group, "
+            "which has to have equal ones; leave group_map out to give each a group of its own."
+        )
+    return {"agents": list(range(len(partition)))}
+
+
+def _unbounded(like: TensorSpec, shape: Sequence[int]) -> Unbounded:
+    return Unbounded(torch.Size(shape), dtype=like.dtype, device=like.device)
+
+
+def _group_spec(parent: Composite, size: int, **leaves: TensorSpec) -> Composite:
+    return Composite(**leaves, shape=(*parent.shape, size), device=parent.device)
