@@ -127,7 +127,7 @@ def make_actor(
     device = env.device if device is None else device
     if init not in ("orthogonal", "torch"):
         raise ValueError(f'init must be "orthogonal" or "torch", got {init!r}.')
-    build = partial(_make_group_actor, share_params=share_params, init=init)
+    build = partial(_make_group_actor, share_params=share_params)
     if recurrent is not None:
         _check_recurrent(recurrent, share_params)
         build = partial(make_recurrent_actor, cell=recurrent, hidden_size=hidden_size)
@@ -140,6 +140,7 @@ def make_actor(
             state_dependent_std=state_dependent_std,
             scale_mapping=scale_mapping,
             output_gain=output_gain,
+            init=init,
             device=device,
         )
         for member in team

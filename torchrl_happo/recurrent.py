@@ -99,7 +99,7 @@ def _parts(policy: TensorDictModuleBase) -> list[TensorDictModuleBase]:
 def _states(actor: TensorDictModuleBase) -> dict[NestedKey, Unbounded]:
     """The states that an actor reads, without the batch and the agent dimension."""
     states: dict[NestedKey, Unbounded] = {}
-    for module in actor.modules():
+    for module in actor.modules() if isinstance(actor, nn.Module) else ():  # or any callable
         if isinstance(module, (GRUModule, LSTMModule)):
             primers = module.make_tensordict_primer().primers
             keys = primers.keys(True, True)
@@ -122,6 +122,7 @@ def make_recurrent_actor(
     state_dependent_std: bool,
     scale_mapping: str,
     output_gain: float,
+    init: str,
     device: torch.device | str | None,
 ) -> ProbabilisticActor | ActorList:
     """A recurrent actor for each agent of a group; see :func:`~torchrl_happo.make_actor`.
@@ -145,7 +146,6 @@ def make_recurrent_actor(
                 activate_last_layer=True,
                 device=device,
             )
-            init_orthogonal(trunk, activation_class)
             layers.append(TensorDictModule(trunk, [group.observation], [embedding]))
         module_class, states = CELLS[cell]
         recurrent = module_class(
@@ -155,11 +155,14 @@ def make_recurrent_actor(
             out_keys=[memory, *(_next(group.key(state)) for state in states)],
             device=device,
         )
-        init_orthogonal(recurrent, activation_class)
         output = nn.Linear(hidden_size, parameters.n_outputs, device=device)
-        init_orthogonal(output, activation_class, output_gain)
+        layers.append(recurrent)
+        if init == "orthogonal":
+            for layer in layers:
+                init_orthogonal(layer, activation_class)
+            init_orthogonal(output, activation_class, output_gain)
         net = parameters.split(output, (), device)
-        layers += [recurrent, TensorDictModule(net, [memory], parameters.keys)]
+        layers.append(TensorDictModule(net, [memory], parameters.keys))
         own = {
             name: bound if group.n_agents is None else bound[index]
             for name, bound in head.bounds.items()

@@ -9,9 +9,10 @@ from typing import Any, Literal, Protocol, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import nn
 from torchrl.envs import EnvBase
+from torchrl.modules import PopArtValueNorm, RunningValueNorm, ValueNorm
 from torchrl.objectives import ValueEstimators
 from torchrl.objectives.multiagent import IPPOLoss, MAPPOLoss
 
@@ -27,6 +28,8 @@ from torchrl_happo.recipe.config import (
     Ippo,
     Mappo,
     ModelConfig,
+    RecurrentModel,
+    SequentialConfig,
     TrainConfig,
 )
 from torchrl_happo.specs import read_groups
@@ -37,6 +40,11 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
     "elu": nn.ELU,
     "silu": nn.SiLU,
+}
+
+VALUE_NORMS: dict[str, type[ValueNorm]] = {
+    "popart_ema": PopArtValueNorm,
+    "running": RunningValueNorm,
 }
 
 
@@ -75,28 +83,28 @@ def make_learner(config: TrainConfig, env: EnvBase) -> Learner:
 
 
 def _make_happo(config: TrainConfig, env: EnvBase, settings: Happo) -> Learner:
-    actor = make_actor(env, **_networks(config.model))
+    actor = make_actor(env, **_policies(config.model))
     loss = HAPPOLoss(
         _by_group(env, actor),
-        make_critic(env, **_networks(config.model)),
-        clip_epsilon=settings.clip_epsilon,
+        _make_critic(config, env),
+        clip_epsilon=_clip_range(settings),
         entropy_coeff=settings.entropy_coeff,
-        loss_critic_type=settings.loss_critic_type,
+        **_critic_loss(settings, env),
     )
     return _sequential(config, settings, actor, loss)
 
 
 def _make_hatrpo(config: TrainConfig, env: EnvBase, settings: Hatrpo) -> Learner:
-    actor = make_actor(env, **_networks(config.model))
+    actor = make_actor(env, **_policies(config.model))
     loss = HATRPOLoss(
         _by_group(env, actor),
-        make_critic(env, **_networks(config.model)),
+        _make_critic(config, env),
         max_kl=settings.max_kl,
         kl_split=cast(Literal["equal"] | None, settings.kl_split),
         damping=settings.damping,
         cg_iterations=settings.cg_iterations,
         fisher_fraction=settings.fisher_fraction,
-        loss_critic_type=settings.loss_critic_type,
+        **_critic_loss(settings, env),
     )
     return _sequential(config, settings, actor, loss)
 
@@ -109,9 +117,12 @@ def _sequential(
         loss,
         optimizer=partial(torch.optim.Adam, lr=settings.lr),
         num_epochs=settings.num_epochs,
+        critic_epochs=settings.critic_epochs,
         minibatch_size=settings.minibatch_size,
         max_grad_norm=settings.max_grad_norm,
         order=settings.order,
+        target_kl=settings.target_kl if isinstance(settings, Happo) else None,
+        sequence_length=getattr(config.model, "sequence_length", None),
         seed=config.seed,
     )
     return Learner(joint_policy(actor), updater)
@@ -120,8 +131,8 @@ def _sequential(
 def _make_baseline(config: TrainConfig, env: EnvBase, settings: Mappo | Ippo) -> Learner:
     centralized = isinstance(settings, Mappo)
     loss_class = MAPPOLoss if centralized else IPPOLoss
-    share, networks = settings.share_params, _networks(config.model)
-    actors = _by_group(env, make_actor(env, share_params=share, **networks))
+    share = settings.share_params
+    actors = _by_group(env, make_actor(env, share_params=share, **_policies(config.model)))
     losses = {}
     for group in read_groups(env, "observation"):
         losses[group.name] = loss = loss_class(
@@ -132,7 +143,7 @@ def _make_baseline(config: TrainConfig, env: EnvBase, settings: Mappo | Ippo) ->
                 centralized=centralized,
                 share_params=share,
                 device=env.device,
-                **networks,
+                **_networks(config.model),
             ),
             clip_epsilon=settings.clip_epsilon,
             entropy_coeff=settings.entropy_coeff,
@@ -152,7 +163,7 @@ def _make_baseline(config: TrainConfig, env: EnvBase, settings: Mappo | Ippo) ->
         losses,
         optimizer=partial(torch.optim.Adam, lr=settings.lr),
         num_epochs=settings.num_epochs,
-        minibatch_size=settings.minibatch_size,
+        minibatch_size=settings.minibatch_size or config.frames_per_batch,
         max_grad_norm=settings.max_grad_norm,
     )
     return Learner(joint_policy(actors), updater)
@@ -160,6 +171,53 @@ def _make_baseline(config: TrainConfig, env: EnvBase, settings: Mappo | Ippo) ->
 
 def _networks(model: ModelConfig) -> dict[str, Any]:
     return {"num_cells": model.num_cells, "activation_class": ACTIVATIONS[model.activation]}
+
+
+def _policies(model: ModelConfig) -> dict[str, Any]:
+    memory = {}
+    if isinstance(model, RecurrentModel):
+        memory = {"recurrent": model.name, "hidden_size": model.hidden_size}
+    return {
+        **_networks(model),
+        **memory,
+        "init": model.actor_init,
+        "state_dependent_std": model.state_dependent_std,
+        "scale_mapping": f"biased_softplus_{model.initial_std}",
+    }
+
+
+def _make_critic(config: TrainConfig, env: EnvBase) -> TensorDictModule:
+    has_state = _state_key(env) is not None
+    sees = config.critic.input
+    if sees == "auto":
+        sees = "state" if has_state else "observations"
+    if sees == "state" and not has_state:
+        raise ConfigError(
+            f"critic.input=state needs a state of the environment's own, which {config.task.name} "
+            "does not have: take observations or agent_specific."
+        )
+    return make_critic(env, input=sees, **_networks(config.model))
+
+
+def _critic_loss(settings: SequentialConfig, env: EnvBase) -> dict[str, Any]:
+    norm = None
+    if settings.value_norm is not None:
+        norm = VALUE_NORMS[settings.value_norm](shape=1).to(env.device)
+    return {
+        "loss_critic_type": settings.loss_critic_type,
+        "value_norm": norm,
+        "popart": settings.popart,
+    }
+
+
+def _clip_range(settings: Happo) -> float | tuple[float, float]:
+    high = settings.clip_epsilon_high
+    return settings.clip_epsilon if high is None else (settings.clip_epsilon, high)
+
+
+def _state_key(env: EnvBase) -> str | None:
+    """What a centralised critic sees: the environment's own state, or else all observations."""
+    return "state" if "state" in env.full_observation_spec.keys() else None
 
 
 def _by_group(env: EnvBase, actor: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import multiprocessing as mp
 from torchrl.collectors import BaseCollector, Collector
 from torchrl.envs import EnvBase
 
+from torchrl_happo.networks import memory_transforms
 from torchrl_happo.recipe.config import ConfigError, MultiCollector, SingleCollector, TrainConfig
 from torchrl_happo.recipe.environments import make_env
 from torchrl_happo.recipe.randomness import derive_seed, seed_everything
@@ -65,12 +66,18 @@ def _make_collector(config: TrainConfig, policy: TensorDictModuleBase, seed: int
     kind = config.collector
     if isinstance(kind, SingleCollector):
         return Collector(
-            make_env(config.task, num_envs=config.num_envs, seed=seed, device=config.device),
+            make_env(
+                config.task,
+                num_envs=config.num_envs,
+                seed=seed,
+                device=config.device,
+                transforms=memory_transforms(policy),
+            ),
             policy,
             frames_per_batch=config.frames_per_batch,
             total_frames=-1,
             device=config.device,
-            auto_register_policy_transforms=False,  # they are for recurrent policies
+            auto_register_policy_transforms=False,  # memory_transforms are there already
         )
     if isinstance(kind, MultiCollector):
         makers = [
@@ -81,6 +88,7 @@ def _make_collector(config: TrainConfig, policy: TensorDictModuleBase, seed: int
                     config.task,
                     num_envs=config.num_envs // kind.num_workers,
                     device=config.device,
+                    transforms=memory_transforms(policy),
                 ),
                 derive_seed(seed, worker),
                 config.threads,

@@ -48,6 +48,11 @@ GROUPS: dict[str, Mapping[str, type]] = {
         "ippo": schema.Ippo,
     },
     "collector": {"single": schema.SingleCollector, "multi": schema.MultiCollector},
+    "model": {
+        "mlp": schema.MlpModel,
+        "gru": schema.RecurrentModel,
+        "lstm": schema.RecurrentModel,
+    },
 }
 
 
@@ -188,7 +193,8 @@ def _siblings(key: str, cause: OmegaConfBaseException) -> list[str]:
     top = [entry.name for entry in fields(TrainConfig)]
     parts = {
         "algorithm": schema.Happo,
-        "model": schema.ModelConfig,
+        "model": schema.RecurrentModel,
+        "critic": schema.CriticConfig,
         "evaluation": schema.EvaluationConfig,
         "checkpoint": schema.CheckpointConfig,
     }

@@ -12,6 +12,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from torchrl_happo.critics import CRITIC_INPUTS
+
 ALGORITHMS = ("happo", "hatrpo", "mappo", "ippo")
 LOGGERS = ("csv", "tensorboard", "wandb")
 
@@ -66,8 +68,37 @@ class VmasTask(TaskConfig):
 class ModelConfig:
     """The networks, the same ones for every algorithm."""
 
+    name: str = MISSING
     num_cells: list[int] = count()  # noqa: RUF009 (a field, of which each instance has its own)
     activation: str = choice("tanh", "relu", "elu", "silu")
+    actor_init: str = choice("orthogonal", "torch")
+    state_dependent_std: bool = MISSING
+    """Whether the deviation of a continuous action depends on the observation."""
+    initial_std: float = number(above=0)
+    """Deviation of a continuous action at the start, before bounds are imposed on it."""
+
+
+@dataclass
+class MlpModel(ModelConfig):
+    """Feed-forward policies."""
+
+
+@dataclass
+class RecurrentModel(ModelConfig):
+    """Policies with memory behind their hidden layers; the critic has none."""
+
+    hidden_size: int = count()
+    """Of the memory."""
+    sequence_length: int | None = count()
+    """Consecutive steps that a minibatch holds whole; ``null``: those of the batch."""
+
+
+@dataclass
+class CriticConfig:
+    """What the critic of HAPPO and HATRPO sees."""
+
+    input: str = choice("auto", *CRITIC_INPUTS)
+    """``auto``: the state where the task has one of its own, else all observations."""
 
 
 @dataclass
@@ -118,8 +149,8 @@ class AlgorithmConfig:
     lmbda: float = number(at_least=0, at_most=1)
     loss_critic_type: str = choice("l1", "l2", "smooth_l1")
     num_epochs: int = count()
-    minibatch_size: int = count()
-    """Frames (a frame is one step of one environment, with all its agents)."""
+    minibatch_size: int | None = count()
+    """Frames (a frame is one step of one environment, with all its agents); ``null``: a batch."""
     lr: float = number(above=0)
     max_grad_norm: float | None = number(above=0)
 
@@ -133,17 +164,32 @@ class ClippedConfig(AlgorithmConfig):
 
 
 @dataclass
-class Happo(ClippedConfig):
-    """Heterogeneous-agent PPO: agents in order, each with a network and an Adam of its own."""
+class SequentialConfig(AlgorithmConfig):
+    """What the algorithms that update agent after agent share."""
 
     order: str = choice("random", "fixed")
+    critic_epochs: int | None = count()
+    """Passes of the critic over the batch; ``null``: ``num_epochs``."""
+    value_norm: str | None = choice("popart_ema", "running")
+    """Statistics by which the critic's values are normalised; ``null``: they are not."""
+    popart: bool = MISSING
+    """Whether the critic's last layer is rescaled when the statistics move."""
 
 
 @dataclass
-class Hatrpo(AlgorithmConfig):
+class Happo(SequentialConfig, ClippedConfig):
+    """Heterogeneous-agent PPO: agents in order, each with a network and an Adam of its own."""
+
+    clip_epsilon_high: float | None = number(above=0)
+    """Threshold for ratios above 1; ``null``: ``clip_epsilon``, which is for those below."""
+    target_kl: float | None = number(above=0)
+    """Nats after which an agent's epochs end early; ``null``: never."""
+
+
+@dataclass
+class Hatrpo(SequentialConfig):
     """Heterogeneous-agent TRPO: the epochs, minibatches and ``lr`` are the critic's alone."""
 
-    order: str = choice("random", "fixed")
     max_kl: float = number(above=0)
     kl_split: str | None = choice("equal")
     damping: float = number(at_least=0)
@@ -172,6 +218,7 @@ class TrainConfig:
     task: TaskConfig = MISSING
     algorithm: AlgorithmConfig = MISSING
     model: ModelConfig = MISSING
+    critic: CriticConfig = MISSING
     collector: CollectorConfig = MISSING
     evaluation: EvaluationConfig = MISSING
     checkpoint: CheckpointConfig = MISSING
@@ -210,7 +257,7 @@ def validate(config: TrainConfig) -> None:
         ConfigError: in one sentence that names the field, its value and what is wanted.
     """
     _validate_fields(config)
-    if config.algorithm.minibatch_size > config.frames_per_batch:
+    if (config.algorithm.minibatch_size or 0) > config.frames_per_batch:
         raise ConfigError(
             f"algorithm.minibatch_size is {config.algorithm.minibatch_size}, more than the "
             f"{config.frames_per_batch} frames of a batch (num_envs * steps_per_batch): lower it "
@@ -221,6 +268,31 @@ def validate(config: TrainConfig) -> None:
         raise ConfigError(
             f"num_envs={config.num_envs} cannot be split evenly over "
             f"collector.num_workers={workers}: choose a multiple."
+        )
+    _validate_networks(config)
+
+
+def _validate_networks(config: TrainConfig) -> None:
+    """What algorithm, model and critic ask of each other."""
+    algorithm, model = config.algorithm, config.model
+    if isinstance(algorithm, SequentialConfig):
+        if algorithm.popart and algorithm.value_norm is None:
+            raise ConfigError(
+                "algorithm.popart needs statistics of the values: set algorithm.value_norm."
+            )
+    elif isinstance(model, RecurrentModel):
+        raise ConfigError(
+            f"model={model.name} is for happo and hatrpo: take model=mlp with {algorithm.name}."
+        )
+    elif config.critic.input != "auto":
+        raise ConfigError(
+            f"critic.input is for happo and hatrpo: leave it out with {algorithm.name}."
+        )
+    length = model.sequence_length if isinstance(model, RecurrentModel) else None
+    if length is not None and config.steps_per_batch % length:
+        raise ConfigError(
+            f"model.sequence_length is {length}, but must divide steps_per_batch, "
+            f"{config.steps_per_batch}."
         )
 
 

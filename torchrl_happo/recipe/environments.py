@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Literal, cast
 
-from torchrl.envs import Compose, EnvBase, RewardSum, StepCounter, TransformedEnv, VmasEnv
+from torchrl.envs import (
+    Compose,
+    EnvBase,
+    RewardSum,
+    StepCounter,
+    Transform,
+    TransformedEnv,
+    VmasEnv,
+)
 
 from torchrl_happo.envs import TeamReward
 from torchrl_happo.recipe.config import ConfigError, TaskConfig, VmasTask
 
 
-def make_env(task: TaskConfig, *, num_envs: int, seed: int, device: str = "cpu") -> EnvBase:
+def make_env(
+    task: TaskConfig,
+    *,
+    num_envs: int,
+    seed: int,
+    device: str = "cpu",
+    transforms: Sequence[Transform] = (),
+) -> EnvBase:
     """Builds ``num_envs`` copies of a task, stepped together.
 
     The root of each step holds ``reward`` (the team's), ``episode_reward`` (its sum since the
@@ -25,6 +41,8 @@ def make_env(task: TaskConfig, *, num_envs: int, seed: int, device: str = "cpu")
         num_envs (int): how many copies.
         seed (int): of the initial states and whatever else the simulator draws.
         device (str, optional): where the simulation runs. Defaults to ``"cpu"``.
+        transforms (sequence of Transform): what a policy needs besides, see
+            :func:`~torchrl_happo.networks.memory_transforms`. Defaults to ``()``.
     """
     if not isinstance(task, VmasTask):
         raise ConfigError(f"The task {task.name!r} belongs to no simulator known to the recipe.")
@@ -34,6 +52,7 @@ def make_env(task: TaskConfig, *, num_envs: int, seed: int, device: str = "cpu")
             StepCounter(task.max_steps),
             TeamReward(cast(Literal["mean", "sum"] | None, task.team_reward)),
             RewardSum(in_keys=["reward"], out_keys=["episode_reward"]),
+            *transforms,
         ),
     )
     env.set_seed(seed)

@@ -9,6 +9,7 @@ from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from torchrl_happo.networks import memory_transforms
 from torchrl_happo.recipe.config import TrainConfig
 from torchrl_happo.recipe.environments import make_env
 from torchrl_happo.recipe.randomness import isolated_randomness
@@ -51,7 +52,7 @@ class Evaluation:
 
     def _play(self, policy: TensorDictModuleBase, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return and length of the first episode of each environment, each of shape ``[E, 1]``."""
-        env = self._environments(seed)
+        env = self._environments(policy, seed)
         state = env.reset()
         running = torch.ones_like(state["done"])
         returns = torch.zeros_like(state["episode_reward"])
@@ -63,13 +64,14 @@ class Evaluation:
             running &= ~step["next", "done"]
         return returns, lengths
 
-    def _environments(self, seed: int) -> EnvBase:
+    def _environments(self, policy: TensorDictModuleBase, seed: int) -> EnvBase:
         if self._env is None:
             self._env = make_env(
                 self.config.task,
                 num_envs=self.config.evaluation.episodes,
                 seed=seed,
                 device=self.config.device,
+                transforms=memory_transforms(policy),
             )
         self._env.set_seed(seed)
         return self._env

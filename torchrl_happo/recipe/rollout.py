@@ -10,6 +10,7 @@ from PIL import Image
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from torchrl_happo.networks import memory_transforms
 from torchrl_happo.recipe import checkpoint
 from torchrl_happo.recipe.algorithms import make_learner
 from torchrl_happo.recipe.environments import make_env
@@ -30,6 +31,8 @@ def record(source: Path, target: Path) -> None:
     config = checkpoint.read_config(content)
     env = make_env(config.task, num_envs=1, seed=config.evaluation.seed)
     learner = make_learner(config, env)
+    for transform in memory_transforms(learner.policy):
+        env = env.append_transform(transform)
     checkpoint.restore(content, learner.updater)
     frames = []
     with set_exploration_type(ExplorationType.DETERMINISTIC):
