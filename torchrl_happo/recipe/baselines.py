@@ -22,7 +22,7 @@ from torchrl.modules import MultiAgentMLP
 from torchrl.objectives.multiagent import MAPPOLoss
 
 from torchrl_happo.recipe.config import ConfigError
-from torchrl_happo.specs import Group, read_groups
+from torchrl_happo.specs import Group, observation_shape, read_groups
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
@@ -131,36 +131,54 @@ class SimultaneousUpdater:
 
 
 class TeamStateCritic(nn.Module):
-    """A value for each agent of a group from the observations of all agents of all groups.
+    """A value for each agent of a group from the state, or the observations of all agents.
 
     Args:
-        n_inputs (int): size of all observations together.
+        n_inputs (int): size of all inputs together.
         n_agents (int): agents of the group.
 
     Keyword Args:
+        event_dims (int): dimensions of an input after those of the batch: 1 for a state, 2 for
+            the observations of a group. Defaults to ``2``.
         share_params (bool): one network, whose value all agents share, or one for each agent.
         **kwargs: of :class:`~torchrl.modules.MultiAgentMLP`.
     """
 
-    def __init__(self, n_inputs: int, n_agents: int, *, share_params: bool, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        n_inputs: int,
+        n_agents: int,
+        *,
+        share_params: bool,
+        event_dims: int = 2,
+        **kwargs: Any,
+    ) -> None:
         super().__init__()
+        self.event_dims = event_dims
         self.n_agents = n_agents
         self.n_networks = 1 if share_params else n_agents
         self.net = MultiAgentMLP(
             n_inputs, 1, self.n_networks, centralized=False, share_params=share_params, **kwargs
         )
 
-    def forward(self, *observations: Tensor) -> Tensor:
-        """Values ``[*B, n_agents, 1]`` from observations ``[*B, n, d]``, one for each group."""
-        state = torch.cat([o.flatten(-2) for o in observations], -1).unsqueeze(-2)
-        inputs = state.expand(*state.shape[:-2], self.n_networks, -1)
-        return self.net(inputs).expand(*state.shape[:-2], self.n_agents, 1)
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Values ``[*B, n_agents, 1]`` from a state ``[*B, s]`` or each group's ``[*B, n, d]``."""
+        flat = [tensor.flatten(-self.event_dims) for tensor in inputs]
+        state = torch.cat(flat, -1).unsqueeze(-2)
+        views = state.expand(*state.shape[:-2], self.n_networks, -1)
+        return self.net(views).expand(*state.shape[:-2], self.n_agents, 1)
 
 
 def make_group_critic(
-    env: EnvBase, group: Group, *, centralized: bool, share_params: bool, **kwargs: Any
+    env: EnvBase,
+    group: Group,
+    *,
+    centralized: bool,
+    share_params: bool,
+    state_key: str | None = None,
+    **kwargs: Any,
 ) -> TensorDictModule:
-    """The critic of a group: over the whole team's observations, or over each agent's own.
+    """The critic of a group: over what the whole team knows, or over each agent's observation.
 
     Args:
         env (EnvBase): the environment.
@@ -169,18 +187,26 @@ def make_group_critic(
     Keyword Args:
         centralized (bool): MAPPO's critic, otherwise IPPO's.
         share_params (bool): one network for the group or one for each agent.
+        state_key (str, optional): the environment's own state, which MAPPO's critic then sees.
+            Defaults to ``None``: it sees the observations of all agents.
         **kwargs: of :class:`~torchrl.modules.MultiAgentMLP`.
     """
     team = read_groups(env, "observation") if centralized else [group]
+    in_keys = [member.observation for member in team]
     sizes = [_size(member) for member in team]
-    if centralized:
-        n_inputs = sum(n * member.n_inputs for n, member in zip(sizes, team, strict=True))
-        net = TeamStateCritic(n_inputs, _size(group), share_params=share_params, **kwargs)
-    else:
+    net: nn.Module
+    if not centralized:
         net = MultiAgentMLP(
             group.n_inputs, 1, *sizes, centralized=False, share_params=share_params, **kwargs
         )
-    in_keys = [member.observation for member in team]
+    elif state_key is not None:
+        in_keys, (n_inputs,) = [state_key], observation_shape(env, state_key)
+        net = TeamStateCritic(
+            n_inputs, _size(group), share_params=share_params, event_dims=1, **kwargs
+        )
+    else:
+        n_inputs = sum(n * member.n_inputs for n, member in zip(sizes, team, strict=True))
+        net = TeamStateCritic(n_inputs, _size(group), share_params=share_params, **kwargs)
     return TensorDictModule(net, in_keys=in_keys, out_keys=[group.key("state_value")])
 
 

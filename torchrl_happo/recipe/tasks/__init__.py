@@ -5,8 +5,23 @@ from __future__ import annotations
 import re
 from types import ModuleType
 
-from torchrl_happo.recipe.config import TaskConfig
-from torchrl_happo.recipe.tasks import vmas, vmas_extra
+from torchrl_happo.recipe.config import MujocoTask, TaskConfig
+from torchrl_happo.recipe.tasks import pettingzoo, vmas, vmas_extra
+
+# They differ in their values alone.
+MUJOCO = (
+    "ant_2x4",
+    "ant_4x2",
+    "halfcheetah_2x3",
+    "halfcheetah_6x1",
+    "hopper_3x1",
+    "humanoid_17x1",
+    "humanoid_9_8",
+    "reacher_2x1",
+    "swimmer_2x1",
+    "walker2d_2x3",
+    "walker2d_6x1",
+)
 
 
 def _schemas(family: str, module: ModuleType) -> dict[str, type[TaskConfig]]:
@@ -19,6 +34,8 @@ def _schemas(family: str, module: ModuleType) -> dict[str, type[TaskConfig]]:
 
 
 TASKS: dict[str, type[TaskConfig]] = {
+    **{f"mujoco/{name}": MujocoTask for name in MUJOCO},
+    **_schemas("pettingzoo", pettingzoo),
     **_schemas("vmas", vmas),
     **_schemas("vmas", vmas_extra),
 }

@@ -1,0 +1,33 @@
+"""The cooperative particle environments of mpe2, one typed dataclass each.
+
+The fields are the arguments of the environment, as mpe2 names them; their values, mpe2's own
+defaults, are in ``conf/task/pettingzoo``. In the others teams of learners compete.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from omegaconf import MISSING
+
+from torchrl_happo.recipe.config import PettingZooTask
+
+
+@dataclass
+class SimpleReference(PettingZooTask):
+    """Two agents tell each other where to go."""
+
+    local_ratio: float = MISSING
+
+
+@dataclass
+class SimpleSpeakerListener(PettingZooTask):
+    """A speaker tells a listener where to go: two unlike agents."""
+
+
+@dataclass
+class SimpleSpread(PettingZooTask):
+    """Agents cover landmarks without collisions."""
+
+    N: int = MISSING
+    local_ratio: float = MISSING
