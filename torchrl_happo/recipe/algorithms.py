@@ -141,6 +141,7 @@ def _make_baseline(config: TrainConfig, env: EnvBase, settings: Mappo | Ippo) ->
                 env,
                 group,
                 centralized=centralized,
+                state_key=_state_key(env),
                 share_params=share,
                 device=env.device,
                 **_networks(config.model),

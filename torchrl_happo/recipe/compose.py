@@ -57,7 +57,7 @@ GROUPS: dict[str, Mapping[str, type]] = {
 
 
 def register() -> None:
-    """Makes the schemas and the resolver of ``conf/config.yaml`` known to Hydra; idempotent."""
+    """Makes the schemas and the resolvers of ``conf/config.yaml`` known to Hydra; idempotent."""
     store = ConfigStore.instance()
     store.store(group="schema", name="train", node=TrainConfig)
     for group, schemas in GROUPS.items():
@@ -65,6 +65,7 @@ def register() -> None:
             folder, _, name = f"schema/{group}/{path}".rpartition("/")
             store.store(group=folder, name=name, node=node)
     OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
+    OmegaConf.register_new_resolver("family", _family, replace=True)
 
 
 def compose_config(*overrides: str) -> TrainConfig:
@@ -205,3 +206,8 @@ def _siblings(key: str, cause: OmegaConfBaseException) -> list[str]:
 def _run_folder(resume: str | None, new: str) -> str:
     """Where a run writes: a folder that is resumed goes on, everything else starts a new one."""
     return str(resume) if resume and Path(resume).is_dir() else new
+
+
+def _family(task: str) -> str:
+    """What a task belongs to: the first part of its name."""
+    return task.partition("/")[0]

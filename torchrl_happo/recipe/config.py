@@ -65,6 +65,35 @@ class VmasTask(TaskConfig):
 
 
 @dataclass
+class PettingZooTask(TaskConfig):
+    """A particle environment of mpe2, PettingZoo's own."""
+
+    scenario: str = MISSING
+    """Name of its module in mpe2, version included."""
+    continuous_actions: bool = MISSING
+
+
+@dataclass
+class MujocoTask(TaskConfig):
+    """A robot of MuJoCo whose joints are moved by different agents (Peng et al., 2021)."""
+
+    robot: str = MISSING
+    partition: str = MISSING
+    version: str = MISSING
+    """Of the Gymnasium task."""
+    nearest: int | None = number(at_least=0)
+    """Links up to which an agent observes joints; ``null``: it observes the whole state."""
+    identity: bool = MISSING
+    """Whether an agent observes who it is."""
+    standardize: bool = MISSING
+    """Whether each observation has mean 0 and standard deviation 1 over its own entries."""
+    bounded_actions: bool = MISSING
+    """Whether a policy keeps within the motors' range, by a tanh, or is Gaussian."""
+    num_threads: int = count()
+    """Threads of the simulator; results do not depend on it."""
+
+
+@dataclass
 class ModelConfig:
     """The networks, the same ones for every algorithm."""
 

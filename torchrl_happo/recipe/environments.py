@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from torchrl.envs import (
     Compose,
@@ -16,8 +17,14 @@ from torchrl.envs import (
     VmasEnv,
 )
 
-from torchrl_happo.envs import TeamReward
-from torchrl_happo.recipe.config import ConfigError, TaskConfig, VmasTask
+from torchrl_happo.envs import BatchedPettingZooEnv, TeamReward, make_mujoco
+from torchrl_happo.recipe.config import (
+    ConfigError,
+    MujocoTask,
+    PettingZooTask,
+    TaskConfig,
+    VmasTask,
+)
 
 
 def make_env(
@@ -44,24 +51,28 @@ def make_env(
         transforms (sequence of Transform): what a policy needs besides, see
             :func:`~torchrl_happo.networks.memory_transforms`. Defaults to ``()``.
     """
-    if not isinstance(task, VmasTask):
-        raise ConfigError(f"The task {task.name!r} belongs to no simulator known to the recipe.")
     env = TransformedEnv(
-        _make_vmas(task, num_envs, device),
+        _make_simulator(task, num_envs, device),
         Compose(
             StepCounter(task.max_steps),
             TeamReward(cast(Literal["mean", "sum"] | None, task.team_reward)),
             RewardSum(in_keys=["reward"], out_keys=["episode_reward"]),
             *transforms,
         ),
+        auto_unwrap=True,  # one list of transforms, whatever the simulator brings with it
     )
     env.set_seed(seed)
     return env
 
 
+def _make_simulator(task: TaskConfig, num_envs: int, device: str) -> EnvBase:
+    for schema, make in _SIMULATORS.items():
+        if isinstance(task, schema):
+            return make(task, num_envs, device)
+    raise ConfigError(f"The task {task.name!r} belongs to no simulator known to the recipe.")
+
+
 def _make_vmas(task: VmasTask, num_envs: int, device: str) -> EnvBase:
-    common = {entry.name for entry in fields(VmasTask)}
-    scenario = {k: v for k, v in vars(task).items() if k not in common}
     return VmasEnv(
         task.scenario,
         num_envs=num_envs,
@@ -69,5 +80,43 @@ def _make_vmas(task: VmasTask, num_envs: int, device: str) -> EnvBase:
         # VMAS would call its own time limit a termination, which must not be bootstrapped.
         max_steps=None,
         device=device,
-        **scenario,
+        **_own_fields(task, VmasTask),
     )
+
+
+def _make_pettingzoo(task: PettingZooTask, num_envs: int, device: str) -> EnvBase:
+    try:
+        module = importlib.import_module(f"mpe2.{task.scenario}")
+    except ImportError as error:
+        raise ConfigError(
+            f"The task {task.name!r} needs mpe2: pip install torchrl_happo[pettingzoo]."
+        ) from error
+    return BatchedPettingZooEnv(
+        module.parallel_env,
+        num_envs=num_envs,
+        device=device,
+        continuous_actions=task.continuous_actions,
+        max_cycles=task.max_steps,
+        **_own_fields(task, PettingZooTask),
+    )
+
+
+def _make_mujoco(task: MujocoTask, num_envs: int, device: str) -> EnvBase:
+    settings = _own_fields(task, TaskConfig)
+    try:
+        return make_mujoco(**settings, num_envs=num_envs, max_steps=task.max_steps, device=device)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"The task {task.name!r} cannot be built: {error}") from error
+
+
+def _own_fields(task: TaskConfig, family: type[TaskConfig]) -> dict[str, Any]:
+    """The settings of a task that the schema of its family does not know."""
+    common = {entry.name for entry in fields(family)}
+    return {name: value for name, value in vars(task).items() if name not in common}
+
+
+_SIMULATORS: dict[type[TaskConfig], Callable[[Any, int, str], EnvBase]] = {
+    MujocoTask: _make_mujoco,
+    PettingZooTask: _make_pettingzoo,
+    VmasTask: _make_vmas,
+}
