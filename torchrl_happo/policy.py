@@ -216,7 +216,8 @@ class Policy:
         """
         if PREIMAGE in data.keys():
             normal = (parameters["scale"].log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
-            return normal + log_ratio.exp() * data.get(LOG_DET)
+            log_det = data.get(LOG_DET).reshape(log_ratio.shape)
+            return normal.reshape(log_ratio.shape) + log_ratio.exp() * log_det
         return entropy(self.distribution(parameters), batch_ndim=log_ratio.ndim)
 
     def prepare(self, data: TensorDictBase, parameters: Parameters) -> TensorDictBase:
