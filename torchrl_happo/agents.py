@@ -118,7 +118,7 @@ class Agent:
             entries are shared with the joint tensordict.
         """
         keys = [unravel_key(key) for key in keys]
-        if self.index is None:
+        if self.index is None or tensordict.get(self.group, None) is None:
             return tensordict.select(*keys, strict=False)
         own = [key for key in keys if group_of(key) == self.group]
         view = tensordict.select(*(key for key in keys if key not in own), strict=False)

@@ -6,11 +6,13 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import unravel_key
 from torch import Tensor
-from torchrl.objectives.common import AUTO_LOSS_MASK_KEYS
 
 from torchrl_happo.agents import Agent
+from torchrl_happo.masks import fill_masked, step_mask
 from torchrl_happo.objectives.common import ADVANTAGE, VALID, SequentialLossMixin
 from torchrl_happo.objectives.functional import masked_mean, standardize
+from torchrl_happo.validation.entries import entries_read
+from torchrl_happo.validation.values import explained
 
 __all__ = ["TeamBatch"]
 
@@ -43,7 +45,7 @@ class TeamBatch:
         sequence_length: int | None = None,
     ) -> None:
         self.loss = loss
-        self.batch = batch.copy()
+        self.batch = fill_masked(loss, batch, entries_read(loss, batch))
         self.standardize_advantage = standardize_advantage
         self.sequence_length = sequence_length
         if sequence_length is not None and batch.batch_size[-1] % sequence_length:
@@ -52,24 +54,13 @@ class TeamBatch:
                 "steps of the batch; choose a divisor of frames_per_batch / num_envs."
             )
         if loss.tensor_keys.advantage not in batch.keys(include_nested=True):
-            with torch.no_grad():
+            reads = [*loss.critic_network.in_keys, ("next", loss.tensor_keys.reward)]
+            with torch.no_grad(), explained("The critic", batch, reads):
                 loss.value_estimator(self.batch)
         self._active = loss.active(self.batch)
-        self._valid = self._step_mask()
+        self._valid = step_mask(loss, self.batch)
         #: Log of the product of the ratios of the agents updated so far, at each item.
         self.log_factor = self._as_items(torch.zeros_like(self._advantage_column()))
-
-    def _step_mask(self) -> Tensor | None:
-        """Which steps count at all, ``[*B]``: TorchRL's own validity masks."""
-        key = self.loss.loss_mask_key
-        keys = AUTO_LOSS_MASK_KEYS if key == "auto" else () if key is None else (key,)
-        valid = None
-        for name in keys:
-            mask = self.batch.get(name, None)
-            if mask is not None:
-                mask = mask.reshape(self.batch.batch_size)
-                valid = mask if valid is None else valid & mask
-        return valid
 
     def _items(self, data: TensorDictBase) -> TensorDictBase:
         """Lays the batch out as items along the first dimension."""
@@ -172,8 +163,8 @@ class TeamBatch:
         keys = self.loss.tensor_keys
         names = [*self.loss.critic_network.in_keys, keys.value_target, keys.value]
         names += [agent.group and (agent.group, keys.active) for agent in self.loss.agents]
-        names += [*AUTO_LOSS_MASK_KEYS, self.loss.loss_mask_key]
-        names = [unravel_key(name) for name in names if name not in (None, "auto")]
+        names += self.loss._loss_mask_keys()
+        names = [unravel_key(name) for name in names if name is not None]
         return self._items(self.batch.select(*names, strict=False)).contiguous()
 
     def valid_returns(self) -> Tensor:

@@ -68,11 +68,11 @@ class LineUp:
         by_name = {agent.name: agent for agent in self.agents}
         try:
             line = [by_name[who] if isinstance(who, str) else self.agents[who] for who in order]
-        except (KeyError, IndexError):
+        except (KeyError, IndexError, TypeError):
             line = []
         if sorted(agent.name for agent in line) != sorted(by_name):
             raise ValueError(
-                f"The order {list(order)} must hold each of the agents {list(by_name)} (or their "
+                f"The order {order!r} must hold each of the agents {list(by_name)} (or their "
                 "positions) once."
             )
         return line

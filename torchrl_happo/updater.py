@@ -37,7 +37,17 @@ from torchrl_happo.optim.minibatches import (
     ShuffledMinibatches,
 )
 from torchrl_happo.order import LineUp, Order
-from torchrl_happo.validation import check_batch, check_finite
+from torchrl_happo.validation.arguments import (
+    check_callables,
+    check_counts,
+    check_positive,
+    check_seed,
+    first_line,
+)
+from torchrl_happo.validation.batch import check_batch
+from torchrl_happo.validation.state import check_state
+from torchrl_happo.validation.team import check_loss
+from torchrl_happo.validation.values import check_actions, check_finite, explained
 
 __all__ = ["SequentialUpdater"]
 
@@ -145,6 +155,19 @@ class SequentialUpdater:
         check_finite: bool | None = None,
         seed: int = 0,
     ) -> None:
+        check_loss(loss)
+        check_counts(num_epochs=num_epochs)
+        check_counts(
+            optional=True,
+            critic_epochs=critic_epochs,
+            minibatch_size=minibatch_size,
+            critic_minibatch_size=critic_minibatch_size,
+            sequence_length=sequence_length,
+        )
+        check_positive(max_grad_norm=max_grad_norm, target_kl=target_kl)
+        check_callables(optimizer=optimizer)
+        check_callables(optional=True, critic_optimizer=critic_optimizer, scheduler=scheduler)
+        check_seed(seed)
         self.loss = loss
         self.sequence_length = sequence_length
         self.is_recurrent = any(
@@ -270,7 +293,12 @@ class SequentialUpdater:
             return report
         policy = agent.policy
         with torch.no_grad():
-            old = policy.parameters(data)
+            keys = self.loss.agent_keys(agent)
+            with explained(f"The actor of agent {agent.name!r}", data, keys):
+                old = policy.parameters(data)
+            check_actions(
+                agent, old, data, valid=data.get(VALID, None), read_values=self.check_finite
+            )
             policy.prepare(data, old)
             old_log_prob = agent.log_prob(old, data)
             data.set(OLD_LOG_PROB, behaviour_log_prob(agent, data, old_log_prob))
@@ -344,15 +372,15 @@ class SequentialUpdater:
         Raises:
             ValueError: if the state is from another version or architecture; nothing is changed.
         """
-        self._check_state(state)
         self._tie()
         before = copy.deepcopy(self.state_dict())
+        check_state(state, before)
         try:
             self._load(state)
         except Exception as error:
             self._load(before)
             raise ValueError(
-                f"The state does not fit this updater, which is unchanged: {error}"
+                f"The state does not fit this updater, which is unchanged: {first_line(error)}."
             ) from error
 
     def _load(self, state: dict[str, Any]) -> None:
@@ -362,29 +390,3 @@ class SequentialUpdater:
         for generator, value in zip(self._generators, state["generators"], strict=True):
             generator.set_state(value)
         self.num_updates = state["num_updates"]
-
-    def _check_state(self, state: dict[str, Any]) -> None:
-        wanted = {"version", "num_updates", "loss", "steps", "generators"}
-        if not isinstance(state, dict) or not wanted <= state.keys():
-            raise ValueError(
-                f"The state is not one of a {type(self).__name__}; it must hold {sorted(wanted)}."
-            )
-        if state["version"] != STATE_VERSION:
-            raise ValueError(
-                f"The state has version {state['version']}, but this library reads version "
-                f"{STATE_VERSION}; load it with the release that wrote it."
-            )
-        own, other = self._loss_state(), state["loss"]
-        differing = sorted(own.keys() ^ other.keys()) or [
-            key for key, value in own.items() if other[key].shape != value.shape
-        ]
-        if differing:
-            raise ValueError(
-                f"The state is from another architecture: {differing[0]!r} differs (and "
-                f"{len(differing) - 1} more); build the same networks before loading it."
-            )
-        if state["steps"].keys() != self._steps.keys():
-            raise ValueError(
-                f"The state is from a team of {sorted(state['steps'])}, but this updater has "
-                f"{sorted(self._steps)}."
-            )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -29,6 +29,10 @@ from torchrl_happo.agents import Agent, split_actor, split_team
 from torchrl_happo.distributions import is_saturated
 from torchrl_happo.objectives.value_norm import RealValues, update_value_norm
 from torchrl_happo.optim.first_order import FirstOrderStep, InnerStep
+from torchrl_happo.validation.arguments import check_keys
+from torchrl_happo.validation.batch import check_agent_keys, check_team_shape
+from torchrl_happo.validation.team import check_separate, check_value_key
+from torchrl_happo.validation.values import explained
 
 __all__ = ["ADVANTAGE", "OLD_LOG_PROB", "VALID", "SequentialLossMixin", "behaviour_log_prob"]
 
@@ -137,23 +141,24 @@ class SequentialLossMixin(_Base):
                 sample_log_prob=list(dict.fromkeys(log_probs)),
             )
         critic = self.critic_network
+        check_separate(actors if isinstance(actors, Mapping) else {"": actors}, critic)
         if critic is None:
             return
         if self.tensor_keys.value not in critic.out_keys and len(critic.out_keys) == 1:
             self.set_keys(value=critic.out_keys[0])
-        shared = {id(p) for p in self.actor_network.parameters()}
-        for name, parameter in critic.named_parameters():
-            if id(parameter) in shared:
-                raise ValueError(
-                    f"Actor and critic share the parameter {name!r}, so that fitting the critic "
-                    "would move a policy whose turn is over; give the critic its own network."
-                )
 
     @staticmethod
     def _joint_network(actors: Actors) -> TensorDictModule:
         if isinstance(actors, Mapping):
             return TensorDictSequential(*actors.values())
         return actors
+
+    def set_keys(self, **keys: Any) -> None:
+        """Says where entries lie (see :meth:`LossModule.set_keys`)."""
+        check_keys(keys, [entry.name for entry in fields(self._AcceptedKeys)])
+        if keys.get("value") is not None and self.critic_network is not None:
+            check_value_key(keys["value"], self.critic_network)
+        super().set_keys(**keys)
 
     @property
     def agents(self) -> tuple[Agent, ...]:
@@ -236,8 +241,10 @@ class SequentialLossMixin(_Base):
 
     def critic_objective(self, data: TensorDictBase) -> Tensor:
         """The critic's loss on (a part of) the batch, a scalar."""
-        # A copy: the critic writes its value where clip_value looks for the old one.
-        value_loss, _, _ = self.loss_critic(data.copy())
+        reads = [*self.critic_network.in_keys, self.tensor_keys.value_target]
+        with explained("The critic", data, reads):
+            # A copy: the critic writes its value where clip_value looks for the old one.
+            value_loss, _, _ = self.loss_critic(data.copy())
         return self._reduce_loss(value_loss, data)
 
     # -- the joint forward: hooks of PPOLoss ---------------------------------------------------
@@ -247,21 +254,15 @@ class SequentialLossMixin(_Base):
     ) -> tuple[Tensor, Any, Tensor, None]:
         old, new, dists = [], [], []
         for unit in self._units:
-            keys = unit.policy.log_prob_keys
-            missing = [key for key in keys if tensordict.get(key, None) is None]
-            if missing:
-                raise KeyError(
-                    f"The tensordict has no log-probability {missing[0]!r}; build the actor with "
-                    "return_log_prob=True and collect with it."
-                )
+            check_agent_keys(unit, tensordict)
             data = unit.view(tensordict, self.agent_keys(unit))
             parameters = unit.policy.parameters(data)
             unit.policy.prepare(data, parameters)
             old_log_prob = behaviour_log_prob(unit, data, None)
             if old_log_prob.requires_grad:
                 raise RuntimeError(
-                    f"The stored log-probability {keys[0]!r} requires grad; collect under "
-                    "torch.no_grad() or detach it."
+                    f"The stored log-probability {unit.policy.log_prob_keys[0]!r} requires grad; "
+                    "collect under torch.no_grad() or detach it."
                 )
             old.append(self._line_up(old_log_prob, tensordict))
             new.append(self._line_up(unit.log_prob(parameters, data), tensordict))
@@ -269,6 +270,12 @@ class SequentialLossMixin(_Base):
         log_weight = (torch.cat(new, -1) - torch.cat(old, -1)).unsqueeze(-1)
         if log_weight.shape[-2] == 1 and log_weight.shape[:-2] == adv_shape:
             log_weight = log_weight.squeeze(-2)  # one agent, one advantage: as ClipPPOLoss
+        elif adv_shape not in (tensordict.batch_size, log_weight.shape[:-1]):
+            raise ValueError(
+                f"The advantage has shape {[*adv_shape, 1]}; it must be "
+                f"{[*tensordict.batch_size, 1]} for the team or {list(log_weight.shape)} for each "
+                "agent."
+            )
         return log_weight, dists, -log_weight, None
 
     def _line_up(self, per_agent: Tensor, tensordict: TensorDictBase) -> Tensor:
@@ -301,6 +308,7 @@ class SequentialLossMixin(_Base):
         factor = tensordict.get(self.tensor_keys.factor, None)
         if factor is None:
             return advantage
+        check_team_shape(self, tensordict, self.tensor_keys.factor)
         if factor.ndim < advantage.ndim:
             factor = factor.unsqueeze(-2)
         elif factor.ndim > advantage.ndim:

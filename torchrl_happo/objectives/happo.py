@@ -23,6 +23,13 @@ from torchrl_happo.objectives.common import (
 )
 from torchrl_happo.objectives.functional import clipped_surrogate, masked_mean
 from torchrl_happo.optim.first_order import FirstOrderStep
+from torchrl_happo.validation.arguments import (
+    check_clip_epsilon,
+    check_counts,
+    check_critic,
+    check_entropy_coeff,
+)
+from torchrl_happo.validation.team import check_networks
 
 __all__ = ["HAPPOLoss"]
 
@@ -188,10 +195,13 @@ class HAPPOLoss(SequentialLossMixin, ClipPPOLoss):
         blocks: Collection[str] = (),
         device: torch.device | None = None,
     ) -> None:
+        check_networks(actor_network, critic_network, blocks)
+        check_clip_epsilon(clip_epsilon)
+        check_entropy_coeff(entropy_coeff)
+        check_counts(samples_mc_entropy=samples_mc_entropy)
+        check_critic(critic_network, critic_coeff, loss_critic_type, clip_value, reduction)
         if entropy_bonus is None:
             entropy_bonus = isinstance(entropy_coeff, Mapping) or float(entropy_coeff) != 0.0
-        if not isinstance(clip_epsilon, (tuple, list)) and not 0.0 < clip_epsilon < 1.0:
-            raise ValueError(f"clip_epsilon must lie between 0 and 1, got {clip_epsilon}.")
         super().__init__(
             self._joint_network(actor_network),
             critic_network,

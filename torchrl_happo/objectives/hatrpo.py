@@ -27,6 +27,8 @@ from torchrl_happo.objectives.functional import masked_mean, surrogate
 from torchrl_happo.optim.first_order import FirstOrderStep
 from torchrl_happo.optim.second_order import TrustRegionStep
 from torchrl_happo.optim.trust_region import TrustRegion
+from torchrl_happo.validation.arguments import check_counts, check_critic, check_numbers
+from torchrl_happo.validation.team import check_networks
 
 __all__ = ["HATRPOLoss"]
 
@@ -122,6 +124,17 @@ class HATRPOLoss(SequentialLossMixin, PPOLoss):
         blocks: Collection[str] = (),
         device: torch.device | None = None,
     ) -> None:
+        check_networks(actor_network, critic_network, blocks)
+        check_critic(critic_network, critic_coeff, loss_critic_type, clip_value, reduction)
+        check_numbers(
+            max_kl=max_kl,
+            damping=damping,
+            cg_tolerance=cg_tolerance,
+            backtrack_factor=backtrack_factor,
+            accept_ratio=accept_ratio,
+            fisher_fraction=fisher_fraction,
+        )
+        check_counts(cg_iterations=cg_iterations, max_backtracks=max_backtracks)
         super().__init__(
             self._joint_network(actor_network),
             critic_network,
@@ -240,10 +253,14 @@ def _shares(
             f'kl_split must be None, "equal" or a callable from the agents to their shares, got '
             f"{split!r}."
         )
-    shares = [float(share) for share in split(agents)]
-    if len(shares) != len(agents) or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
+    shares = split(agents)
+    try:
+        usable = len(shares) == len(agents) and min(shares) > 0 and abs(sum(shares) - 1) <= 1e-6
+    except TypeError:
+        usable = False
+    if not usable:
         raise ValueError(
-            f"kl_split returned {shares}; it must return {len(agents)} positive shares that sum "
+            f"kl_split returned {shares!r}; it must return {len(agents)} positive shares that sum "
             "to 1."
         )
-    return shares
+    return [float(share) for share in shares]

@@ -10,14 +10,18 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
+from torchrl_happo.optim.factories import (
+    OptimizerFactory,
+    SchedulerFactory,
+    build_optimizer,
+    build_scheduler,
+)
 from torchrl_happo.optim.minibatches import MinibatchSampler
+from torchrl_happo.validation.arguments import check_counts, check_positive
+from torchrl_happo.validation.state import check_optimizer_state
 
 __all__ = ["FirstOrderStep", "InnerStep", "OptimizerFactory", "SchedulerFactory"]
-
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
-SchedulerFactory = Callable[[Optimizer], LRScheduler]
 
 
 class InnerStep(Protocol):
@@ -93,26 +97,17 @@ class FirstOrderStep:
         scheduler: SchedulerFactory | None = None,
         stop: Callable[[TensorDictBase], bool] | None = None,
     ) -> None:
-        if num_epochs < 1:
-            raise ValueError(f"num_epochs must be at least 1, got {num_epochs}.")
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm must be positive or None, got {max_grad_norm}.")
+        check_counts(num_epochs=num_epochs)
+        check_positive(max_grad_norm=max_grad_norm)
         self.objective = objective
         self._source = parameters
         self.parameters = self._trainable()
-        self.optimizer = _fuse(optimizer(self.parameters))
-        self.scheduler = scheduler(self.optimizer) if scheduler is not None else None
+        self.optimizer = _fuse(build_optimizer(optimizer, self.parameters))
+        self.scheduler = build_scheduler(scheduler, self.optimizer)
         self.minibatches = minibatches
         self.num_epochs = num_epochs
         self.max_grad_norm = float("inf") if max_grad_norm is None else max_grad_norm
         self.stop = stop
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        if held != {id(p) for p in self.parameters}:
-            raise ValueError(
-                "The optimizer holds other parameters than the ones of this agent; pass a factory "
-                "that uses the parameters it is called with, e.g. "
-                "optimizer=partial(torch.optim.Adam, lr=3e-4)."
-            )
 
     def _trainable(self) -> list[nn.Parameter]:
         return [p for p in self._source() if p.requires_grad]
@@ -124,6 +119,11 @@ class FirstOrderStep:
         ``.to(...)`` changes their device or type. The optimiser's state goes with them.
         """
         current = self._trainable()
+        if len(current) != len(self.parameters):
+            raise ValueError(
+                f"The optimizer holds {len(self.parameters)} parameters, but {len(current)} of the "
+                "network require a gradient now; freeze parameters before the optimizer is built."
+            )
         if any(old is not new for old, new in zip(self.parameters, current, strict=True)):
             self._replace(current)
         for p, state in self.optimizer.state.items():
@@ -224,6 +224,7 @@ class FirstOrderStep:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Loads what :meth:`state_dict` returned."""
+        check_optimizer_state(self.optimizer, state["optimizer"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])

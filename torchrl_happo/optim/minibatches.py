@@ -9,6 +9,8 @@ import torch
 from tensordict import TensorDictBase
 from torchrl.data import ReplayBuffer
 
+from torchrl_happo.validation.arguments import check_counts
+
 __all__ = ["MinibatchSampler", "ReplayBufferMinibatches", "ShuffledMinibatches"]
 
 #: From the data of one agent (or of the critic) to the minibatches of one epoch.
@@ -35,8 +37,7 @@ class ShuffledMinibatches:
     """
 
     def __init__(self, size: int | None, generator: torch.Generator) -> None:
-        if size is not None and size < 1:
-            raise ValueError(f"minibatch_size must be a positive number of steps, got {size}.")
+        check_counts(optional=True, minibatch_size=size)
         self.size = size
         self.generator = generator
 
@@ -63,10 +64,15 @@ class ReplayBufferMinibatches:
         buffer (ReplayBuffer): a buffer with a batch size and room for the whole batch.
 
     Raises:
-        ValueError: if the buffer has no batch size.
+        TypeError: if it is no replay buffer.
+        ValueError: if it has no batch size or, at a call, not enough room.
     """
 
     def __init__(self, buffer: ReplayBuffer) -> None:
+        if not isinstance(buffer, ReplayBuffer):
+            raise TypeError(
+                f"replay_buffer must be a ReplayBuffer or None, got a {type(buffer).__name__}."
+            )
         if buffer.batch_size is None:
             raise ValueError(
                 "The replay buffer has no batch_size; build it with ReplayBuffer(batch_size=...)."
@@ -75,6 +81,12 @@ class ReplayBufferMinibatches:
 
     def __call__(self, data: TensorDictBase) -> Iterator[TensorDictBase]:
         """The minibatches of one epoch over ``data``."""
+        room = self.buffer.storage.max_size
+        if room < len(data):
+            raise ValueError(
+                f"The replay buffer has room for {room} items, but the batch has {len(data)}, some "
+                "of which would be lost; give its storage a max_size of at least that."
+            )
         self.buffer.empty()
         self.buffer.extend(data)
         num_batches = -(-len(data) // self.buffer.batch_size)

@@ -1,0 +1,153 @@
+"""Which numbers of a batch count, and what stands where none does.
+
+Two kinds of masks say that an entry is not experience: TorchRL's validity masks of whole steps
+(padding of trajectories of unlike lengths), and the ``active`` entry of a group, ``False`` where
+an agent is dead or not yet there. Environments write anything there, NaN included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from tensordict import LazyStackedTensorDict, NestedKey, TensorDictBase
+from tensordict.utils import unravel_key
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torchrl_happo.objectives.common import SequentialLossMixin
+
+__all__ = ["entry_mask", "fill_masked", "leaves", "step_mask", "unmasked_finite"]
+
+
+def step_mask(loss: SequentialLossMixin, batch: TensorDictBase) -> Tensor | None:
+    """Which steps count at all, ``[*B]``: TorchRL's own validity masks; ``None``: all."""
+    valid = None
+    for name in loss._loss_mask_keys():
+        mask = batch.get(name, None)
+        if mask is not None:
+            mask = mask.reshape(batch.batch_size)
+            valid = mask if valid is None else valid & mask
+    return valid
+
+
+def entry_mask(loss: SequentialLossMixin, batch: TensorDictBase, key: NestedKey) -> Tensor | None:
+    """Which numbers of an entry count.
+
+    Args:
+        loss (HAPPOLoss or HATRPOLoss): says how masks are called.
+        batch (TensorDictBase): joint data of batch size ``[*B]``.
+        key (NestedKey): an entry, perhaps under ``"next"``.
+
+    Returns:
+        booleans ``[*B]``, or ``[*B, n_agents]`` for an entry of a group whose agents' activity is
+        known; ``None`` if all of them count.
+    """
+    steps = step_mask(loss, batch)
+    active = _active(loss, batch, key)
+    if active is None or steps is None:
+        return steps if active is None else active
+    return active & steps.reshape(*steps.shape, *(1,) * (active.ndim - steps.ndim))
+
+
+def _active(loss: SequentialLossMixin, batch: TensorDictBase, key: NestedKey) -> Tensor | None:
+    """Which agents of the entry's group act, at the step that the entry belongs to."""
+    path = _path(key)
+    at_next = path[0] == "next"
+    group = path[1:-1] if at_next else path[:-1]
+    if not group:
+        return None
+    name = loss.tensor_keys.active
+    mask = batch.get((group[0], name), None)
+    if at_next:
+        mask = batch.get(("next", group[0], name), mask)
+    if mask is None:
+        return None
+    mask = mask.bool()
+    return mask.squeeze(-1) if mask.ndim > batch.batch_dims and mask.shape[-1] == 1 else mask
+
+
+def fill_masked(
+    loss: SequentialLossMixin, batch: TensorDictBase, keys: Iterable[NestedKey]
+) -> TensorDictBase:
+    """A copy of a batch with zeros in place of NaN and infinity, where a mask says that they stand.
+
+    A mask alone does not stop them: a centralised critic sees all agents at once, and the gradient
+    of a masked NaN is NaN. All other numbers are left alone, whether they count or not.
+
+    Args:
+        loss (HAPPOLoss or HATRPOLoss): says how masks are called.
+        batch (TensorDictBase): joint data of batch size ``[*B]``. It is not modified.
+        keys (iterable of NestedKey): the entries to fill.
+
+    Returns:
+        a tensordict that shares all other entries with ``batch``.
+    """
+    filled = batch.copy()
+    for key in keys:
+        for holder, name, counts in _masked_leaves(filled, key, entry_mask(loss, batch, key)):
+            value = holder.get(name)
+            if counts is not None and value.is_floating_point():
+                holder.set(name, torch.where(counts, value, value.nan_to_num(0.0, 0.0, 0.0)))
+    return filled
+
+
+def unmasked_finite(
+    loss: SequentialLossMixin, batch: TensorDictBase, key: NestedKey
+) -> Iterator[Tensor]:
+    """Whether the numbers of an entry that count are finite: a boolean for each of its tensors."""
+    mask = entry_mask(loss, batch, key)
+    for holder, name, counts in _masked_leaves(batch, key, mask):
+        value = holder.get(name)
+        if value.is_floating_point():
+            finite = value.isfinite()
+            yield (finite if counts is None else finite | ~counts).all()
+
+
+def _masked_leaves(
+    batch: TensorDictBase, key: NestedKey, mask: Tensor | None
+) -> Iterator[tuple[TensorDictBase, NestedKey, Tensor | None]]:
+    """The tensors under a key, each with its own part of the mask, broadcastable to it."""
+    for agent, holder, name in leaves(batch, key):
+        value, counts, dims = holder.get(name), mask, batch.batch_dims
+        if counts is None:
+            yield holder, name, None
+            continue
+        if counts.ndim > dims and agent is not None:
+            counts = counts.select(dims, agent)
+        if counts.shape != value.shape[: counts.ndim]:
+            counts = counts.any(dims)  # what a group shares counts as long as one of it acts
+        yield holder, name, counts.reshape(*counts.shape, *(1,) * (value.ndim - counts.ndim))
+
+
+def leaves(
+    batch: TensorDictBase, key: NestedKey
+) -> Iterator[tuple[int | None, TensorDictBase, NestedKey]]:
+    """Where the tensors under a key lie: several where a group stacks agents of unlike shapes.
+
+    Yields:
+        the agent whose tensor it is (``None``: all of them), the tensordict that holds it and its
+        key there.
+    """
+    path = _path(key)
+    for depth in range(1, len(path)):
+        group = batch.get(path[:depth], None)
+        if isinstance(group, LazyStackedTensorDict) and group.stack_dim == batch.batch_dims:
+            for agent, row in enumerate(group.tensordicts):
+                yield from ((agent, row, name) for name in _names(row, path[depth:]))
+            return
+    yield from ((None, batch, name) for name in _names(batch, path))
+
+
+def _names(holder: TensorDictBase, path: tuple[str, ...]) -> list[NestedKey]:
+    """The keys of the tensors under a path: the path's own, or those of a nested tensordict."""
+    value = holder.get(path, None)
+    if isinstance(value, TensorDictBase):
+        return [(*path, *_path(name)) for name in value.keys(True, True)]
+    return [] if value is None else [path]
+
+
+def _path(key: NestedKey) -> tuple[str, ...]:
+    key = unravel_key(key)
+    return (key,) if isinstance(key, str) else key

@@ -1,0 +1,1 @@
+"""Wrong calls, each refused in one sentence that leaves everything as it was."""

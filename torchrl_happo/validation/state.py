@@ -1,0 +1,118 @@
+"""What a stored state must be before any of it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+__all__ = ["check_optimizer_state", "check_state"]
+
+
+def check_state(state: object, own: Mapping[str, Any]) -> None:
+    """Refuses a state that is not of the same version, architecture and team.
+
+    Args:
+        state (object): what is to be loaded.
+        own (mapping): the ``state_dict`` of what it is to be loaded into.
+
+    Raises:
+        ValueError: in one sentence that says what differs.
+    """
+    if not isinstance(state, Mapping) or not own.keys() <= state.keys():
+        raise ValueError(
+            "The state is not one of a SequentialUpdater; it must be a dict that holds "
+            f"{sorted(own)}."
+        )
+    if state["version"] != own["version"]:
+        raise ValueError(
+            f"The state has version {state['version']!r}, but this library reads version "
+            f"{own['version']}; load it with the release that wrote it."
+        )
+    for name in ("loss", "steps"):
+        if not isinstance(state[name], Mapping):
+            raise ValueError(
+                f"The state holds a {type(state[name]).__name__} under {name!r} in place of a "
+                "dict; it is damaged, load another one."
+            )
+    if state["steps"].keys() != own["steps"].keys():
+        raise ValueError(
+            f"The state is from a team of {sorted(state['steps'])}, but this updater has "
+            f"{sorted(own['steps'])}; build the same team before loading it."
+        )
+    _check_architecture(state["loss"], own["loss"])
+    for name, step in own["steps"].items():
+        _check_step(name, state["steps"][name], step)
+    _check_generators(state["generators"], own["generators"])
+    if not isinstance(state["num_updates"], int) or state["num_updates"] < 0:
+        raise ValueError(
+            f"The state counts {state['num_updates']!r} updates; it is damaged, load another one."
+        )
+
+
+def _check_architecture(state: Mapping[str, Any], own: Mapping[str, Tensor]) -> None:
+    differing = sorted(own.keys() ^ state.keys()) or [
+        key
+        for key, value in own.items()
+        if not isinstance(state[key], Tensor) or state[key].shape != value.shape
+    ]
+    if differing:
+        more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
+        raise ValueError(
+            f"The state is from another architecture: {differing[0]!r}{more} differs; build the "
+            "same loss and networks before loading it."
+        )
+
+
+def _check_step(name: str, state: object, own: Mapping[str, Any]) -> None:
+    got = sorted(state) if isinstance(state, Mapping) else [repr(state)]
+    if got != sorted(own):
+        raise ValueError(
+            f"The state of {name!r} holds {got}, but its step in this updater holds {sorted(own)}; "
+            "build the updater with the same optimizer and scheduler before loading it."
+        )
+
+
+def _check_generators(state: Any, own: list[Tensor]) -> None:
+    fits = isinstance(state, list) and len(state) == len(own)
+    if not fits or not all(
+        isinstance(generator, Tensor) and generator.dtype == torch.uint8 for generator in state
+    ):
+        raise ValueError(
+            f"The state must hold the states of {len(own)} random generators; it is damaged, load "
+            "another one."
+        )
+
+
+def check_optimizer_state(optimizer: Optimizer, state: object) -> None:
+    """Refuses the state of another kind of optimiser, or of one for other parameters.
+
+    Args:
+        optimizer (Optimizer): what it is to be loaded into.
+        state (object): should be the ``state_dict`` of an optimiser of the same kind.
+
+    Raises:
+        ValueError: in one sentence that says what differs. Torch would load such a state, and
+            fail at the next step.
+    """
+    own = optimizer.state_dict()
+    if not isinstance(state, Mapping) or state.keys() != own.keys():
+        raise ValueError("the state of its optimizer is none of torch.optim; it is damaged")
+    groups = [set(group) for group in state["param_groups"]]
+    if groups != [set(group) for group in own["param_groups"]]:
+        raise ValueError(
+            f"the state of its optimizer is not from {type(optimizer).__name__}; build the updater "
+            "with the optimizer that wrote it"
+        )
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, values in state["state"].items():
+        for name, value in values.items():
+            per_weight = isinstance(value, Tensor) and value.ndim > 0 and name != "step"
+            if per_weight and value.shape != parameters[index].shape:
+                raise ValueError(
+                    f"the optimizer's {name!r} has shape {list(value.shape)} for a parameter of "
+                    f"shape {list(parameters[index].shape)}; build the same networks"
+                )
