@@ -35,7 +35,7 @@ def elsewhere(tmp_path, monkeypatch):
 def step(env, data, action):
     """One step with a joint action, cut into the agents' ones."""
     transform = env.transform
-    for group, agents in transform.group_map.items():
+    for group, agents in env.group_map.items():
         own = [transform.partition[int(agent.removeprefix("agent_"))] for agent in agents]
         data[group, "action"] = torch.stack([action[:, entries] for entries in own], 1)
     return env.step(data)["next"]
@@ -80,7 +80,7 @@ def test_the_nearest_joints_are_what_agents_observe(name):
     data = env.rollout(2)
     body = ROBOTS["Ant"]
     entries = iter(body.observations(body.partitions[name], 1))
-    for group in env.transform.group_map:
+    for group in env.group_map:
         for seen in data[group, "observation"].unbind(2):
             assert torch.equal(seen, data["state"][..., next(entries)])
 

@@ -114,6 +114,7 @@ def make_mujoco(
         standardize=standardize,
         bounded_actions=bounded_actions,
     )
+    base.group_map = split.group_map  # where scripts look for it, as with VmasEnv
     return TransformedEnv(base, split)
 
 

@@ -149,14 +149,7 @@ class AgentSplit(Transform):
         return cast("ItemsView[str, _Members]", self._members.items())
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Replaces the state of a batch by what the agents observe of it, in place.
-
-        Args:
-            tensordict (TensorDictBase): with the environment's observation.
-
-        Returns:
-            the same tensordict.
-        """
+        """Replaces the observation in a batch by those of the agents and the state, in place."""
         return self._call(tensordict)
 
     def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
@@ -167,12 +160,9 @@ class AgentSplit(Transform):
             )
         for name, members in self._groups():
             observation = members.observe(state)
-            group = TensorDict(
-                {"observation": self._scaled(observation)},
-                batch_size=(*next_tensordict.batch_size, members.size),
-                device=next_tensordict.device,
-            )
-            next_tensordict.set(name, group)
+            shape = (*next_tensordict.batch_size, members.size)
+            group = {"observation": self._scaled(observation)}
+            next_tensordict.set(name, TensorDict(group, shape, device=next_tensordict.device))
         if self.state_key is not None:
             next_tensordict.set(self.state_key, self._scaled(state))
         return next_tensordict
