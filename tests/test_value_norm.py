@@ -148,3 +148,16 @@ def test_critic_steps_match_the_reference():
         assert relative_error(norm, torch.as_tensor(epoch["grad_norm"])) < 1e-9
         for key, parameter in net.named_parameters():
             assert relative_error(parameter, epoch["params"][key]) < 1e-9, key
+
+
+def test_returns_of_inactive_agents_are_left_out():
+    """With a value for each agent, the statistics see only the returns of agents that acted."""
+    updater = make_updater(RunningValueNorm(shape=1))
+    batch = make_batch(updater.loss.actor_network)
+    active = torch.rand(*batch.shape, N_AGENTS) > 0.4
+    batch["agents", "active"] = active
+    batch["advantage"] = torch.randn(*batch.shape, 1)
+    batch["value_target"] = torch.where(active, 1.0, 100.0).unsqueeze(-1)
+    updater(batch)
+    assert updater.loss.value_norm.count == active.sum()
+    assert updater.loss.value_norm.mean == 1.0

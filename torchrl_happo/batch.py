@@ -170,8 +170,18 @@ class TeamBatch:
     def valid_returns(self) -> Tensor:
         """The returns that count, ``[num_returns, 1]``."""
         returns = self.batch.get(self.loss.tensor_keys.value_target)
-        counted = returns if self._valid is None else returns[self._valid]
-        return counted.reshape(-1, 1)
+        valid = self._valid_values(returns)
+        return returns.reshape(-1, 1) if valid is None else returns[valid].unsqueeze(-1)
+
+    def _valid_values(self, values: Tensor) -> Tensor | None:
+        """Which of the critic's values count; those of an agent only where it was active."""
+        valid = self._valid
+        if self._active is not None and values.shape[:-1] == self._active.shape:
+            steps = True if valid is None else valid.unsqueeze(-1)
+            return (self._active & steps).unsqueeze(-1)
+        if valid is None:
+            return None
+        return valid.reshape(*valid.shape, *(1,) * (values.ndim - valid.ndim)).expand_as(values)
 
     def explained_variance(self) -> Tensor:
         """Share of the variance of the returns that the critic's values explain."""
@@ -179,10 +189,7 @@ class TeamBatch:
         value, target = self.batch.get(keys.value), self.batch.get(keys.value_target)
         if value is None:
             return torch.full((), float("nan"), device=target.device)
-        valid = self._valid
-        if valid is not None:
-            valid = valid.reshape(*valid.shape, *(1,) * (target.ndim - valid.ndim))
-            valid = valid.expand_as(target)
+        valid = self._valid_values(target)
         residual = target - value
         residual_variance = masked_mean((residual - masked_mean(residual, valid)).square(), valid)
         variance = masked_mean((target - masked_mean(target, valid)).square(), valid)
