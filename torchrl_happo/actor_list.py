@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from tensordict import LazyStackedTensorDict, NestedKey, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase
@@ -100,7 +101,8 @@ class ActorList(TensorDictModuleBase):
             *(key for key in self.in_keys if _group(key) != self.group), strict=False
         )
         written = []
-        for actor, row in zip(self.actors, group.unbind(-1), strict=True):
+        actors: list[Any] = list(self.actors)
+        for actor, row in zip(actors, group.unbind(-1), strict=True):
             view = shared.copy().set(self.group, row.select(*_inside(actor.in_keys), strict=False))
             written.append(actor(view).select(*actor.out_keys))
         for owner in ("root", "next"):
@@ -125,5 +127,5 @@ def _inside(keys: Sequence[NestedKey]) -> list[NestedKey]:
     return [unravel_key(key)[1:] for key in keys if _group(key) is not None]
 
 
-def _union(lists: object) -> list[NestedKey]:
-    return list(dict.fromkeys(unravel_key(key) for keys in lists for key in keys))  # type: ignore[attr-defined]
+def _union(lists: Iterable[Iterable[NestedKey]]) -> list[NestedKey]:
+    return list(dict.fromkeys(unravel_key(key) for keys in lists for key in keys))
