@@ -127,5 +127,5 @@ def _inside(keys: Sequence[NestedKey]) -> list[NestedKey]:
     return [unravel_key(key)[1:] for key in keys if _group(key) is not None]
 
 
-def _union(lists: Iterable[Iterable[NestedKey]]) -> list[NestedKey]:
+def _union(lists: Iterable[Any]) -> list[NestedKey]:
     return list(dict.fromkeys(unravel_key(key) for keys in lists for key in keys))
