@@ -1,0 +1,91 @@
+"""Anything a user may legitimately combine: no exception, finite parameters, metrics in range.
+
+A scenario is a team (one group or several, with and without an agent dimension, discrete and
+continuous, blocks), a batch (its shape, inactive agents, saturated actions, rewards of any size)
+and the hyperparameters of HAPPO or HATRPO. By hand, ``TORCHRL_HAPPO_EXAMPLES=20000`` tries more of
+them, others on every run.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from effort import effort
+from hypothesis import given
+from hypothesis import strategies as st
+from scenarios import Scenario, critics, datasets, happo, hatrpo, teams, updaters
+
+from torchrl_happo import HAPPOLoss, HATRPOLoss
+
+
+def check(scenario, metrics):
+    """Every claim that holds for any scenario."""
+    for name, parameter in scenario.loss.named_parameters():
+        assert parameter.isfinite().all(), name
+    for key, value in metrics.items(include_nested=True, leaves_only=True):
+        assert value.shape == (), key
+        assert value.isfinite(), (key, value)
+    agents = [metrics[agent.name] for agent in scenario.loss.agents]
+    assert sorted(a["position"].item() for a in agents) == list(range(len(agents)))
+    for agent in agents:
+        assert 0 < agent["factor_ess"] <= 1 + 1e-4
+        assert 0 <= agent["factor_mean"] <= agent["factor_max"] * (1 + 1e-5)
+        if "kl" in agent.keys():
+            check_agent(scenario.loss, agent)
+    assert metrics["critic", "explained_variance"] <= 1 + 1e-5
+    assert metrics["critic", "loss"] >= 0
+
+
+def check_agent(loss, agent):
+    """What an agent with at least one valid step reports."""
+    assert agent["kl"] >= -1e-5
+    assert 0 <= agent["ratio_min"] <= agent["ratio_max"]
+    assert agent["grad_norm"] >= 0
+    if "clip_fraction" in agent.keys():
+        assert 0 <= agent["clip_fraction"] <= 1
+        assert 1 <= agent["epochs"] <= 3
+    else:
+        assert agent["line_search_success"] in (0, 1)
+        assert 0 <= agent["step_fraction"] <= 1
+        largest = max(region.max_kl for region in loss._trust_regions.values())
+        assert agent["kl"] <= largest * 1.01 + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("loss_class", "loss_kwargs"),
+    [(HAPPOLoss, happo), (HATRPOLoss, hatrpo)],
+    ids=["HAPPO", "HATRPO"],
+)
+def test_fuzz(loss_class, loss_kwargs):
+    """Two updates on fresh batches of any scenario; the batch is left as it was."""
+
+    @effort(120)
+    @given(
+        st.integers(0, 2**31),
+        teams(),
+        datasets,
+        loss_kwargs,
+        critics,
+        updaters,
+        st.sampled_from([None, 0.01]),
+        st.booleans(),
+    )
+    def holds(seed, groups, data, own, critic, updater, target_kl, per_agent_critic):
+        torch.manual_seed(seed)
+        scenario = Scenario(
+            loss_class,
+            groups,
+            data,
+            {**own, **critic},
+            {**updater, "target_kl": target_kl if loss_class is HAPPOLoss else None},
+            per_agent_critic=per_agent_critic,
+        )
+        for _ in range(2):
+            batch = scenario.batch()
+            before = batch.clone()
+            check(scenario, scenario.updater(batch))
+            assert set(batch.keys(True, True)) == set(before.keys(True, True))
+            assert (batch == before).all()
+            scenario.updater.load_state_dict(scenario.updater.state_dict())
+
+    holds()
