@@ -177,7 +177,12 @@ def figure(name: str) -> Path:
         ax.tick_params(labelsize=8)
         ax.grid(alpha=0.3)
     axes[0][0].set_ylabel("team return, deterministic", fontsize=8)
-    handles, labels = axes[0][0].get_legend_handles_labels()
+    labelled = {
+        label: handle
+        for ax in axes[0]
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
+    handles, labels = list(labelled.values()), list(labelled)
     fig.legend(handles, labels, loc="lower center", ncols=len(labels), fontsize=8, frameon=False)
     fig.tight_layout(rect=(0, 0.07, 1, 1))
     path = HERE / "results" / f"{name}.png"
