@@ -9,6 +9,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torchrl.collectors import Collector
+from torchrl.data import Unbounded
 from torchrl.envs.utils import check_env_specs
 
 from torchrl_happo import HAPPOLoss, SequentialUpdater, TeamReward, make_actor, make_critic
@@ -138,6 +139,8 @@ def test_specs(robot, name, settings):
     floats = {leaf.dtype for leaf in data.values(True, True) if leaf.is_floating_point()}
     assert floats == {torch.float32}
     assert data["next", "reward"].shape == (3, 2, 1)
+    for action in env.full_action_spec.values(True, True):
+        assert isinstance(action, Unbounded) is not settings.get("bounded_actions", False)
 
 
 def test_an_observation_is_the_standardised_state_and_identity():
@@ -201,6 +204,16 @@ def test_the_last_observation_is_the_true_one():
         np.testing.assert_array_equal(now["next", "reward"][alive, 0], reward[alive])
         alive &= ~now["next", "done"].numpy()[:, 0]
     assert not alive.any()
+
+
+def test_a_reset_of_nobody():
+    """An empty choice of copies returns, where EnvPool would wait for ever, and all go on."""
+    env, twin = hoppers(), hoppers()
+    for which in (env, twin):
+        play(which, 3)
+    env.reset(TensorDict({"_reset": torch.zeros(6, 1, dtype=torch.bool)}, [6]))
+    action = TensorDict({"action": torch.ones(6, 3)}, [6])
+    assert (env.step(action.clone())["next"] == twin.step(action)["next"]).all()
 
 
 def test_partial_resets():

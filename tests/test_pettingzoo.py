@@ -96,13 +96,21 @@ def test_the_time_limit_truncates():
 
 
 def test_partial_resets():
-    """Only the copies that are asked to start anew."""
-    env = build()
-    data = env.rollout(3)[:, -1]["next"].exclude("reward")
-    before = data["agent", "observation"].clone()
+    """Only the copies that are asked to start anew; the others go on as in a twin."""
+    env, twin = build(), build()
+    batches = []
+    for which in (env, twin):
+        torch.manual_seed(0)
+        batches.append(which.rollout(3)[:, -1]["next"].exclude("reward"))
+    data, others = batches
     data["_reset"] = torch.tensor([[False], [True], [False]])
-    after = env.reset(data)["agent", "observation"]
-    assert (after == before).flatten(1).all(-1).tolist() == [True, False, True]
+    data = env.reset(data)
+    same = (data["agent", "observation"] == others["agent", "observation"]).flatten(1).all(-1)
+    assert same.tolist() == [True, False, True]
+    action = env.full_action_spec.rand()
+    data, others = (which.step(now.update(action)) for which, now in ((env, data), (twin, others)))
+    after = (data["next"] == others["next"])["agent", "observation"].flatten(1).all(-1)
+    assert after.tolist() == [True, False, True]
 
 
 def test_seeds():

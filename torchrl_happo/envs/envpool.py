@@ -85,7 +85,6 @@ class EnvPoolEnv(EnvBase):
         }
         self._make_specs(spec.gymnasium_observation_space, spec.gymnasium_action_space)
         self._pool: Any = None
-        self._observation: Tensor | None = None
         self._seed: int | None = None
         if seed is not None:
             self.set_seed(seed)
@@ -130,14 +129,17 @@ class EnvPoolEnv(EnvBase):
         if self._pool is None:
             self._start()
             mask = None
-        if mask is None or self._observation is None:
-            self._observation = self._tensor(self._pool.reset()[0])
-        elif bool(mask.any()):
+        if mask is None:
+            observation = self._tensor(self._pool.reset()[0])
+        else:
+            # What the others observe stays as it is: TorchRL keeps it, and drops these zeros.
             chosen = mask.flatten().nonzero().squeeze(-1)
-            fresh = self._tensor(self._pool.reset(chosen.cpu().numpy().astype(np.int32))[0])
-            self._observation = self._observation.index_copy(0, chosen, fresh)
+            observation = self.observation_spec["observation"].zero()
+            if len(chosen):
+                fresh = self._pool.reset(chosen.cpu().numpy().astype(np.int32))[0]
+                observation[chosen] = self._tensor(fresh)
         return TensorDict(
-            {"observation": self._observation, **self.done_spec.zero()},
+            {"observation": observation, **self.done_spec.zero()},
             self.batch_size,
             device=self.device,
         )
@@ -147,12 +149,11 @@ class EnvPoolEnv(EnvBase):
             raise RuntimeError("The environment has been seeded anew; reset it before it steps.")
         action = tensordict.get("action").detach().cpu().numpy()
         observation, reward, ended, _, info = self._pool.step(action)
-        self._observation = self._tensor(observation)
         terminated = self._flag(ended)
         truncated = self._flag(info["elapsed_step"] >= self.max_steps)
         return TensorDict(
             {
-                "observation": self._observation,
+                "observation": self._tensor(observation),
                 "reward": self._tensor(reward).unsqueeze(-1),
                 "done": terminated | truncated,
                 "terminated": terminated,
