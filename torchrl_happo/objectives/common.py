@@ -308,7 +308,7 @@ class SequentialLossMixin(_Base):
         factor = tensordict.get(self.tensor_keys.factor, None)
         if factor is None:
             return advantage
-        check_team_shape(self, tensordict, self.tensor_keys.factor)
+        check_team_shape(self, tensordict, self.tensor_keys.factor, self.num_agents)
         if factor.ndim < advantage.ndim:
             factor = factor.unsqueeze(-2)
         elif factor.ndim > advantage.ndim:
