@@ -236,7 +236,7 @@ def split_actor(
     if isinstance(actor, ActorList):
         return [
             Agent(
-                (group or actor.group) + (f"_{index}" if len(actor.actors) > 1 else ""),
+                f"{group or actor.group}" + (f"_{index}" if len(actor.actors) > 1 else ""),
                 single,
                 group=actor.group,
                 position=slice(start + index, start + index + 1),
