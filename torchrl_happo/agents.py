@@ -259,9 +259,8 @@ def split_actor(
     if shared is not None:
         raise ValueError(
             f"The actor of group {name!r} has {shared}, but HAPPO updates one agent after the "
-            "other and needs a network of its own for each (share_params=False, "
-            "centralized=False); to update agents that share parameters as one block, pass "
-            f"blocks=[{name!r}]."
+            "other and needs a network for each (share_params=False, centralized=False); to update "
+            f"agents that share parameters as one block, pass blocks=[{name!r}]."
         )
     agents = []
     for index in range(n_agents):

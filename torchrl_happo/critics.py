@@ -15,6 +15,7 @@ from torchrl.modules import MLP, MultiAgentMLP
 
 from torchrl_happo.initialization import init_orthogonal
 from torchrl_happo.specs import Group, observation_shape, read_groups, select_groups
+from torchrl_happo.validation.builders import check_builder, check_groups
 
 __all__ = ["CRITIC_INPUTS", "CentralizedMLP", "PerAgentMLP", "make_critic"]
 
@@ -90,6 +91,14 @@ def make_critic(
         >>> make_critic(env, input="agent_specific")(env.reset())["state_value"].shape
         torch.Size([4, 2, 1])
     """
+    check_builder(
+        env,
+        num_cells=num_cells,
+        activation_class=activation_class,
+        output_gain=output_gain,
+        observation_key=observation_key,
+    )
+    check_groups(groups)
     if input is None:
         input = "observations" if state_key is None else "state"
     _check_arguments(input, groups, state_key, num_cells)

@@ -22,6 +22,8 @@ from torchrl_happo.heads import ParameterHead
 from torchrl_happo.initialization import init_orthogonal
 from torchrl_happo.recurrent import CELLS, make_recurrent_actor, memory_transforms
 from torchrl_happo.specs import ActionHead, Group, read_action_head, read_groups, select_groups
+from torchrl_happo.validation.arguments import check_counts
+from torchrl_happo.validation.builders import check_builder, check_policies, check_scale_mapping
 
 __all__ = ["CentralizedMLP", "joint_policy", "make_actor", "make_critic", "memory_transforms"]
 
@@ -123,6 +125,15 @@ def make_actor(
         >>> env.rollout(3, joint_policy(actors))["speaker", "action"].shape
         torch.Size([4, 3, 1, 5])
     """
+    check_builder(
+        env,
+        num_cells=num_cells,
+        activation_class=activation_class,
+        output_gain=output_gain,
+        observation_key=observation_key,
+    )
+    check_scale_mapping(scale_mapping)
+    check_counts(hidden_size=hidden_size)
     team = select_groups(read_groups(env, observation_key), None if group is None else [group])
     device = env.device if device is None else device
     if init not in ("orthogonal", "torch"):
@@ -169,6 +180,7 @@ def joint_policy(
         >>> batch["adversary", "action"].shape, batch["agent", "action"].shape
         (torch.Size([4, 5, 3, 2]), torch.Size([4, 5, 1, 2]))
     """
+    check_policies(actors if isinstance(actors, Mapping) else {None: actors})
     if not isinstance(actors, Mapping):
         return actors
     if not actors:

@@ -37,6 +37,7 @@ from torchrl_happo.optim.minibatches import (
     ShuffledMinibatches,
 )
 from torchrl_happo.order import LineUp, Order
+from torchrl_happo.slots import kept_slots
 from torchrl_happo.validation.arguments import (
     check_callables,
     check_counts,
@@ -243,15 +244,21 @@ class SequentialUpdater:
         if self.check_finite or self.num_updates == 0:
             check_finite(self.loss, batch)
         self._tie()
-        generators = [g.get_state() for g in self._generators]
+        # Entropies without a closed form are estimated by draws from torch's global generator.
+        sources = [*self._generators, torch.default_generator]
+        generators = [generator.get_state() for generator in sources]
         undo: list[Undo] = []
         try:
-            with set_exploration_type(ExplorationType.DETERMINISTIC), set_recurrent_mode(True):
+            with (
+                kept_slots([self.loss, *(agent.actor for agent in self.loss.agents)]),
+                set_exploration_type(ExplorationType.DETERMINISTIC),
+                set_recurrent_mode(True),
+            ):
                 metrics = self._update(batch, undo)
         except BaseException:
             for restore in reversed(undo):
                 restore()
-            for generator, state in zip(self._generators, generators, strict=True):
+            for generator, state in zip(sources, generators, strict=True):
                 generator.set_state(state)
             raise
         self.num_updates += 1

@@ -28,6 +28,9 @@ from torch import Tensor
 from torchrl.data import Binary, Bounded, Categorical, Composite, TensorSpec, Unbounded
 from torchrl.envs import EnvBase
 
+from torchrl_happo.validation.arguments import check_counts
+from torchrl_happo.validation.builders import check_payoff
+
 __all__ = [
     "DifferentialGame",
     "MatrixGame",
@@ -58,6 +61,7 @@ class _OneStepGame(EnvBase):
         identity: bool,
         device: torch.device | None,
     ) -> None:
+        check_counts(num_envs=num_envs)
         super().__init__(device=device, batch_size=[num_envs])
         self.n_agents = n_agents
         self.identity = identity
@@ -89,7 +93,13 @@ class _OneStepGame(EnvBase):
         return TensorDict({"agents": self._observe()}, self.batch_size, device=self.device)
 
     def _step(self, tensordict: TensorDictBase) -> TensorDict:
-        reward = self._play(tensordict.get(("agents", "action"))).unsqueeze(-1)
+        action = tensordict.get(("agents", "action"), None)
+        if action is None:
+            raise KeyError(
+                f"{type(self).__name__} finds no action ('agents', 'action'); the policy has to "
+                "write it."
+            )
+        reward = self._play(action).unsqueeze(-1)
         done = torch.ones_like(reward, dtype=torch.bool)
         return TensorDict(
             {
@@ -144,11 +154,7 @@ class MatrixGame(_OneStepGame):
         seed: int | None = None,
         device: torch.device | None = None,
     ) -> None:
-        if payoff.ndim < 1 or len(set(payoff.shape)) != 1:
-            raise ValueError(
-                f"The payoff has shape {list(payoff.shape)}; it needs one dimension per agent, all "
-                "of the same size, the number of actions."
-            )
+        check_payoff(payoff)
         n_actions = payoff.shape[0]
         super().__init__(
             payoff.ndim,
@@ -161,6 +167,12 @@ class MatrixGame(_OneStepGame):
         self.n_actions = n_actions
 
     def _play(self, action: Tensor) -> Tensor:
+        # On an accelerator the comparison would wait for the device at every step.
+        if not action.is_cuda and not ((action >= 0) & (action < self.n_actions)).all():
+            raise ValueError(
+                f"MatrixGame got actions from {action.min()} to {action.max()}, but there are the "
+                f"actions 0 to {self.n_actions - 1}."
+            )
         return self.payoff.to(action.device)[tuple(action.unbind(-1))]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import zipfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 
 from torchrl_happo.recipe.compose import from_dict, to_dict
 from torchrl_happo.recipe.config import TrainConfig
+from torchrl_happo.validation.arguments import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +73,8 @@ class Checkpoints:
         write_atomically(path, content)
         for old in list_checkpoints(self.folder)[: -self.keep]:
             old.unlink()
+        for rest in self.folder.glob(f".[0-9]*{SUFFIX}.*"):
+            rest.unlink(missing_ok=True)  # of a process that was killed while it wrote
         return path
 
 
@@ -84,6 +87,12 @@ def write_atomically(path: Path, content: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UnwritableCheckpointError(
+            f"The checkpoint {path} cannot be written ({first_line(_cause(error))}): what was "
+            "there before is intact, make room and resume from it."
+        ) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -92,6 +101,13 @@ def write_atomically(path: Path, content: dict[str, Any]) -> None:
         os.fsync(folder)  # the new name itself must survive a power cut
     finally:
         os.close(folder)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The operating system's error, where torch's writer covers it with one of its own."""
+    while not isinstance(error, OSError) and error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -120,6 +136,10 @@ def read(path: Path) -> dict[str, Any]:
     raise CheckpointError(f"None of the {len(candidates)} checkpoints in {path} is complete.")
 
 
+class UnwritableCheckpointError(CheckpointError, OSError):
+    """A checkpoint that the disk did not take."""
+
+
 class DamagedCheckpointError(CheckpointError):
     """A file that is truncated, altered or no checkpoint at all."""
 
@@ -140,7 +160,7 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise DamagedCheckpointError(f"The file {path} is no checkpoint of this recipe.")
     if content["format"] != FORMAT:
         raise CheckpointError(
-            f"The checkpoint {path} has format {content['format']}, but this version reads "
+            f"The checkpoint {path} has format {content['format']!r}, but this version reads "
             f"format {FORMAT}: resume it with the version that wrote it."
         )
     return content
@@ -148,7 +168,16 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 def read_config(content: dict[str, Any]) -> TrainConfig:
     """The configuration of the run that wrote a checkpoint."""
-    return from_dict(content["config"])
+    return from_dict(_part(content, "config"))
+
+
+def _part(content: dict[str, Any], name: str) -> dict[str, Any]:
+    part = content.get(name)
+    if not isinstance(part, dict):
+        raise CheckpointError(
+            f"The checkpoint holds no {name} of a run (got {part!r}): take another one."
+        )
+    return part
 
 
 def restore(content: dict[str, Any], updater: Any) -> Progress:
@@ -157,9 +186,21 @@ def restore(content: dict[str, Any], updater: Any) -> Progress:
     Raises:
         CheckpointError: in one sentence, if the networks or optimisers do not fit.
     """
+    progress = _read_progress(_part(content, "progress"))
     try:
-        updater.load_state_dict(content["updater"])
-        return Progress(**content["progress"])
+        updater.load_state_dict(_part(content, "updater"))
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise CheckpointError(f"The checkpoint does not fit this run: {reason}.") from error
+        raise CheckpointError(
+            f"The checkpoint does not fit this run: {first_line(error)}."
+        ) from error
+    return progress
+
+
+def _read_progress(values: dict[str, Any]) -> Progress:
+    counts = [values.get(name) for name in ("iteration", "frames")]
+    known = values.keys() == {entry.name for entry in fields(Progress)}
+    if not known or not all(isinstance(count, int) and count >= 0 for count in counts):
+        raise CheckpointError(
+            "The checkpoint does not say how far its run has come: take another one."
+        )
+    return Progress(**values)

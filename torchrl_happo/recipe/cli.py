@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -16,10 +17,21 @@ from omegaconf.errors import OmegaConfBaseException
 
 from torchrl_happo.recipe import checkpoint, compose
 from torchrl_happo.recipe.checkpoint import CheckpointError
+from torchrl_happo.recipe.collection import WorkerError
 from torchrl_happo.recipe.config import ConfigError, TrainConfig
 
 REFUSED = 2
 INTERRUPTED = 130
+
+# A full disk, a quota, a read-only or forbidden place, a file where a folder should be.
+UNWRITABLE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EEXIST,
+    errno.ENOTDIR,
+}
 
 
 def command_line(run: Callable[[TrainConfig, Path], Path]) -> int:
@@ -39,8 +51,18 @@ def command_line(run: Callable[[TrainConfig, Path], Path]) -> int:
         try:
             config = _load(composed, list(hydra_config.overrides.task))
             run(config, Path(hydra_config.runtime.output_dir))
-        except (ConfigError, CheckpointError) as error:
+        except (ConfigError, CheckpointError, WorkerError) as error:
             raise SystemExit(_refuse(str(error))) from error
+        except OSError as error:
+            if error.errno not in UNWRITABLE:
+                raise
+            folder = hydra_config.runtime.output_dir
+            raise SystemExit(
+                _refuse(
+                    f"The run cannot write into {folder} ({error.strerror}): what was saved before "
+                    "is intact, make room and resume from it."
+                )
+            ) from error
 
     compose.register()
     # By default Hydra prints an error and ends the process; this makes it hand the error over.

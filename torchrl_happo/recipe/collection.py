@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -19,6 +21,10 @@ from torchrl_happo.recipe.environments import make_env
 from torchrl_happo.recipe.randomness import derive_seed, seed_everything
 
 EnvMaker = Callable[..., EnvBase]
+
+
+class WorkerError(RuntimeError):
+    """A process that collects has ended; the message is one sentence for the user."""
 
 
 class Batches:
@@ -47,19 +53,73 @@ class Batches:
         self._iterator = iter(self._collector)
 
     def next(self) -> TensorDictBase:
-        """Collects the next batch, of shape ``[num_envs, steps_per_batch]``."""
-        return next(self._iterator)
+        """Collects the next batch, of shape ``[num_envs, steps_per_batch]``.
+
+        Raises:
+            WorkerError: if a worker process has ended.
+        """
+        try:
+            return next(self._iterator)
+        except RuntimeError:
+            self._check_workers()
+            raise
 
     def policy_changed(self) -> None:
-        """Sends the policy's weights to wherever copies of it act."""
-        if self._collector is not None:
+        """Sends the policy's weights to wherever copies of it act.
+
+        Raises:
+            WorkerError: if a worker process has ended.
+        """
+        if self._collector is None:
+            return
+        if not self._workers:
             self._collector.update_policy_weights_()
+            return
+        self._check_workers()
+        # TorchRL waits without end for a worker that dies before it can answer.
+        sending = _Sending(self._collector)
+        sending.start()
+        while sending.is_alive():
+            sending.join(timeout=1.0)
+            self._check_workers()
+        if sending.error is not None:
+            raise sending.error
+
+    @property
+    def _workers(self) -> list[Any]:
+        return list(getattr(self._collector, "procs", ()))
+
+    def _check_workers(self) -> None:
+        # TorchRL terminates and closes the others when it finds one dead.
+        ended = [w for w in self._workers if not w._closed and w.exitcode is not None]
+        if ended:
+            codes = ", ".join(str(w.exitcode) for w in ended)
+            raise WorkerError(
+                f"{len(ended)} of {len(self._workers)} processes that collect have ended (exit "
+                f"codes: {codes}), perhaps for want of memory: resume from the last checkpoint."
+            )
 
     def close(self) -> None:
         """Ends the environments and, where there are any, their processes."""
         if self._collector is not None:
             self._collector.shutdown()
             self._collector = None
+
+
+class _Sending(threading.Thread):
+    """Sends a collector the policy's weights, from a thread that can be left behind."""
+
+    def __init__(self, collector: BaseCollector) -> None:
+        super().__init__(daemon=True)
+        self.collector = collector
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        """Sends them, and remembers what went wrong."""
+        try:
+            self.collector.update_policy_weights_()
+        except Exception as error:
+            self.error = error
 
 
 def _make_collector(config: TrainConfig, policy: TensorDictModuleBase, seed: int) -> BaseCollector:

@@ -103,6 +103,13 @@ def to_config(composed: DictConfig) -> TrainConfig:
     config = OmegaConf.to_object(composed)
     if not isinstance(config, TrainConfig):
         raise ConfigError(f"Expected the configuration of a run, got {type(config).__name__}.")
+    for group, schemas in GROUPS.items():
+        part = getattr(config, group)
+        if schemas.get(part.name) is not type(part):
+            raise ConfigError(
+                f"{group}.name is {part.name!r}, but the options beside it are another one's: "
+                f"choose by {group}={part.name} and leave {group}.name alone."
+            )
     validate(config)
     return config
 
@@ -167,7 +174,7 @@ def sentence(error: Exception) -> str:
         key = str(cause.full_key)
         return f"There is no option {key!r}; {_near(key, _siblings(key, cause), 'there are')}."
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
-        return f"{cause.full_key}: {str(cause).splitlines()[0]}."
+        return f"{cause.full_key}: {str(cause).splitlines()[0].rstrip('.')}."
     if isinstance(error, OverrideParseException):
         return f"{error.override!r} is not an override: write KEY=VALUE."
     return str(error).splitlines()[0].rstrip(".") + "."
@@ -179,7 +186,13 @@ def _near(name: str, known: Iterable[str], otherwise: str) -> str:
     same = [other for other in known if _leaf(other) == _leaf(name)]
     longer = [other for other in known if name in other]
     near = same or longer or get_close_matches(name, known, n=3, cutoff=0.7)
-    return f"near: {', '.join(near)}" if near else f"{otherwise}: {', '.join(known)}"
+    return f"near: {_some(near)}" if near else f"{otherwise}: {_some(known)}"
+
+
+def _some(names: list[str], at_most: int = 10) -> str:
+    """The names, or the first of them and how many more there are."""
+    more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
+    return ", ".join(names[:at_most]) + more
 
 
 def _leaf(name: str) -> str:

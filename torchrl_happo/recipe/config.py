@@ -7,6 +7,7 @@ values cannot disagree with the files.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -286,6 +287,11 @@ def validate(config: TrainConfig) -> None:
         ConfigError: in one sentence that names the field, its value and what is wanted.
     """
     _validate_fields(config)
+    # The largest that torch takes, and that numpy takes.
+    seeds = (("seed", config.seed, 2**63), ("evaluation.seed", config.evaluation.seed, 2**32))
+    for name, seed, limit in seeds:
+        if seed >= limit:
+            raise ConfigError(f"{name} is {seed}, but must be below {limit}.")
     if (config.algorithm.minibatch_size or 0) > config.frames_per_batch:
         raise ConfigError(
             f"algorithm.minibatch_size is {config.algorithm.minibatch_size}, more than the "
@@ -351,6 +357,8 @@ def _validate_value(name: str, value: Any, metadata: Any) -> None:
         "below": lambda bound: value < bound,
         "at most": lambda bound: value <= bound,
     }
+    if isinstance(value, float) and math.isinf(value):
+        raise ConfigError(f"{name} is {value!r}, but must be finite.")
     bounds = {k: b for k, b in metadata.get("bounds", {}).items() if b is not None}
     if not all(inside[kind](bound) for kind, bound in bounds.items()):
         wanted = " and ".join(f"{kind} {bound}" for kind, bound in bounds.items())

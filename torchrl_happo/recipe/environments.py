@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any, Literal, cast
 
+import torch
 from torchrl.envs import (
     Compose,
     EnvBase,
@@ -25,6 +26,7 @@ from torchrl_happo.recipe.config import (
     TaskConfig,
     VmasTask,
 )
+from torchrl_happo.validation.arguments import first_line
 
 
 def make_env(
@@ -51,6 +53,7 @@ def make_env(
         transforms (sequence of Transform): what a policy needs besides, see
             :func:`~torchrl_happo.networks.memory_transforms`. Defaults to ``()``.
     """
+    check_device(device)
     env = TransformedEnv(
         _make_simulator(task, num_envs, device),
         Compose(
@@ -65,6 +68,25 @@ def make_env(
     return env
 
 
+def check_device(device: str) -> None:
+    """Refuses a device that torch does not know or this machine does not have.
+
+    Raises:
+        ConfigError: in one sentence, which says what to take.
+    """
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        wanted = None
+    if wanted is None or wanted.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device is {device!r}, but must be cpu or cuda, such as cuda:0.")
+    available = torch.cuda.device_count()
+    if wanted.type == "cuda" and (wanted.index or 0) >= available:
+        raise ConfigError(
+            f"device is {device!r}, but torch sees {available} CUDA devices: take device=cpu."
+        )
+
+
 def _make_simulator(task: TaskConfig, num_envs: int, device: str) -> EnvBase:
     for schema, make in _SIMULATORS.items():
         if isinstance(task, schema):
@@ -73,15 +95,23 @@ def _make_simulator(task: TaskConfig, num_envs: int, device: str) -> EnvBase:
 
 
 def _make_vmas(task: VmasTask, num_envs: int, device: str) -> EnvBase:
-    return VmasEnv(
-        task.scenario,
-        num_envs=num_envs,
-        continuous_actions=task.continuous_actions,
-        # VMAS would call its own time limit a termination, which must not be bootstrapped.
-        max_steps=None,
-        device=device,
-        **_own_fields(task, VmasTask),
-    )
+    settings = _own_fields(task, VmasTask)
+    if settings.get("n_agents", 1) < 1:
+        raise ConfigError(f"task.n_agents is {settings['n_agents']}, but must be at least 1.")
+    try:
+        return VmasEnv(
+            task.scenario,
+            num_envs=num_envs,
+            continuous_actions=task.continuous_actions,
+            # VMAS would call its own time limit a termination, which must not be bootstrapped.
+            max_steps=None,
+            device=device,
+            **settings,
+        )
+    except (AssertionError, ImportError, ValueError) as error:
+        raise ConfigError(
+            f"The task {task.name!r} cannot be built: {first_line(error)}."
+        ) from error
 
 
 def _make_pettingzoo(task: PettingZooTask, num_envs: int, device: str) -> EnvBase:
