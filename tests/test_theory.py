@@ -141,13 +141,12 @@ def test_the_loss_with_a_factor_is_an_agents_gain(stacked, game_and_policies, so
     batch = TabularTeam(game, old, stacked=stacked).batch()
     new = game.random_policies(generator=torch.Generator().manual_seed(1))
     loss = HATRPOLoss(TabularTeam(game, new, stacked=stacked).actors, None, reduction="none")
-    log_ratio, *_ = loss._log_weight(batch, batch.batch_size)
-    log_ratio = log_ratio.detach().reshape(len(batch), game.n_agents)
-    log_factor = torch.empty_like(log_ratio)
-    log_factor[:, order] = log_ratio[:, order].cumsum(-1) - log_ratio[:, order]
-    batch["factor"] = log_factor.exp().unsqueeze(-1)
+    factor = torch.empty(len(batch), game.n_agents, 1, dtype=torch.double)
+    for turn, agent in enumerate(order):
+        factor[:, agent, 0] = ratio(game, old, new, order[:turn]).flatten()
+    batch["factor"] = factor
     objective = loss(batch)["loss_objective"].reshape(len(batch), game.n_agents).mean(0)
-    baseline = (batch["factor"] * batch["advantage"].unsqueeze(-2)).mean(0).squeeze(-1)
+    baseline = (factor * batch["advantage"].unsqueeze(-2)).mean(0).squeeze(-1)
     for turn, agent in enumerate(order):
         exact = gain_of_turn(game, old, new, order, turn)
         torch.testing.assert_close(
