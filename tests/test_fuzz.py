@@ -59,7 +59,7 @@ def check_agent(loss, agent):
 def test_fuzz(loss_class, loss_kwargs):
     """Two updates on fresh batches of any scenario; the batch is left as it was."""
 
-    @effort(120)
+    @effort(250)
     @given(
         st.integers(0, 2**31),
         teams(),
