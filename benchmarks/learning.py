@@ -36,24 +36,45 @@ COLUMNS = ["suite", "task", "algorithm", "seed", "frames", "return", "return_std
 
 @dataclass(frozen=True)
 class Suite:
-    """What is run, with which settings beyond the recipe's defaults."""
+    """What is run, with which settings beyond the recipe's defaults.
 
-    tasks: list[str]
+    ``tasks`` maps the name that a task has in the results to the words that select it.
+    """
+
+    tasks: dict[str, list[str]]
     algorithms: dict[str, list[str]]
     overrides: list[str] = field(default_factory=list)
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
+ALGORITHMS = {
+    "happo": ["algorithm=happo"],
+    "hatrpo": ["algorithm=hatrpo"],
+    "mappo": ["algorithm=mappo", "algorithm.share_params=true"],
+    "mappo-unshared": ["algorithm=mappo", "algorithm.share_params=false"],
+}
 SUITES = {
     "vmas": Suite(
-        tasks=[
-            f"vmas/{name}" for name in ("balance", "navigation", "sampling", "wheel", "dispersion")
-        ],
+        tasks={
+            f"vmas/{name}": [f"task=vmas/{name}"]
+            for name in ("balance", "navigation", "sampling", "wheel", "dispersion")
+        },
+        algorithms=ALGORITHMS,
+        overrides=["total_frames=600000", "render=false", "progress=false"],
+    ),
+    "speaker_listener": Suite(
+        tasks={
+            "vmas/simple_speaker_listener": ["task=vmas/simple_speaker_listener"],
+            "pettingzoo/simple_speaker_listener": ["task=pettingzoo/simple_speaker_listener"],
+            "pettingzoo/simple_speaker_listener_discrete": [
+                *("task=pettingzoo/simple_speaker_listener", "task.continuous_actions=false")
+            ],
+        },
         algorithms={
-            "happo": ["algorithm=happo"],
-            "hatrpo": ["algorithm=hatrpo"],
-            "mappo": ["algorithm=mappo", "algorithm.share_params=true"],
-            "mappo-unshared": ["algorithm=mappo", "algorithm.share_params=false"],
+            # As for MAPPO, whose critic the recipe does not normalise.
+            "happo": [*ALGORITHMS["happo"], "algorithm.value_norm=null"],
+            "hatrpo": [*ALGORITHMS["hatrpo"], "algorithm.value_norm=null"],
+            "mappo-unshared": ALGORITHMS["mappo-unshared"],
         },
         overrides=["total_frames=600000", "render=false", "progress=false"],
     ),
@@ -63,7 +84,7 @@ SUITES = {
 def command(suite: Suite, task: str, algorithm: str, seed: int, folder: Path) -> list[str]:
     """The recipe's command line for one run."""
     return [
-        *(sys.executable, "-m", "torchrl_happo.train", f"task={task}", f"seed={seed}"),
+        *(sys.executable, "-m", "torchrl_happo.train", *suite.tasks[task], f"seed={seed}"),
         *suite.algorithms[algorithm],
         *suite.overrides,
         f"hydra.run.dir={folder}",
@@ -220,7 +241,7 @@ def main() -> None:
     if args.action == "run":
         run(
             args.suite,
-            args.tasks or suite.tasks,
+            args.tasks or list(suite.tasks),
             args.algorithms or list(suite.algorithms),
             args.seeds or list(suite.seeds),
         )
