@@ -114,6 +114,15 @@ def test_ctrl_c_saves_and_can_be_resumed(tmp_path, monkeypatch, number):
     assert len(table(tmp_path / "metrics.csv")) == 3
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises, also where the tests were started in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_ctrl_c_acts_at_once(tmp_path, monkeypatch):
     """Whoever presses twice does not wait for the iteration, and nothing is written."""
 
