@@ -16,10 +16,12 @@ with the Fisher information matrix :math:`F`. With the gradient :math:`g` of the
 3. :func:`step_length` stretches :math:`x` to the boundary of the ball,
 4. a line search shortens the step until the true divergence and the true surrogate agree,
 
-and :func:`trust_region_step` does one after the other. The network enters only through
-``distribution_fn``, from named parameters to the policy's distribution at the batch; surrogate and
-divergence are functions of that distribution. Nothing is modified in place and, with
-``line_search="batched"``, nothing is read back from the device.
+and :func:`step_within_trust_region` does one after the other. It sees the policy through two
+things alone: its :class:`LocalModel`, which is the surrogate's gradient and the product with
+:math:`F`, and a function from parameters to the true surrogate and divergence.
+:func:`trust_region_step` makes both from a network that enters only through ``distribution_fn``,
+from named parameters to the policy's distribution at the batch. Nothing is modified in place and,
+with ``line_search="batched"``, nothing is read back from the device.
 """
 
 from __future__ import annotations
@@ -34,9 +36,14 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from torchrl_happo.distributions import distribution_parameters, kl_divergence
-from torchrl_happo.optim.line_search import batched_line_search, sequential_line_search
+from torchrl_happo.optim.line_search import (
+    Evaluate,
+    batched_line_search,
+    sequential_line_search,
+)
 from torchrl_happo.optim.linearize import linearizable
 from torchrl_happo.optim.natural_gradient import (
+    MatVec,
     conjugate_gradient,
     fisher_vector_product,
     flatten,
@@ -45,6 +52,7 @@ from torchrl_happo.optim.natural_gradient import (
 )
 
 __all__ = [
+    "LocalModel",
     "TrustRegion",
     "TrustRegionResult",
     "batched_line_search",
@@ -52,6 +60,7 @@ __all__ = [
     "fisher_vector_product",
     "sequential_line_search",
     "step_length",
+    "step_within_trust_region",
     "trust_region_step",
 ]
 
@@ -120,6 +129,20 @@ class TrustRegion:
         ):
             if not valid:
                 raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}.")
+
+
+class LocalModel(NamedTuple):
+    """What a trust-region step knows of the policy near the present parameters.
+
+    Attributes:
+        surrogate (Tensor): the surrogate at the present parameters, a scalar.
+        gradient (Tensor): its gradient, one vector.
+        fisher_product (callable): from a vector to its product with the Fisher matrix.
+    """
+
+    surrogate: Tensor
+    gradient: Tensor
+    fisher_product: MatVec
 
 
 class TrustRegionResult(NamedTuple):
@@ -212,20 +235,67 @@ def trust_region_step(
 
     old = differentiable_policy(None)
     with torch.enable_grad():
-        surrogate_before = surrogate_fn(old)
-    g = flatten(gradient([surrogate_before], leaves.values()))
-    surrogate_before = surrogate_before.detach()
-
+        surrogate = surrogate_fn(old)
     sample, counted = old, valid
     if settings.fisher_fraction < 1:
         rows = _draw_rows(old, valid, settings.fisher_fraction, generator)
         sample, counted = differentiable_policy(rows), None if valid is None else valid[rows]
-    fisher = fisher_vector_product(sample, leaves, valid=counted, batch_ndim=batch_ndim)
+    model = LocalModel(
+        surrogate.detach(),
+        flatten(gradient([surrogate], leaves.values())),
+        fisher_vector_product(sample, leaves, valid=counted, batch_ndim=batch_ndim),
+    )
 
+    def evaluate(flat: Tensor) -> tuple[Tensor, Tensor]:
+        new = distribution_fn({**params, **unflatten(flat, leaves)}, None)
+        kl = kl_divergence(old, new, batch_ndim=batch_ndim)
+        return surrogate_fn(new), mean_divergence(kl, valid)
+
+    moved, result = step_within_trust_region(theta, model, evaluate, settings)
+    return {**params, **unflatten(moved, leaves)}, result
+
+
+def step_within_trust_region(
+    theta: Tensor, model: LocalModel, evaluate: Evaluate, settings: TrustRegion
+) -> tuple[Tensor, TrustRegionResult]:
+    r"""One trust-region step from ``theta``, for a policy that is known by its local model.
+
+    .. math::
+        \theta' = \theta + \beta^k \sqrt{\frac{2 \delta}{x^\top (F + \lambda I) x}} \, x,
+        \quad x \approx (F + \lambda I)^{-1} g
+
+    Args:
+        theta (Tensor): the present parameters, one vector.
+        model (LocalModel): surrogate, gradient and Fisher-vector product at ``theta``.
+        evaluate (callable): from parameters, as a vector, to surrogate and mean divergence.
+        settings (TrustRegion): bound, damping, iterations, line search.
+
+    Returns:
+        the new parameters, which are ``theta`` bit for bit if no step was accepted, and the
+        :class:`TrustRegionResult`.
+
+    Example:
+        >>> import torch
+        >>> from torchrl_happo.optim.trust_region import (
+        ...     LocalModel,
+        ...     TrustRegion,
+        ...     step_within_trust_region,
+        ... )
+        >>> theta = torch.zeros(2)
+        >>> moved, result = step_within_trust_region(
+        ...     theta,
+        ...     LocalModel(theta.sum(), torch.ones(2), lambda v: v),
+        ...     lambda theta: (theta.sum(), 0.499 * theta.square().sum()),
+        ...     TrustRegion(max_kl=0.01, damping=0.0),
+        ... )
+        >>> moved
+        tensor([0.1000, 0.1000])
+    """
+    g = model.gradient
     # A gradient that is not finite is replaced by zero: every step below is then zero as well.
     target = torch.where(g.isfinite().all(), g, 0)
     x, residual = conjugate_gradient(
-        lambda v: fisher(v) + settings.damping * v,
+        lambda v: model.fisher_product(v) + settings.damping * v,
         target,
         num_iterations=settings.cg_iterations,
         residual_tolerance=settings.cg_tolerance,
@@ -233,31 +303,25 @@ def trust_region_step(
     product = target - residual  # (F + damping I) x, for free
     length, usable = step_length(x, product, settings.max_kl)
     step = torch.where(usable, length * x, 0)
-
-    def evaluate(flat: Tensor) -> tuple[Tensor, Tensor]:
-        new = distribution_fn({**params, **unflatten(flat, leaves)}, None)
-        kl = kl_divergence(old, new, batch_ndim=batch_ndim)
-        return surrogate_fn(new), _mean(kl, valid)
-
     with torch.no_grad():
         search = _LINE_SEARCHES[settings.line_search](
             evaluate,
             theta,
             step,
-            surrogate_before,
+            model.surrogate,
             step.dot(target),
             max_kl=settings.max_kl,
             backtrack_factor=settings.backtrack_factor,
             max_backtracks=settings.max_backtracks,
             accept_ratio=settings.accept_ratio,
         )
-        accepted = torch.where(search.success, theta + search.fraction * step, theta)
-    return {**params, **unflatten(accepted, leaves)}, TrustRegionResult(
+        moved = torch.where(search.success, theta + search.fraction * step, theta)
+    return moved, TrustRegionResult(
         success=search.success,
         step_fraction=search.fraction,
         kl=search.kl,
-        surrogate_before=surrogate_before,
-        improvement=search.surrogate - surrogate_before,
+        surrogate_before=model.surrogate,
+        improvement=search.surrogate - model.surrogate,
         expected_improvement=search.expected,
         gradient_norm=g.norm(),
         curvature=x.dot(product),
@@ -305,7 +369,8 @@ def _draw_rows(
     return priority.argsort()[: max(1, round(share * num_rows))]
 
 
-def _mean(values: Tensor, valid: Tensor | None) -> Tensor:
+def mean_divergence(values: Tensor, valid: Tensor | None) -> Tensor:
+    """Mean over the valid samples."""
     if valid is None:
         return values.mean()
     return torch.where(valid, values, 0).sum() / valid.sum().clamp_min(1)
