@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -25,7 +25,7 @@ from torchrl.modules import (
     TanhNormal,
 )
 
-from torchrl_happo import SequentialUpdater
+from torchrl_happo import ActorList, SequentialUpdater
 from torchrl_happo.networks import CentralizedMLP
 
 DISTRIBUTIONS = {
@@ -39,7 +39,11 @@ DISTRIBUTIONS = {
 
 @dataclass(frozen=True)
 class Group:
-    """One group of the team; ``name=None`` puts its keys at the root."""
+    """One group of the team.
+
+    ``name=None`` puts its keys at the root, ``block`` makes its agents one unit with one network,
+    and ``listed`` gives each an actor object of its own where a stack of networks is usual.
+    """
 
     name: str | None
     kind: str
@@ -47,6 +51,7 @@ class Group:
     obs_dim: int
     size: int
     block: bool
+    listed: bool
 
     def key(self, leaf):
         return leaf if self.name is None else (self.name, leaf)
@@ -63,6 +68,9 @@ class Group:
         return [*batch] if self.n_agents is None else [*batch, self.n_agents]
 
     def actor(self, *, saturated):
+        if self.listed and self.n_agents is not None and not self.block:
+            member = replace(self, n_agents=None)
+            return ActorList([member.actor(saturated=saturated) for _ in range(self.n_agents)])
         n_outputs = 2 * self.size if self.continuous else self.n_choices
         mlp = {"num_cells": [8], "activation_class": nn.Tanh}
         if self.n_agents is None:
@@ -108,7 +116,7 @@ def teams(draw):
     sizes = {"obs_dim": st.integers(1, 4), "size": st.integers(1, 3)}
     kinds = st.sampled_from(list(DISTRIBUTIONS))
     if draw(st.integers(0, 5)) == 0:
-        build = partial(Group, None, n_agents=None, block=False)
+        build = partial(Group, None, n_agents=None, block=False, listed=False)
         return [draw(st.builds(build, kind=kinds, **sizes))]
     names = ["agents", "speakers", "listeners"][: draw(st.integers(1, 3))]
     return [
@@ -119,6 +127,7 @@ def teams(draw):
                 kinds,
                 st.one_of(st.none(), st.integers(1, 3)),
                 block=st.integers(0, 3).map(lambda i: i == 0),
+                listed=st.integers(0, 3).map(lambda i: i == 0),
                 **sizes,
             )
         )
@@ -134,6 +143,7 @@ class Data:
     reward_scale: float
     observation_scale: float
     active: float | None
+    counted: float | None
     advantage: str
     saturated: bool
     dtype: torch.dtype
@@ -150,6 +160,7 @@ datasets = st.builds(
     reward_scale=st.sampled_from([0.0, 1e-6, 1.0, 1e4]),
     observation_scale=st.sampled_from([0.0, 1.0, 30.0]),
     active=st.sampled_from([None, None, 0.0, 0.3, 0.9, 1.0]),
+    counted=st.sampled_from([None, None, None, 0.0, 0.5, 1.0]),
     advantage=st.sampled_from(["estimated", "team", "agent"]),
     saturated=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float64]),
@@ -292,6 +303,8 @@ class Scenario:
             if data.active is not None:
                 active = torch.rand(*group.shape(shape)) < data.active
                 batch[group.key("active")] = active
+        if data.counted is not None:  # as of trajectories of unlike lengths
+            batch["collector", "mask"] = torch.rand(*shape) < data.counted
         if data.advantage != "estimated":
             members = [self.loss.num_agents, 1] if data.advantage == "agent" else [1]
             batch["advantage"] = data.reward_scale * torch.randn(*shape, *members).to(data.dtype)

@@ -1,7 +1,7 @@
 """Anything a user may legitimately combine: no exception, finite parameters, metrics in range.
 
-A scenario is a team (one group or several, with and without an agent dimension, discrete and
-continuous, blocks), a batch (its shape, inactive agents, saturated actions, rewards of any size)
+A scenario is a team (one group or several, stacks, lists and blocks of networks, discrete and
+continuous), a batch (its shape, inactive agents, gaps, saturated actions, rewards of any size)
 and the hyperparameters of HAPPO or HATRPO. By hand, ``TORCHRL_HAPPO_EXAMPLES=20000`` tries more of
 them, others on every run.
 """

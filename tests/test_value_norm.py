@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from reference import DATA, Trunk, relative_error
-from team import N_AGENTS, make_actor, make_batch, make_critic, same_state
+from team import N_AGENTS, make_actor, make_batch, make_critic, same_state, state_of
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
@@ -46,6 +46,20 @@ def test_statistics_are_updated_once_per_batch(loss_class):
     batch = make_batch(updater.loss.actor_network)
     updater(batch)
     assert updater.loss.value_norm.count == batch.numel() * N_AGENTS
+
+
+@pytest.mark.parametrize("loss_class", [HAPPOLoss, HATRPOLoss])
+def test_a_batch_in_which_nobody_acts_changes_nothing(loss_class):
+    """No return counts: statistics and policies stay as they are, and all metrics are finite."""
+    updater = make_updater(loss_class=loss_class, popart=True)
+    batch = make_batch(updater.loss.actor_network)
+    updater(batch)
+    unchanged = [updater.loss.value_norm, updater.loss.actor_network]
+    before = [state_of(module) for module in unchanged]
+    batch["agents", "active"] = torch.zeros(*batch.shape, N_AGENTS, dtype=torch.bool)
+    metrics = updater(batch)
+    assert all(map(same_state, map(state_of, unchanged), before))
+    assert all(value.isfinite() for value in metrics.values(True, True))
 
 
 def test_statistics_are_part_of_the_state():

@@ -73,7 +73,8 @@ def update_value_norm(
 
     Args:
         value_norm (ValueNorm): the statistics; modified.
-        value_target (Tensor): the valid returns of the batch, ``[num_returns, 1]``.
+        value_target (Tensor): the valid returns of the batch, ``[num_returns, 1]``. Where there is
+            none, because nobody was active, nothing changes.
         critic (nn.Module, optional): the critic whose outputs are to be preserved.
 
     Returns:
@@ -82,6 +83,8 @@ def update_value_norm(
     Raises:
         ValueError: if the critic does not end in a linear layer.
     """
+    if len(value_target) == 0:
+        return lambda: None
     before = copy.deepcopy(value_norm.state_dict())
     last = [] if critic is None else _last_linear(critic)
     values = [parameter.clone() for parameter in last]
