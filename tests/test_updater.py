@@ -479,3 +479,24 @@ def test_entropy_of_a_squashed_normal_is_estimated_well():
         with torch.no_grad():
             exact = entropy(agent.policy.distribution(agent.policy.parameters(data))).mean()
         torch.testing.assert_close(metrics[agent.name, "entropy"], exact, rtol=0.05, atol=0.05)
+
+
+def test_stacked_networks_move_along_their_gradient():
+    """Torch's fused Adam, the default, moves a block and stacked critics as its plain Adam does.
+
+    Their gradients come out transposed, and the fused kernels go by memory.
+    """
+    states = []
+    for kernel in ({}, {"foreach": False}):
+        torch.manual_seed(0)
+        actor, critic = make_actor().double(), make_critic(share_params=False).double()
+        updater = make_updater(
+            actor,
+            critic,
+            loss_kwargs={"blocks": ["agents"]},
+            optimizer=partial(torch.optim.Adam, lr=1e-2, **kernel),
+        )
+        updater(make_batch(actor))
+        states.append([*actor.parameters(), *critic.parameters()])
+    for fused, plain in zip(*states, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-10, atol=1e-10)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import unravel_key
 from torch import Tensor
 
 from torchrl_happo.agents import Agent
-from torchrl_happo.masks import fill_masked, step_mask
+from torchrl_happo.learners import Learners
+from torchrl_happo.masks import fill_masked, step_mask, value_mask
 from torchrl_happo.objectives.common import ADVANTAGE, VALID, SequentialLossMixin
-from torchrl_happo.objectives.functional import masked_mean, standardize
+from torchrl_happo.objectives.functional import moments, standardize
 from torchrl_happo.validation.entries import entries_read
 from torchrl_happo.validation.values import explained
 
@@ -31,6 +34,8 @@ class TeamBatch:
     Keyword Args:
         standardize_advantage (bool): whether to standardise the advantage.
         sequence_length (int, optional): steps in a chunk. ``None``: single steps.
+        learners (Learners, optional): over whose entries statistics are taken. Defaults to
+            ``None``: this batch's alone.
 
     Raises:
         ValueError: if ``sequence_length`` does not divide the length of the batch.
@@ -43,8 +48,10 @@ class TeamBatch:
         *,
         standardize_advantage: bool = True,
         sequence_length: int | None = None,
+        learners: Learners | None = None,
     ) -> None:
         self.loss = loss
+        self.learners = Learners() if learners is None else learners
         self.batch = fill_masked(loss, batch, entries_read(loss, batch))
         self.standardize_advantage = standardize_advantage
         self.sequence_length = sequence_length
@@ -73,11 +80,30 @@ class TeamBatch:
         advantage = self.batch.get(self.loss.tensor_keys.advantage)
         return advantage.flatten(self.batch.batch_dims)[..., 0]
 
+    @cached_property
+    def _acting_somewhere(self) -> list[bool]:
+        """Of each agent, whether any of its entries counts with any of the learners."""
+        masks = [self.valid(agent) for agent in self.loss.agents]
+        always = torch.ones((), dtype=torch.int32, device=self.log_factor.device)
+        acting = [always if mask is None else mask.any().to(always) for mask in masks]
+        flags = self.learners.maximum(torch.stack(acting)).tolist()
+        return [flag > 0 for flag in flags]
+
+    def acts(self, agent: Agent) -> bool:
+        """Whether there is anything to update an agent with."""
+        if not self._is_sparse(agent):
+            return True
+        if self.learners.alone:
+            return self._kept(agent) is not None
+        return self._acting_somewhere[self.loss.agents.index(agent)]
+
     def valid(self, agent: Agent) -> Tensor | None:
         """Where the agent's decisions count: ``[*B]`` or ``[*B, n_members]``; ``None``: always."""
         active = self._active
         if active is None:
-            return self._valid
+            if self._valid is None or agent.num_members == 1:
+                return self._valid
+            return self._valid.unsqueeze(-1).expand(*self._valid.shape, agent.num_members)
         active = active[..., agent.position]
         if active.shape[-1] == 1:
             active = active.squeeze(-1)
@@ -92,19 +118,19 @@ class TeamBatch:
         """
         advantage = self.batch.get(self.loss.tensor_keys.advantage).squeeze(-1)
         is_joint = advantage.ndim == self.batch.batch_dims
-        valid = self.valid(agent)
+        average = self.learners.mean
         if is_joint:
-            if valid is not None and valid.ndim > advantage.ndim:
-                advantage = advantage.unsqueeze(-1).expand_as(valid)
-            elif agent.num_members > 1:
-                advantage = advantage.unsqueeze(-1)
-            return standardize(advantage, valid) if self.standardize_advantage else advantage
+            if agent.num_members > 1:
+                advantage = advantage.unsqueeze(-1).expand(*advantage.shape, agent.num_members)
+            if not self.standardize_advantage:
+                return advantage
+            return standardize(advantage, self.valid(agent), average=average)
         if self.standardize_advantage:
             team = self._active
             if self._valid is not None:
                 steps = self._valid.unsqueeze(-1).expand_as(advantage)
                 team = steps if team is None else team & steps
-            advantage = standardize(advantage, team)
+            advantage = standardize(advantage, team, average=average)
         own = advantage[..., agent.position]
         return own.squeeze(-1) if agent.num_members == 1 else own
 
@@ -148,9 +174,16 @@ class TeamBatch:
     def _kept(self, agent: Agent) -> Tensor | None:
         """Positions of the valid items, where items can be left out one by one."""
         valid = self.valid(agent)
-        if valid is None or self.sequence_length is not None or agent.num_members > 1:
+        if valid is None or not self._is_sparse(agent):
             return None
-        return valid.flatten().nonzero().squeeze(-1)
+        kept = valid.flatten().nonzero().squeeze(-1)
+        # With nothing to contribute, a learner computes along, and ``VALID`` says that it is so.
+        return kept if len(kept) > 0 else None
+
+    def _is_sparse(self, agent: Agent) -> bool:
+        """Whether items can be left out one by one."""
+        single = self.sequence_length is None and agent.num_members == 1
+        return single and self.valid(agent) is not None
 
     def _as_items(self, tensor: Tensor) -> Tensor:
         """Lays a tensor of leading shape ``[*B]`` out as items."""
@@ -168,20 +201,11 @@ class TeamBatch:
         return self._items(self.batch.select(*names, strict=False)).contiguous()
 
     def valid_returns(self) -> Tensor:
-        """The returns that count, ``[num_returns, 1]``."""
+        """The returns of all learners that count, ``[num_returns, 1]``."""
         returns = self.batch.get(self.loss.tensor_keys.value_target)
-        valid = self._valid_values(returns)
-        return returns.reshape(-1, 1) if valid is None else returns[valid].unsqueeze(-1)
-
-    def _valid_values(self, values: Tensor) -> Tensor | None:
-        """Which of the critic's values count; those of an agent only where it was active."""
-        valid = self._valid
-        if self._active is not None and values.shape[:-1] == self._active.shape:
-            steps = True if valid is None else valid.unsqueeze(-1)
-            return (self._active & steps).unsqueeze(-1)
-        if valid is None:
-            return None
-        return valid.reshape(*valid.shape, *(1,) * (values.ndim - valid.ndim)).expand_as(values)
+        valid = value_mask(returns, self._valid, self._active)
+        own = returns.reshape(-1, 1) if valid is None else returns[valid].unsqueeze(-1)
+        return self.learners.gather(own)
 
     def explained_variance(self) -> Tensor:
         """Share of the variance of the returns that the critic's values explain."""
@@ -189,8 +213,7 @@ class TeamBatch:
         value, target = self.batch.get(keys.value), self.batch.get(keys.value_target)
         if value is None:
             return torch.full((), float("nan"), device=target.device)
-        valid = self._valid_values(target)
-        residual = target - value
-        residual_variance = masked_mean((residual - masked_mean(residual, valid)).square(), valid)
-        variance = masked_mean((target - masked_mean(target, valid)).square(), valid)
-        return 1 - residual_variance / variance.clamp_min(torch.finfo(variance.dtype).eps)
+        valid = value_mask(target, self._valid, self._active)
+        _, residual = moments(target - value, valid, average=self.learners.mean)
+        _, variance = moments(target, valid, average=self.learners.mean)
+        return 1 - residual / variance.clamp_min(torch.finfo(variance.dtype).eps)

@@ -18,7 +18,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torchrl_happo.objectives.common import SequentialLossMixin
 
-__all__ = ["entry_mask", "fill_masked", "leaves", "step_mask", "unmasked_finite"]
+__all__ = ["entry_mask", "fill_masked", "leaves", "step_mask", "unmasked_finite", "value_mask"]
 
 
 def step_mask(loss: SequentialLossMixin, batch: TensorDictBase) -> Tensor | None:
@@ -30,6 +30,24 @@ def step_mask(loss: SequentialLossMixin, batch: TensorDictBase) -> Tensor | None
             mask = mask.reshape(batch.batch_size)
             valid = mask if valid is None else valid & mask
     return valid
+
+
+def value_mask(values: Tensor, steps: Tensor | None, active: Tensor | None) -> Tensor | None:
+    """Which of a critic's values count; those of an agent only where it was active.
+
+    Args:
+        values (Tensor): ``[*B, 1]`` for the team or ``[*B, n_agents, 1]`` for each agent.
+        steps (Tensor, optional): which steps count, ``[*B]``. ``None``: all.
+        active (Tensor, optional): which agents act, ``[*B, n_agents]``. ``None``: all.
+
+    Returns:
+        booleans of the shape of ``values``; ``None`` if all of them count.
+    """
+    if active is not None and values.shape[:-1] == active.shape:
+        return (active if steps is None else active & steps.unsqueeze(-1)).unsqueeze(-1)
+    if steps is None:
+        return None
+    return steps.reshape(*steps.shape, *(1,) * (values.ndim - steps.ndim)).expand_as(values)
 
 
 def entry_mask(loss: SequentialLossMixin, batch: TensorDictBase, key: NestedKey) -> Tensor | None:

@@ -8,21 +8,31 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from torchrl_happo.distributions import kl_divergence
+from torchrl_happo.learners import Learners
 from torchrl_happo.objectives.functional import effective_sample_size, masked_mean, surrogate
 
-__all__ = ["agent_metrics", "factor_metrics"]
+__all__ = ["agent_metrics", "factor_metrics", "ratio_range"]
 
 
-def factor_metrics(log_factor: Tensor) -> TensorDict:
+def factor_metrics(log_factor: Tensor, learners: Learners) -> TensorDict:
     """Mean, largest value and effective sample size of the factor an agent starts from."""
-    factor = log_factor.exp()
+    peak = learners.maximum(log_factor.max())
+    (mean,) = learners.mean([log_factor.exp().mean()], log_factor.numel())
     return TensorDict(
         {
-            "factor_mean": factor.mean(),
-            "factor_max": factor.max(),
-            "factor_ess": effective_sample_size(log_factor),
+            "factor_mean": mean,
+            "factor_max": peak.exp(),
+            "factor_ess": effective_sample_size(log_factor, peak=peak, average=learners.mean),
         }
     )
+
+
+def ratio_range(log_ratio: Tensor, valid: Tensor | None, learners: Learners) -> TensorDict:
+    """The largest and the smallest ratio."""
+    ratio = log_ratio.exp()
+    kept = ratio if valid is None else torch.where(valid, ratio, torch.ones_like(ratio))
+    most, least = learners.maximum(torch.stack([kept.max(), -kept.min()]))
+    return TensorDict({"ratio_max": most, "ratio_min": -least})
 
 
 def agent_metrics(
@@ -32,7 +42,7 @@ def agent_metrics(
     advantage: Tensor,
     entropy: Tensor,
     valid: Tensor | None,
-) -> TensorDict:
+) -> dict[str, Tensor]:
     r"""How far one agent's policy went, and what it gained.
 
     Args:
@@ -44,24 +54,19 @@ def agent_metrics(
         valid (Tensor, optional): which entries count.
 
     Returns:
-        the scalars ``surrogate_before`` and ``surrogate`` (means of :math:`M` and :math:`r M`),
-        ``ratio_mean``, ``ratio_max``, ``ratio_min``, ``kl`` (exact, old to new; estimated by
+        means over the valid entries: ``surrogate_before`` and ``surrogate`` (of :math:`M` and
+        :math:`r M`), ``ratio_mean``, ``kl`` (exact, old to new; estimated by
         :math:`r - 1 - \log r` where the distribution has no known divergence) and ``entropy``.
     """
     ratio = log_ratio.exp()
-    kept = ratio if valid is None else torch.where(valid, ratio, torch.ones_like(ratio))
     try:
         kl = kl_divergence(old_dist, new_dist, batch_ndim=log_ratio.ndim)
     except NotImplementedError:
         kl = ratio - 1 - log_ratio
-    return TensorDict(
-        {
-            "surrogate_before": masked_mean(advantage, valid),
-            "surrogate": masked_mean(surrogate(log_ratio, advantage), valid),
-            "ratio_mean": masked_mean(ratio, valid),
-            "ratio_max": kept.max(),
-            "ratio_min": kept.min(),
-            "kl": masked_mean(kl, valid),
-            "entropy": masked_mean(entropy, valid),
-        }
-    )
+    return {
+        "surrogate_before": masked_mean(advantage, valid),
+        "surrogate": masked_mean(surrogate(log_ratio, advantage), valid),
+        "ratio_mean": masked_mean(ratio, valid),
+        "kl": masked_mean(kl, valid),
+        "entropy": masked_mean(entropy, valid),
+    }

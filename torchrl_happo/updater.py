@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import ReplayBuffer
@@ -17,7 +18,8 @@ from torchrl.modules import GRUModule, LSTMModule, set_recurrent_mode
 
 from torchrl_happo.agents import Agent
 from torchrl_happo.batch import TeamBatch
-from torchrl_happo.metrics import agent_metrics, factor_metrics
+from torchrl_happo.learners import Learners
+from torchrl_happo.metrics import agent_metrics, factor_metrics, ratio_range
 from torchrl_happo.objectives.common import (
     ADVANTAGE,
     OLD_LOG_PROB,
@@ -47,7 +49,7 @@ from torchrl_happo.validation.arguments import (
 )
 from torchrl_happo.validation.batch import check_batch
 from torchrl_happo.validation.state import check_state
-from torchrl_happo.validation.team import check_loss
+from torchrl_happo.validation.team import check_loss, check_reduction
 from torchrl_happo.validation.values import check_actions, check_finite, explained
 
 __all__ = ["SequentialUpdater"]
@@ -112,6 +114,11 @@ class SequentialUpdater:
             in each batch, and for a non-finite gradient, at the price of synchronising with the
             device. Defaults to ``None``: yes on the CPU, only at the first batch elsewhere.
         seed (int): seed of the order and of the minibatches. Defaults to ``0``.
+        process_group (ProcessGroup, optional): the processes that train this team together, each
+            with batches of its own, e.g. ``torch.distributed.group.WORLD``. They begin with the
+            networks of the first one and take each step on the data of all: the result is that of
+            one process with the whole batch. ``minibatch_size`` is each one's own. Defaults to
+            ``None``: this process alone.
 
     Raises:
         ValueError: if an argument is out of range, or the optimiser is not over the parameters it
@@ -155,6 +162,7 @@ class SequentialUpdater:
         standardize_advantage: bool = True,
         check_finite: bool | None = None,
         seed: int = 0,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         check_loss(loss)
         check_counts(num_epochs=num_epochs)
@@ -176,6 +184,9 @@ class SequentialUpdater:
         )
         self.standardize_advantage = standardize_advantage
         self.num_updates = 0
+        self.learners = Learners(process_group)
+        check_reduction(loss, self.learners)
+        self.learners.follow_first(self._loss_state().values())
         device = loss.agents[0].parameters()[0].device
         self.check_finite = device.type == "cpu" if check_finite is None else check_finite
         self._order_generator = torch.Generator().manual_seed(seed)
@@ -197,11 +208,14 @@ class SequentialUpdater:
                 "num_epochs": num_epochs,
                 "max_grad_norm": max_grad_norm,
                 "scheduler": scheduler,
+                "learners": self.learners,
             }
             return FirstOrderStep(*args, **{**settings, **kwargs})
 
         self._agent_steps = {
-            agent.name: loss.make_agent_step(agent, first_order, target_kl=target_kl)
+            agent.name: loss.make_agent_step(
+                agent, first_order, target_kl=target_kl, learners=self.learners
+            )
             for agent in loss.agents
         }
         self._critic_step = None
@@ -213,6 +227,7 @@ class SequentialUpdater:
                 optimizer=optimizer if critic_optimizer is None else critic_optimizer,
                 minibatches=minibatches(size),
                 num_epochs=num_epochs if critic_epochs is None else critic_epochs,
+                weight=loss.critic_weight,
             )
 
     @property
@@ -240,9 +255,10 @@ class SequentialUpdater:
             ValueError: if an entry has the wrong shape or device, or is not finite, or the agents'
                 rewards differ.
         """
-        check_batch(self.loss, batch)
-        if self.check_finite or self.num_updates == 0:
-            check_finite(self.loss, batch)
+        with self.learners.agreement():
+            check_batch(self.loss, batch)
+            if self.check_finite or self.num_updates == 0:
+                check_finite(self.loss, batch)
         self._tie()
         # Entropies without a closed form are estimated by draws from torch's global generator.
         sources = [*self._generators, torch.default_generator]
@@ -273,33 +289,50 @@ class SequentialUpdater:
 
     def _update(self, batch: TensorDictBase, undo: list[Undo]) -> TensorDict:
         whole = self.is_recurrent and self.sequence_length is None
-        team = TeamBatch(
-            self.loss,
-            batch,
-            standardize_advantage=self.standardize_advantage,
-            sequence_length=batch.shape[-1] if whole else self.sequence_length,
-        )
+        with self.learners.agreement():
+            team = TeamBatch(
+                self.loss,
+                batch,
+                standardize_advantage=self.standardize_advantage,
+                sequence_length=batch.shape[-1] if whole else self.sequence_length,
+                learners=self.learners,
+            )
         metrics = TensorDict()
-        for position, agent in enumerate(self._line_up(batch)):
+        for position, agent in enumerate(self._common_order(batch)):
             report = self._update_agent(agent, team, undo)
             report["position"] = torch.tensor(float(position))
             metrics[agent.name] = report
         if self._critic_step is not None:
             undo.append(partial(self._critic_step.restore, self._critic_step.snapshot()))
-            undo.append(self.loss.update_value_norm(team.valid_returns()))
+            if self.loss.value_norm is not None:
+                undo.append(self.loss.update_value_norm(team.valid_returns()))
             report = self._run("critic", self._critic_step, team.critic_view(), undo)
             report["explained_variance"] = team.explained_variance()
             metrics["critic"] = report
         return metrics
 
+    def _common_order(self, batch: TensorDictBase) -> list[Agent]:
+        """The order of this update: the first learner's, and its random numbers with it."""
+        line = self._line_up(batch)
+        if self.learners.alone:
+            return line
+        positions = torch.tensor([self.loss.agents.index(agent) for agent in line])
+        own = [getattr(step, "generator", None) for step in self._steps.values()]
+        generators = [*self._generators, *(generator for generator in own if generator)]
+        states = [generator.get_state() for generator in generators]
+        self.learners.follow_first([positions, *states])
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+        return [self.loss.agents[position] for position in positions.tolist()]
+
     def _update_agent(self, agent: Agent, team: TeamBatch, undo: list[Undo]) -> TensorDict:
         """One agent's turn; the factor takes in its ratio."""
-        report = factor_metrics(team.log_factor)
-        data = team.agent_view(agent)
-        if len(data) == 0:
+        report = factor_metrics(team.log_factor, self.learners)
+        if not team.acts(agent):
             return report
+        data = team.agent_view(agent)
         policy = agent.policy
-        with torch.no_grad():
+        with torch.no_grad(), self.learners.agreement():
             keys = self.loss.agent_keys(agent)
             with explained(f"The actor of agent {agent.name!r}", data, keys):
                 old = policy.parameters(data)
@@ -316,17 +349,19 @@ class SequentialUpdater:
             log_ratio = agent.log_prob(new, data) - old_log_prob
             team.include(agent, log_ratio)
             valid = data.get(VALID, None)
-            report.update(
-                agent_metrics(
-                    policy.distribution(old),
-                    policy.distribution(new),
-                    log_ratio,
-                    data.get(ADVANTAGE),
-                    policy.entropy(new, data, log_ratio),
-                    valid,
-                )
+            means = agent_metrics(
+                policy.distribution(old),
+                policy.distribution(new),
+                log_ratio,
+                data.get(ADVANTAGE),
+                policy.entropy(new, data, log_ratio),
+                valid,
             )
-            report.update(self.loss.agent_report(log_ratio, valid))
+            means.update(self.loss.agent_report(log_ratio, valid))
+            weight = self.loss.agent_weight(agent, data)
+            common = self.learners.mean(list(means.values()), weight)
+            report.update(dict(zip(means, common, strict=True)))
+            report.update(ratio_range(log_ratio, valid, self.learners))
         return report
 
     def _run(

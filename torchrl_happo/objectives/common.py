@@ -27,6 +27,9 @@ from torchrl.objectives.utils import ValueEstimators, _sum_td_features
 
 from torchrl_happo.agents import Agent, split_actor, split_team
 from torchrl_happo.distributions import is_saturated
+from torchrl_happo.learners import Learners
+from torchrl_happo.masks import step_mask, value_mask
+from torchrl_happo.objectives.functional import count
 from torchrl_happo.objectives.value_norm import RealValues, update_value_norm
 from torchrl_happo.optim.first_order import FirstOrderStep, InnerStep
 from torchrl_happo.validation.arguments import check_keys
@@ -182,7 +185,12 @@ class SequentialLossMixin(_Base):
 
     @abc.abstractmethod
     def make_agent_step(
-        self, agent: Agent, first_order: Callable[..., FirstOrderStep], *, target_kl: float | None
+        self,
+        agent: Agent,
+        first_order: Callable[..., FirstOrderStep],
+        *,
+        target_kl: float | None,
+        learners: Learners,
     ) -> InnerStep:
         """The inner step of one agent.
 
@@ -191,7 +199,13 @@ class SequentialLossMixin(_Base):
             first_order (callable): :class:`~torchrl_happo.optim.FirstOrderStep` with the
                 optimiser's settings filled in; it still wants the objective and the parameters.
             target_kl (float, optional): where to stop early, if the step can.
+            learners (Learners): who take the step together; already in ``first_order``.
         """
+
+    def agent_weight(self, agent: Agent, data: TensorDictBase) -> Tensor | float:
+        """Number of entries of an agent's view that its objective is a mean over."""
+        valid = data.get(VALID, None)
+        return data.numel() * agent.num_members if valid is None else valid.sum()
 
     def agent_report(self, log_ratio: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
         """Metrics of an agent's update that are this loss's own."""
@@ -246,6 +260,11 @@ class SequentialLossMixin(_Base):
             # A copy: the critic writes its value where clip_value looks for the old one.
             value_loss, _, _ = self.loss_critic(data.copy())
         return self._reduce_loss(value_loss, data)
+
+    def critic_weight(self, data: TensorDictBase) -> Tensor | float:
+        """Number of values that :meth:`critic_objective` is a mean over."""
+        values = data.get(self.tensor_keys.value_target)
+        return count(values, value_mask(values, step_mask(self, data), self.active(data)))
 
     # -- the joint forward: hooks of PPOLoss ---------------------------------------------------
 

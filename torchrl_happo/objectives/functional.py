@@ -5,10 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchrl_happo.learners import Average, own_mean
+
 __all__ = [
     "clipped_surrogate",
+    "count",
     "effective_sample_size",
     "masked_mean",
+    "moments",
     "standardize",
     "surrogate",
 ]
@@ -80,7 +84,44 @@ def masked_mean(value: Tensor, valid: Tensor | None = None) -> Tensor:
     return kept.sum() / valid.sum().clamp_min(1)
 
 
-def standardize(advantage: Tensor, valid: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+def count(value: Tensor, valid: Tensor | None = None) -> Tensor | float:
+    """Number of entries that :func:`masked_mean` averages over."""
+    return value.numel() if valid is None else valid.sum()
+
+
+def moments(
+    value: Tensor, valid: Tensor | None = None, *, average: Average = own_mean
+) -> tuple[Tensor, Tensor]:
+    """Mean and population variance over the valid entries, of all learners if there are more.
+
+    Args:
+        value (Tensor): any shape.
+        valid (Tensor, optional): boolean, same shape. ``None``: all entries are valid.
+
+    Keyword Args:
+        average (callable): see :data:`~torchrl_happo.learners.Average`. Defaults to this
+            process's own entries.
+
+    Returns:
+        two scalar tensors.
+
+    Example:
+        >>> moments(torch.tensor([1.0, 3.0]))
+        (tensor(2.), tensor(1.))
+    """
+    weight = count(value, valid)
+    (mean,) = average([masked_mean(value, valid)], weight)
+    (variance,) = average([masked_mean((value - mean).square(), valid)], weight)
+    return mean, variance
+
+
+def standardize(
+    advantage: Tensor,
+    valid: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    average: Average = own_mean,
+) -> Tensor:
     r"""Standardises the advantage: :math:`(A - \mu) / (\sigma + \epsilon)`.
 
     Mean and (population) standard deviation are those of the valid entries. HAPPO does this once
@@ -92,6 +133,9 @@ def standardize(advantage: Tensor, valid: Tensor | None = None, eps: float = 1e-
         valid (Tensor, optional): boolean, same shape. ``None``: all entries are valid.
         eps (float): added to the standard deviation. Defaults to ``1e-5``.
 
+    Keyword Args:
+        average (callable): of :func:`moments`.
+
     Returns:
         the standardised advantage, same shape.
 
@@ -99,12 +143,13 @@ def standardize(advantage: Tensor, valid: Tensor | None = None, eps: float = 1e-
         >>> standardize(torch.tensor([1.0, 3.0]))
         tensor([-1.0000,  1.0000])
     """
-    mean = masked_mean(advantage, valid)
-    std = masked_mean((advantage - mean).square(), valid).sqrt()
-    return (advantage - mean) / (std + eps)
+    mean, variance = moments(advantage, valid, average=average)
+    return (advantage - mean) / (variance.sqrt() + eps)
 
 
-def effective_sample_size(log_weight: Tensor) -> Tensor:
+def effective_sample_size(
+    log_weight: Tensor, *, peak: Tensor | None = None, average: Average = own_mean
+) -> Tensor:
     r"""Effective sample size of importance weights as a share of the samples.
 
     .. math:: \frac{(\sum_k w_k)^2}{K \sum_k w_k^2}
@@ -114,6 +159,11 @@ def effective_sample_size(log_weight: Tensor) -> Tensor:
     Args:
         log_weight (Tensor): :math:`\log w`, any shape.
 
+    Keyword Args:
+        peak (Tensor, optional): the largest of them, over all that ``average`` is over. Defaults
+            to ``None``: the largest of these.
+        average (callable): of :func:`moments`.
+
     Returns:
         a scalar tensor in :math:`[1/K, 1]`.
 
@@ -121,6 +171,6 @@ def effective_sample_size(log_weight: Tensor) -> Tensor:
         >>> effective_sample_size(torch.zeros(10))
         tensor(1.)
     """
-    log_weight = log_weight.flatten()
-    log_ess = 2 * log_weight.logsumexp(0) - (2 * log_weight).logsumexp(0)
-    return log_ess.exp() / log_weight.numel()
+    weight = (log_weight - (log_weight.max() if peak is None else peak)).exp()
+    mean, mean_square = average([weight.mean(), weight.square().mean()], weight.numel())
+    return mean.square() / mean_square

@@ -14,6 +14,7 @@ from torchrl.modules import ValueNorm
 from torchrl.objectives import ClipPPOLoss
 
 from torchrl_happo.agents import Agent
+from torchrl_happo.learners import Learners
 from torchrl_happo.objectives.common import (
     ADVANTAGE,
     OLD_LOG_PROB,
@@ -241,17 +242,30 @@ class HAPPOLoss(SequentialLossMixin, ClipPPOLoss):
         return loss
 
     def make_agent_step(
-        self, agent: Agent, first_order: Callable[..., FirstOrderStep], *, target_kl: float | None
+        self,
+        agent: Agent,
+        first_order: Callable[..., FirstOrderStep],
+        *,
+        target_kl: float | None,
+        learners: Learners,
     ) -> FirstOrderStep:
         """Epochs of the agent's own optimiser on :meth:`agent_loss`."""
-        stop = None if target_kl is None else partial(self._passes_kl, agent, target_kl)
-        return first_order(partial(self.agent_loss, agent), agent.parameters, stop=stop)
+        stop = None if target_kl is None else partial(self._passes_kl, agent, target_kl, learners)
+        return first_order(
+            partial(self.agent_loss, agent),
+            agent.parameters,
+            stop=stop,
+            weight=partial(self.agent_weight, agent),
+        )
 
-    def _passes_kl(self, agent: Agent, target_kl: float, data: TensorDictBase) -> bool:
+    def _passes_kl(
+        self, agent: Agent, target_kl: float, learners: Learners, data: TensorDictBase
+    ) -> bool:
         with torch.no_grad():
             log_prob = agent.log_prob(agent.policy.parameters(data), data)
             log_ratio = log_prob - data.get(OLD_LOG_PROB)
             kl = masked_mean(log_ratio.exp() - 1 - log_ratio, data.get(VALID, None))
+            (kl,) = learners.mean([kl], self.agent_weight(agent, data))
         return bool(kl > target_kl)
 
     def agent_report(self, log_ratio: Tensor, valid: Tensor | None) -> dict[str, Tensor]:

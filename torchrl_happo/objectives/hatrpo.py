@@ -16,6 +16,7 @@ from torchrl.objectives import PPOLoss
 
 from torchrl_happo.agents import Agent
 from torchrl_happo.distributions import kl_divergence
+from torchrl_happo.learners import Learners
 from torchrl_happo.objectives.common import (
     ADVANTAGE,
     OLD_LOG_PROB,
@@ -216,7 +217,12 @@ class HATRPOLoss(SequentialLossMixin, PPOLoss):
         return masked_mean(gain, data.get(VALID, None))
 
     def make_agent_step(
-        self, agent: Agent, first_order: Callable[..., FirstOrderStep], *, target_kl: float | None
+        self,
+        agent: Agent,
+        first_order: Callable[..., FirstOrderStep],
+        *,
+        target_kl: float | None,
+        learners: Learners,
     ) -> TrustRegionStep:
         """One trust-region step on the whole batch."""
         if target_kl is not None:
@@ -236,6 +242,7 @@ class HATRPOLoss(SequentialLossMixin, PPOLoss):
             settings=settings,
             valid_key=VALID,
             generator=generator,
+            learners=learners,
         )
 
 

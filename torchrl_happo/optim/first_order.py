@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +11,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from torchrl_happo.learners import Learners
 from torchrl_happo.optim.factories import (
     OptimizerFactory,
     SchedulerFactory,
@@ -64,6 +65,9 @@ class FirstOrderStep:
             steps once per update. Defaults to ``None``.
         stop (callable, optional): asked after each epoch whether to stop early.
             Defaults to ``None``.
+        learners (Learners, optional): whose gradients are averaged. Defaults to ``None``: alone.
+        weight (callable): from a minibatch to the number of entries that the objective is a mean
+            over, by which a learner's gradient counts. Defaults to ``len``.
 
     Raises:
         ValueError: if the optimiser holds other parameters than the ones it was given, or an
@@ -96,6 +100,8 @@ class FirstOrderStep:
         max_grad_norm: float | None = None,
         scheduler: SchedulerFactory | None = None,
         stop: Callable[[TensorDictBase], bool] | None = None,
+        learners: Learners | None = None,
+        weight: Callable[[TensorDictBase], Tensor | float] = len,
     ) -> None:
         check_counts(num_epochs=num_epochs)
         check_positive(max_grad_norm=max_grad_norm)
@@ -108,6 +114,8 @@ class FirstOrderStep:
         self.num_epochs = num_epochs
         self.max_grad_norm = float("inf") if max_grad_norm is None else max_grad_norm
         self.stop = stop
+        self.learners = Learners() if learners is None else learners
+        self.weight = weight
 
     def _trainable(self) -> list[nn.Parameter]:
         return [p for p in self._source() if p.requires_grad]
@@ -152,9 +160,11 @@ class FirstOrderStep:
         """
         losses, norms = [], []
         num_epochs = 0
+        alone = self.learners.alone
+        num_rounds = 0 if alone else self.learners.most(self.minibatches.count(data))
         while num_epochs < self.num_epochs:
-            for minibatch in self.minibatches(data):
-                loss, norm = self.step(minibatch)
+            for minibatch, weight in self._rounds(data, num_rounds):
+                loss, norm = self.step(minibatch, weight)
                 losses.append(loss)
                 norms.append(norm)
             num_epochs += 1
@@ -170,16 +180,44 @@ class FirstOrderStep:
             }
         )
 
-    def step(self, minibatch: TensorDictBase) -> tuple[Tensor, Tensor]:
+    def _rounds(
+        self, data: TensorDictBase, num_rounds: int
+    ) -> Iterator[tuple[TensorDictBase, Tensor | float]]:
+        """The minibatches of an epoch with their weights, as many on each learner.
+
+        A learner that has run out of them computes its last one again, with weight 0: it would
+        have to wait for the others anyway.
+        """
+        for minibatch in self.minibatches(data):
+            num_rounds -= 1
+            yield minibatch, self.weight(minibatch)
+        for _ in range(num_rounds):
+            yield minibatch, 0.0
+
+    def step(
+        self, minibatch: TensorDictBase, weight: Tensor | float = 1.0
+    ) -> tuple[Tensor, Tensor]:
         """One optimiser step; returns the loss and the gradient's norm before clipping."""
         loss = self.objective(minibatch)
-        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        own = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        loss, gradients = self._shared(loss, own, weight)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient
+            parameter.grad = None if gradient is None else _laid_out_as(parameter, gradient)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach(), norm
+
+    def _shared(
+        self, loss: Tensor, gradients: Sequence[Tensor | None], weight: Tensor | float
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """Loss and gradient of all learners' minibatches together."""
+        if self.learners.alone:
+            return loss, gradients
+        present = [gradient for gradient in gradients if gradient is not None]
+        loss, *averaged = self.learners.mean([loss, *present], weight)
+        rest = iter(averaged)
+        return loss, [None if gradient is None else next(rest) for gradient in gradients]
 
     def snapshot(self) -> dict[str, Any]:
         """A copy of parameters and optimiser, from which :meth:`restore` goes back."""
@@ -243,6 +281,17 @@ def _fuse(optimizer: Optimizer) -> Optimizer:
             if not chosen and not special:
                 group["fused"] = True
     return optimizer
+
+
+def _laid_out_as(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient in the memory layout of its parameter, as ``backward()`` would leave it.
+
+    Torch's fused kernels go through both side by side, whatever their strides; the gradient of a
+    stack of networks comes out transposed.
+    """
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
 
 
 def _copy(value: Any) -> Any:

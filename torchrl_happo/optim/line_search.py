@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-__all__ = ["Evaluate", "LineSearch", "batched_line_search", "sequential_line_search"]
+__all__ = ["Common", "Evaluate", "LineSearch", "batched_line_search", "sequential_line_search"]
 
 #: From parameters, as a vector, to the surrogate and the mean divergence.
 Evaluate: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+#: From such numbers of this process to those of all that search together.
+Common: TypeAlias = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
 class LineSearch(NamedTuple):
@@ -43,6 +46,7 @@ def sequential_line_search(
     backtrack_factor: float = 0.8,
     max_backtracks: int = 10,
     accept_ratio: float = 0.5,
+    common: Common = list,
 ) -> LineSearch:
     r"""Backtracking line search that stops at the first acceptable step.
 
@@ -69,6 +73,8 @@ def sequential_line_search(
         backtrack_factor (float): :math:`\beta`. Defaults to ``0.8``.
         max_backtracks (int): number of fractions to try, 1 included. Defaults to ``10``.
         accept_ratio (float): :math:`\rho`. Defaults to ``0.5``.
+        common (callable): from the surrogate and divergence of this process to those of all that
+            take the step together, see :mod:`torchrl_happo.learners`. Defaults to ``list``: alone.
 
     Returns:
         LineSearch: the outcome.
@@ -88,7 +94,7 @@ def sequential_line_search(
         (tensor(0.8000), tensor(0.3200))
     """
     for fraction in _fractions(theta, backtrack_factor, max_backtracks):
-        surrogate, kl = evaluate(theta + fraction * step)
+        surrogate, kl = common(evaluate(theta + fraction * step))
         promised = fraction * expected
         success = _is_acceptable(surrogate - surrogate_before, promised, kl, max_kl, accept_ratio)
         if success:
@@ -107,6 +113,7 @@ def batched_line_search(
     backtrack_factor: float = 0.8,
     max_backtracks: int = 10,
     accept_ratio: float = 0.5,
+    common: Common = list,
 ) -> LineSearch:
     """The result of :func:`sequential_line_search`, with all steps evaluated at once.
 
@@ -122,6 +129,7 @@ def batched_line_search(
     except RuntimeError:
         outcomes = [evaluate(candidate) for candidate in candidates]
         surrogates, kls = (torch.stack(values) for values in zip(*outcomes, strict=True))
+    surrogates, kls = common([surrogates, kls])
     promised = fractions * expected
     accepted = _is_acceptable(surrogates - surrogate_before, promised, kls, max_kl, accept_ratio)
     success = accepted.any()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from tensordict import TensorDictBase
@@ -13,8 +14,15 @@ from torchrl_happo.validation.arguments import check_counts
 
 __all__ = ["MinibatchSampler", "ReplayBufferMinibatches", "ShuffledMinibatches"]
 
-#: From the data of one agent (or of the critic) to the minibatches of one epoch.
-MinibatchSampler = Callable[[TensorDictBase], Iterator[TensorDictBase]]
+
+class MinibatchSampler(Protocol):
+    """From the data of one agent (or of the critic) to the minibatches of one epoch."""
+
+    def __call__(self, data: TensorDictBase) -> Iterator[TensorDictBase]:
+        """The minibatches, at least one."""
+
+    def count(self, data: TensorDictBase) -> int:
+        """How many there are."""
 
 
 class ShuffledMinibatches:
@@ -43,15 +51,23 @@ class ShuffledMinibatches:
 
     def __call__(self, data: TensorDictBase) -> Iterator[TensorDictBase]:
         """The minibatches of one epoch over ``data``."""
-        num_items = len(data)
-        steps_per_item = max(data.numel() // max(num_items, 1), 1)
-        size = num_items if self.size is None else max(self.size // steps_per_item, 1)
+        num_items, size = len(data), self._items(data)
         if size >= num_items:
             yield data
             return
         order = torch.randperm(num_items, generator=self.generator, device=self.generator.device)
         for index in order.split(size):
             yield data[index]
+
+    def count(self, data: TensorDictBase) -> int:
+        """Number of minibatches that ``data`` makes."""
+        return max(-(-len(data) // max(self._items(data), 1)), 1)
+
+    def _items(self, data: TensorDictBase) -> int:
+        """Items in a minibatch."""
+        num_items = len(data)
+        steps_per_item = max(data.numel() // max(num_items, 1), 1)
+        return num_items if self.size is None else max(self.size // steps_per_item, 1)
 
 
 class ReplayBufferMinibatches:
@@ -89,6 +105,9 @@ class ReplayBufferMinibatches:
             )
         self.buffer.empty()
         self.buffer.extend(data)
-        num_batches = -(-len(data) // self.buffer.batch_size)
-        for _ in range(num_batches):
+        for _ in range(self.count(data)):
             yield self.buffer.sample()
+
+    def count(self, data: TensorDictBase) -> int:
+        """Number of minibatches that ``data`` makes."""
+        return -(-len(data) // self.buffer.batch_size)

@@ -10,6 +10,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from torchrl_happo.learners import Learners
 from torchrl_happo.optim.trust_region import TrustRegion, trust_region_step
 
 __all__ = ["TrustRegionStep"]
@@ -27,6 +28,7 @@ class TrustRegionStep:
         settings (TrustRegion): bound, damping, iterations, line search.
         valid_key (str): entry of the data that marks the valid samples, if there is one.
         generator (torch.Generator, optional): draws the samples of the Fisher matrix.
+        learners (Learners, optional): who take the step together. Defaults to ``None``: alone.
 
     Example:
         >>> weight = nn.Parameter(torch.zeros(()))
@@ -50,6 +52,7 @@ class TrustRegionStep:
         settings: TrustRegion,
         valid_key: str = "valid",
         generator: torch.Generator | None = None,
+        learners: Learners | None = None,
     ) -> None:
         self.distribution = distribution
         self.surrogate = surrogate
@@ -57,6 +60,7 @@ class TrustRegionStep:
         self.settings = settings
         self.valid_key = valid_key
         self.generator = generator
+        self.learners = Learners() if learners is None else learners
 
     def __call__(self, data: TensorDictBase) -> TensorDict:
         """Takes the step, or none at all.
@@ -83,6 +87,7 @@ class TrustRegionStep:
             valid=valid,
             batch_ndim=data.batch_dims if valid is None else valid.ndim,
             generator=self.generator,
+            average=self.learners.mean,
         )
         with torch.no_grad():
             for name, parameter in parameters.items():

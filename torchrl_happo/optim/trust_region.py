@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from torchrl_happo.distributions import distribution_parameters, kl_divergence
+from torchrl_happo.learners import Average, own_mean
 from torchrl_happo.optim.line_search import (
     Evaluate,
     batched_line_search,
@@ -138,11 +139,25 @@ class LocalModel(NamedTuple):
         surrogate (Tensor): the surrogate at the present parameters, a scalar.
         gradient (Tensor): its gradient, one vector.
         fisher_product (callable): from a vector to its product with the Fisher matrix.
+        num_samples (Tensor or float): samples that surrogate and gradient are means over.
+            Defaults to ``1``; it matters where processes with unlike numbers step together.
+        num_fisher_samples (Tensor or float): samples that the Fisher matrix is a mean over.
     """
 
     surrogate: Tensor
     gradient: Tensor
     fisher_product: MatVec
+    num_samples: Tensor | float = 1.0
+    num_fisher_samples: Tensor | float = 1.0
+
+    def common(self, average: Average) -> LocalModel:
+        """The model of all processes that step together."""
+        surrogate, gradient = average([self.surrogate, self.gradient], self.num_samples)
+
+        def fisher_product(vector: Tensor) -> Tensor:
+            return average([self.fisher_product(vector)], self.num_fisher_samples)[0]
+
+        return self._replace(surrogate=surrogate, gradient=gradient, fisher_product=fisher_product)
 
 
 class TrustRegionResult(NamedTuple):
@@ -180,6 +195,7 @@ def trust_region_step(
     valid: Tensor | None = None,
     batch_ndim: int | None = None,
     generator: torch.Generator | None = None,
+    average: Average = own_mean,
 ) -> tuple[dict[str, Tensor], TrustRegionResult]:
     r"""One trust-region step from ``params``.
 
@@ -207,6 +223,7 @@ def trust_region_step(
         batch_ndim (int, optional): number of leading dimensions of the distribution that count
             samples. Defaults to those of ``batch_shape``.
         generator (torch.Generator, optional): draws the rows if ``fisher_fraction < 1``.
+        average (callable): see :func:`step_within_trust_region`.
 
     Returns:
         the new parameters, detached, and the :class:`TrustRegionResult`.
@@ -244,6 +261,8 @@ def trust_region_step(
         surrogate.detach(),
         flatten(gradient([surrogate], leaves.values())),
         fisher_vector_product(sample, leaves, valid=counted, batch_ndim=batch_ndim),
+        _count(old, valid, batch_ndim),
+        _count(sample, counted, batch_ndim),
     )
 
     def evaluate(flat: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,12 +270,17 @@ def trust_region_step(
         kl = kl_divergence(old, new, batch_ndim=batch_ndim)
         return surrogate_fn(new), mean_divergence(kl, valid)
 
-    moved, result = step_within_trust_region(theta, model, evaluate, settings)
+    moved, result = step_within_trust_region(theta, model, evaluate, settings, average=average)
     return {**params, **unflatten(moved, leaves)}, result
 
 
 def step_within_trust_region(
-    theta: Tensor, model: LocalModel, evaluate: Evaluate, settings: TrustRegion
+    theta: Tensor,
+    model: LocalModel,
+    evaluate: Evaluate,
+    settings: TrustRegion,
+    *,
+    average: Average = own_mean,
 ) -> tuple[Tensor, TrustRegionResult]:
     r"""One trust-region step from ``theta``, for a policy that is known by its local model.
 
@@ -269,6 +293,12 @@ def step_within_trust_region(
         model (LocalModel): surrogate, gradient and Fisher-vector product at ``theta``.
         evaluate (callable): from parameters, as a vector, to surrogate and mean divergence.
         settings (TrustRegion): bound, damping, iterations, line search.
+
+    Keyword Args:
+        average (callable): from means over this process's samples, and their number, to those over
+            the samples of all processes that take the step together (see
+            :data:`~torchrl_happo.learners.Average`). Surrogate, gradient, divergence and products
+            pass through it. Defaults to this process's own.
 
     Returns:
         the new parameters, which are ``theta`` bit for bit if no step was accepted, and the
@@ -291,6 +321,7 @@ def step_within_trust_region(
         >>> moved
         tensor([0.1000, 0.1000])
     """
+    model = model.common(average)
     g = model.gradient
     # A gradient that is not finite is replaced by zero: every step below is then zero as well.
     target = torch.where(g.isfinite().all(), g, 0)
@@ -314,6 +345,7 @@ def step_within_trust_region(
             backtrack_factor=settings.backtrack_factor,
             max_backtracks=settings.max_backtracks,
             accept_ratio=settings.accept_ratio,
+            common=lambda means: average(means, model.num_samples),
         )
         moved = torch.where(search.success, theta + search.fraction * step, theta)
     return moved, TrustRegionResult(
@@ -367,6 +399,11 @@ def _draw_rows(
     if valid is not None:
         priority = priority - valid.reshape(num_rows, -1).any(1).to(priority.dtype)
     return priority.argsort()[: max(1, round(share * num_rows))]
+
+
+def _count(dist: Distribution, valid: Tensor | None, batch_ndim: int | None) -> Tensor | float:
+    """Number of samples that means are taken over."""
+    return dist.batch_shape[:batch_ndim].numel() if valid is None else valid.sum()
 
 
 def mean_divergence(values: Tensor, valid: Tensor | None) -> Tensor:

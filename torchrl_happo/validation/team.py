@@ -11,12 +11,14 @@ from tensordict.utils import unravel_key
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from torchrl_happo.learners import Learners
 from torchrl_happo.validation.arguments import kind_of
 
 __all__ = [
     "check_initialized",
     "check_loss",
     "check_networks",
+    "check_reduction",
     "check_separate",
     "check_value_key",
 ]
@@ -101,6 +103,19 @@ def check_value_key(key: NestedKey, critic: TensorDictModuleBase) -> None:
         raise KeyError(
             f"The critic writes {list(critic.out_keys)}, but the loss reads the state value "
             f"from {key!r}; call loss.set_keys(value=...) with a key that it writes."
+        )
+
+
+def check_reduction(loss: Any, learners: Learners) -> None:
+    """Refuses a critic's loss that is no mean, where learners average their gradients.
+
+    Raises:
+        ValueError: if it is a sum.
+    """
+    if not learners.alone and loss.reduction != "mean":
+        raise ValueError(
+            f"The loss has reduction={loss.reduction!r}, but learners that share a process_group "
+            "average their gradients by the entries they count; build it with reduction='mean'."
         )
 
 
