@@ -14,6 +14,7 @@ from torchrl.envs import EnvBase
 from torchrl.modules import MLP, MultiAgentMLP
 
 from torchrl_happo.initialization import init_orthogonal
+from torchrl_happo.layer_norm import LayerNormMLP, MultiAgentLayerNormMLP
 from torchrl_happo.specs import Group, observation_shape, read_groups, select_groups
 from torchrl_happo.validation.builders import check_builder, check_groups
 
@@ -32,6 +33,7 @@ def make_critic(
     share_params: bool = False,
     num_cells: Sequence[int] = (128, 128),
     activation_class: type[nn.Module] = nn.Tanh,
+    layer_norm: bool = False,
     output_gain: float = 1.0,
     observation_key: str = "observation",
     out_key: NestedKey = "state_value",
@@ -68,6 +70,8 @@ def make_critic(
         num_cells (sequence of int): widths of the hidden layers. Defaults to ``(128, 128)``.
         activation_class (type of nn.Module): activation of the hidden layers.
             Defaults to :class:`~torch.nn.Tanh`.
+        layer_norm (bool): whether the input and the output of each hidden layer are normalised.
+            Defaults to ``False``.
         output_gain (float): gain of the last layer's initialisation. Defaults to ``1.0``.
         observation_key (str): name of the observation in the groups.
             Defaults to ``"observation"``.
@@ -103,7 +107,7 @@ def make_critic(
         input = "observations" if state_key is None else "state"
     _check_arguments(input, groups, state_key, num_cells)
     device = env.device if device is None else device
-    mlp = {"activation_class": activation_class, "device": device}
+    mlp = {"activation_class": activation_class, "layer_norm": layer_norm, "device": device}
     if input in ("agent_specific", "own"):
         team = select_groups(read_groups(env, observation_key), groups)
         if input == "agent_specific" and state_key is None and "state" in _observations(env):
@@ -180,6 +184,10 @@ class CentralizedMLP(nn.Module):
     Args:
         event_dims (sequence of int): for each input its number of dimensions after those of the
             batch: 1 for a vector ``[*B, d]``, 2 for a group's observations ``[*B, n, d]``.
+
+    Keyword Args:
+        layer_norm (bool): whether the input and the output of each hidden layer are normalised.
+            Defaults to ``False``.
         **kwargs: arguments of :class:`~torchrl.modules.MLP`.
 
     Example:
@@ -188,10 +196,12 @@ class CentralizedMLP(nn.Module):
         torch.Size([7, 1])
     """
 
-    def __init__(self, event_dims: Sequence[int], **kwargs: Any) -> None:
+    def __init__(
+        self, event_dims: Sequence[int], *, layer_norm: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__()
         self.event_dims = tuple(event_dims)
-        self.mlp = MLP(**kwargs)
+        self.mlp = LayerNormMLP(**kwargs) if layer_norm else MLP(**kwargs)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """The output for a batch of inputs.
@@ -222,6 +232,8 @@ class PerAgentMLP(nn.Module):
             concatenation of all observations.
         num_cells (sequence of int): widths of the hidden layers, at least one.
         share_params (bool): whether agents share the network. Defaults to ``False``.
+        layer_norm (bool): whether inputs and the output of each hidden layer are normalised.
+            Defaults to ``False``.
         **kwargs: arguments of :class:`~torchrl.modules.MultiAgentMLP`.
     """
 
@@ -233,6 +245,7 @@ class PerAgentMLP(nn.Module):
         state_shape: Sequence[int] = (),
         num_cells: Sequence[int],
         share_params: bool = False,
+        layer_norm: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__()
@@ -241,8 +254,9 @@ class PerAgentMLP(nn.Module):
         self.state_dims = len(state_shape)
         n_state = math.prod(state_shape) if state_shape else _team_inputs(team)
         shared = {"centralized": False, "share_params": share_params, **kwargs}
+        trunk_class = MultiAgentLayerNormMLP if layer_norm else MultiAgentMLP
         self.trunks = nn.ModuleList(
-            MultiAgentMLP(
+            trunk_class(
                 n_agent_inputs=group.n_inputs + (n_state if sees_team else 0),
                 n_agent_outputs=num_cells[-1],
                 n_agents=group.n_agents or 1,

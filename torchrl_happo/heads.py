@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,13 +12,51 @@ from tensordict.nn import (
     NormalParamExtractor,
     TensorDictModule,
     TensorDictSequential,
+    mappings,
 )
 from torch import Tensor, nn
 from torchrl.modules import ProbabilisticActor
 
 from torchrl_happo.specs import ActionHead, Group
 
-__all__ = ["ParameterHead"]
+__all__ = ["BoundedNormalScale", "ParameterHead"]
+
+
+class BoundedNormalScale(AddStateIndependentNormalScale):
+    r"""A standard deviation that is a parameter, and never passes a bound.
+
+    .. math:: \sigma = \sigma_\text{max} \, \mathrm{sigmoid}(x)
+
+    Args:
+        scale_shape (sequence of int): of the parameter :math:`x`.
+
+    Keyword Args:
+        initial_std (float): value at the start, below ``max_std``.
+        max_std (float): the bound.
+        device (torch.device or str, optional): of the parameter. Defaults to torch's.
+
+    Example:
+        >>> loc, scale = BoundedNormalScale([2], initial_std=0.3, max_std=0.5)(torch.zeros(4, 2))
+        >>> scale.shape, round(scale[0, 0].item(), 6)
+        (torch.Size([4, 2]), 0.3)
+    """
+
+    def __init__(
+        self,
+        scale_shape: Sequence[int],
+        *,
+        initial_std: float,
+        max_std: float,
+        device: torch.device | str | None = None,
+    ) -> None:
+        start = math.log(initial_std / (max_std - initial_std))
+        super().__init__(scale_shape, init_value=start, device=device)
+        self.max_std = max_std
+
+    def forward(self, loc: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        """Adds the standard deviation, in the shape of ``loc``, behind it."""
+        scale = self.max_std * self.state_independent_scale.sigmoid()
+        return (loc, scale.expand_as(loc), *others)
 
 
 class ParameterHead:
@@ -31,15 +70,23 @@ class ParameterHead:
         state_dependent_std (bool): if ``True``, the network outputs the standard deviation of a
             continuous action too; otherwise it is a parameter.
         scale_mapping (str): what makes the standard deviation positive.
+        max_std (float, optional): bound of a deviation that is a parameter.
     """
 
     def __init__(
-        self, group: Group, head: ActionHead, *, state_dependent_std: bool, scale_mapping: str
+        self,
+        group: Group,
+        head: ActionHead,
+        *,
+        state_dependent_std: bool,
+        scale_mapping: str,
+        max_std: float | None,
     ) -> None:
         self.group = group
         self.head = head
         self.std_from_net = head.continuous and state_dependent_std
         self.scale_mapping = scale_mapping
+        self.max_std = max_std
 
     @property
     def n_outputs(self) -> int:
@@ -66,12 +113,16 @@ class ParameterHead:
         if self.std_from_net:
             return nn.Sequential(net, NormalParamExtractor(self.scale_mapping))
         if self.head.continuous:
-            shape = (*rows, self.head.size)
-            std = AddStateIndependentNormalScale(
+            return nn.Sequential(net, self._std((*rows, self.head.size), device))
+        return net
+
+    def _std(self, shape: Sequence[int], device: torch.device | str | None) -> nn.Module:
+        if self.max_std is None:
+            return AddStateIndependentNormalScale(
                 shape, scale_mapping=self.scale_mapping, device=device
             )
-            return nn.Sequential(net, std)
-        return net
+        start = mappings(self.scale_mapping)(torch.zeros(())).item()
+        return BoundedNormalScale(shape, initial_std=start, max_std=self.max_std, device=device)
 
     def actor(
         self,

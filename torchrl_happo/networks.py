@@ -20,10 +20,16 @@ from torchrl_happo.actor_list import ActorList
 from torchrl_happo.critics import CentralizedMLP, make_critic
 from torchrl_happo.heads import ParameterHead
 from torchrl_happo.initialization import init_orthogonal
+from torchrl_happo.layer_norm import LayerNormMLP, MultiAgentLayerNormMLP
 from torchrl_happo.recurrent import CELLS, make_recurrent_actor, memory_transforms
 from torchrl_happo.specs import ActionHead, Group, read_action_head, read_groups, select_groups
 from torchrl_happo.validation.arguments import check_counts
-from torchrl_happo.validation.builders import check_builder, check_policies, check_scale_mapping
+from torchrl_happo.validation.builders import (
+    check_builder,
+    check_policies,
+    check_scale_mapping,
+    check_std,
+)
 
 __all__ = ["CentralizedMLP", "joint_policy", "make_actor", "make_critic", "memory_transforms"]
 
@@ -34,9 +40,11 @@ def make_actor(
     *,
     num_cells: Sequence[int] = (128, 128),
     activation_class: type[nn.Module] = nn.Tanh,
+    layer_norm: bool = False,
     share_params: bool = False,
     state_dependent_std: bool = True,
     scale_mapping: str = "biased_softplus_1.0",
+    max_std: float | None = None,
     output_gain: float = 0.01,
     init: Literal["orthogonal", "torch"] = "orthogonal",
     observation_key: str = "observation",
@@ -74,6 +82,9 @@ def make_actor(
         num_cells (sequence of int): widths of the hidden layers. Defaults to ``(128, 128)``.
         activation_class (type of nn.Module): activation of the hidden layers.
             Defaults to :class:`~torch.nn.Tanh`.
+        layer_norm (bool): whether the observation and the output of each hidden layer are
+            normalised (:class:`~torch.nn.LayerNorm`), as in the authors' code of HAPPO.
+            Defaults to ``False``.
         share_params (bool): if ``True``, the agents of a group share one network. HAPPO and
             HATRPO then take the group as one block only. Defaults to ``False``.
         state_dependent_std (bool): if ``True``, the network outputs the standard deviation of a
@@ -82,6 +93,9 @@ def make_actor(
         scale_mapping (str): what makes the standard deviation positive, and its first value, the
             mapping of 0; see :func:`~tensordict.nn.mappings`.
             Defaults to ``"biased_softplus_1.0"``, which starts at 1.
+        max_std (float, optional): bound of a standard deviation that is a parameter, which then is
+            ``max_std * sigmoid(parameter)`` and starts where ``scale_mapping`` does.
+            Defaults to ``None``: no bound.
         output_gain (float): gain of the last layer's initialisation. Defaults to ``0.01``.
         init (str): ``"orthogonal"``, or ``"torch"`` for the initialisation of torch's own layers,
             under which the agents' first policies differ more. Defaults to ``"orthogonal"``.
@@ -106,8 +120,8 @@ def make_actor(
     Raises:
         KeyError: if the environment lacks the group or its observation.
         ValueError: if the observations are not vectors of the default dtype, the agents of a group
-            have unlike spaces, the action spec has no distribution in the table, or agents with
-            memory are to share parameters.
+            have unlike spaces, the action spec has no distribution in the table, agents with memory
+            are to share parameters, or the first standard deviation is not below ``max_std``.
 
     Examples:
         >>> from torchrl.envs import VmasEnv
@@ -133,6 +147,7 @@ def make_actor(
         observation_key=observation_key,
     )
     check_scale_mapping(scale_mapping)
+    check_std(max_std, scale_mapping, state_dependent_std)
     check_counts(hidden_size=hidden_size)
     team = select_groups(read_groups(env, observation_key), None if group is None else [group])
     device = env.device if device is None else device
@@ -148,8 +163,10 @@ def make_actor(
             read_action_head(env, member, mask_key),
             num_cells=num_cells,
             activation_class=activation_class,
+            layer_norm=layer_norm,
             state_dependent_std=state_dependent_std,
             scale_mapping=scale_mapping,
+            max_std=max_std,
             output_gain=output_gain,
             init=init,
             device=device,
@@ -204,21 +221,29 @@ def _make_group_actor(
     *,
     num_cells: Sequence[int],
     activation_class: type[nn.Module],
+    layer_norm: bool,
     share_params: bool,
     state_dependent_std: bool,
     scale_mapping: str,
+    max_std: float | None,
     output_gain: float,
     init: str,
     device: torch.device | str | None,
 ) -> ProbabilisticActor:
     parameters = ParameterHead(
-        group, head, state_dependent_std=state_dependent_std, scale_mapping=scale_mapping
+        group,
+        head,
+        state_dependent_std=state_dependent_std,
+        scale_mapping=scale_mapping,
+        max_std=max_std,
     )
     mlp = {"num_cells": list(num_cells), "activation_class": activation_class, "device": device}
     if group.n_agents is None:
-        net = MLP(in_features=group.n_inputs, out_features=parameters.n_outputs, **mlp)
+        single = LayerNormMLP if layer_norm else MLP
+        net = single(in_features=group.n_inputs, out_features=parameters.n_outputs, **mlp)
     else:
-        net = MultiAgentMLP(
+        stack = MultiAgentLayerNormMLP if layer_norm else MultiAgentMLP
+        net = stack(
             n_agent_inputs=group.n_inputs,
             n_agent_outputs=parameters.n_outputs,
             n_agents=group.n_agents,

@@ -21,6 +21,7 @@ from torchrl.modules import MLP, GRUModule, LSTMModule, ProbabilisticActor
 from torchrl_happo.actor_list import ActorList
 from torchrl_happo.heads import ParameterHead
 from torchrl_happo.initialization import init_orthogonal
+from torchrl_happo.layer_norm import LayerNormMLP
 from torchrl_happo.specs import ActionHead, Group
 
 __all__ = ["CELLS", "make_recurrent_actor", "memory_transforms"]
@@ -119,8 +120,10 @@ def make_recurrent_actor(
     hidden_size: int,
     num_cells: Sequence[int],
     activation_class: type[nn.Module],
+    layer_norm: bool,
     state_dependent_std: bool,
     scale_mapping: str,
+    max_std: float | None,
     output_gain: float,
     init: str,
     device: torch.device | str | None,
@@ -130,15 +133,20 @@ def make_recurrent_actor(
     An MLP reads the observation, the memory its output, and a linear layer the memory's.
     """
     parameters = ParameterHead(
-        group, head, state_dependent_std=state_dependent_std, scale_mapping=scale_mapping
+        group,
+        head,
+        state_dependent_std=state_dependent_std,
+        scale_mapping=scale_mapping,
+        max_std=max_std,
     )
+    trunk_class = LayerNormMLP if layer_norm else MLP
     actors = []
     for index in range(group.n_agents or 1):
         layers: list[TensorDictModuleBase] = []
         # Names that begin with an underscore do not go into the batch.
         embedding, memory = group.key("_embedding"), group.key("_memory")
         if num_cells:
-            trunk = MLP(
+            trunk = trunk_class(
                 in_features=group.n_inputs,
                 out_features=num_cells[-1],
                 num_cells=list(num_cells[:-1]),
@@ -155,7 +163,9 @@ def make_recurrent_actor(
             out_keys=[memory, *(_next(group.key(state)) for state in states)],
             device=device,
         )
-        output = nn.Linear(hidden_size, parameters.n_outputs, device=device)
+        output: nn.Module = nn.Linear(hidden_size, parameters.n_outputs, device=device)
+        if layer_norm:
+            output = nn.Sequential(nn.LayerNorm(hidden_size, device=device), output)
         layers.append(recurrent)
         if init == "orthogonal":
             for layer in layers:

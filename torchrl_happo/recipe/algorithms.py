@@ -19,6 +19,7 @@ from torchrl.objectives.multiagent import IPPOLoss, MAPPOLoss
 from torchrl_happo.networks import joint_policy, make_actor, make_critic
 from torchrl_happo.objectives import HAPPOLoss, HATRPOLoss
 from torchrl_happo.objectives.common import SequentialLossMixin
+from torchrl_happo.objectives.value_norm import RealValues
 from torchrl_happo.recipe.baselines import SimultaneousUpdater, make_group_critic
 from torchrl_happo.recipe.config import (
     AlgorithmConfig,
@@ -29,7 +30,6 @@ from torchrl_happo.recipe.config import (
     Mappo,
     ModelConfig,
     RecurrentModel,
-    SequentialConfig,
     TrainConfig,
 )
 from torchrl_happo.specs import read_groups
@@ -89,6 +89,7 @@ def _make_happo(config: TrainConfig, env: EnvBase, settings: Happo) -> Learner:
         _make_critic(config, env),
         clip_epsilon=_clip_range(settings),
         entropy_coeff=settings.entropy_coeff,
+        popart=settings.popart,
         **_critic_loss(settings, env),
     )
     return _sequential(config, settings, actor, loss)
@@ -104,6 +105,7 @@ def _make_hatrpo(config: TrainConfig, env: EnvBase, settings: Hatrpo) -> Learner
         damping=settings.damping,
         cg_iterations=settings.cg_iterations,
         fisher_fraction=settings.fisher_fraction,
+        popart=settings.popart,
         **_critic_loss(settings, env),
     )
     return _sequential(config, settings, actor, loss)
@@ -115,7 +117,7 @@ def _sequential(
     loss.make_value_estimator(ValueEstimators.MAGAE, gamma=settings.gamma, lmbda=settings.lmbda)
     updater = SequentialUpdater(
         loss,
-        optimizer=partial(torch.optim.Adam, lr=settings.lr),
+        **_optimization(config),
         num_epochs=settings.num_epochs,
         critic_epochs=settings.critic_epochs,
         minibatch_size=settings.minibatch_size,
@@ -135,22 +137,29 @@ def _make_baseline(config: TrainConfig, env: EnvBase, settings: Mappo | Ippo) ->
     actors = _by_group(env, make_actor(env, share_params=share, **_policies(config.model)))
     losses = {}
     for group in read_groups(env, "observation"):
+        critic: TensorDictModuleBase = make_group_critic(
+            env,
+            group,
+            centralized=centralized,
+            state_key=_state_key(env),
+            share_params=share,
+            device=env.device,
+            **_networks(config.model),
+        )
+        critic_loss = _critic_loss(settings, env)
+        if critic_loss["value_norm"] is not None:
+            # TorchRL's losses expect real values and normalise them: so the network, behind this,
+            # predicts normalised ones, as with HAPPO.
+            critic = RealValues(critic, critic_loss["value_norm"], group.key("state_value"))
         losses[group.name] = loss = loss_class(
             actors[group.name],
-            make_group_critic(
-                env,
-                group,
-                centralized=centralized,
-                state_key=_state_key(env),
-                share_params=share,
-                device=env.device,
-                **_networks(config.model),
-            ),
+            critic,
             clip_epsilon=settings.clip_epsilon,
             entropy_coeff=settings.entropy_coeff,
             # TanhNormal has no closed-form entropy: unused, it would only cost time.
             entropy_bonus=settings.entropy_coeff > 0,
-            loss_critic_type=settings.loss_critic_type,
+            functional=False,
+            **critic_loss,
         )
         loss.set_keys(
             action=group.action,
@@ -162,7 +171,7 @@ def _make_baseline(config: TrainConfig, env: EnvBase, settings: Mappo | Ippo) ->
         loss.make_value_estimator(ValueEstimators.MAGAE, gamma=settings.gamma, lmbda=settings.lmbda)
     updater = SimultaneousUpdater(
         losses,
-        optimizer=partial(torch.optim.Adam, lr=settings.lr),
+        **_optimization(config),
         num_epochs=settings.num_epochs,
         minibatch_size=settings.minibatch_size or config.frames_per_batch,
         max_grad_norm=settings.max_grad_norm,
@@ -171,7 +180,11 @@ def _make_baseline(config: TrainConfig, env: EnvBase, settings: Mappo | Ippo) ->
 
 
 def _networks(model: ModelConfig) -> dict[str, Any]:
-    return {"num_cells": model.num_cells, "activation_class": ACTIVATIONS[model.activation]}
+    return {
+        "num_cells": model.num_cells,
+        "activation_class": ACTIVATIONS[model.activation],
+        "layer_norm": model.layer_norm,
+    }
 
 
 def _policies(model: ModelConfig) -> dict[str, Any]:
@@ -184,6 +197,22 @@ def _policies(model: ModelConfig) -> dict[str, Any]:
         "init": model.actor_init,
         "state_dependent_std": model.state_dependent_std,
         "scale_mapping": f"biased_softplus_{model.initial_std}",
+        "max_std": model.max_std,
+    }
+
+
+def _optimization(config: TrainConfig) -> dict[str, Any]:
+    settings = config.algorithm
+    return {
+        "optimizer": partial(torch.optim.Adam, lr=settings.lr, eps=settings.adam_eps),
+        "scheduler": partial(
+            torch.optim.lr_scheduler.LinearLR,
+            start_factor=1.0,
+            end_factor=0.0,
+            total_iters=config.iterations,
+        )
+        if settings.lr_schedule == "linear"
+        else None,
     }
 
 
@@ -200,14 +229,15 @@ def _make_critic(config: TrainConfig, env: EnvBase) -> TensorDictModule:
     return make_critic(env, input=sees, **_networks(config.model))
 
 
-def _critic_loss(settings: SequentialConfig, env: EnvBase) -> dict[str, Any]:
+def _critic_loss(settings: AlgorithmConfig, env: EnvBase) -> dict[str, Any]:
     norm = None
     if settings.value_norm is not None:
         norm = VALUE_NORMS[settings.value_norm](shape=1).to(env.device)
     return {
         "loss_critic_type": settings.loss_critic_type,
+        "critic_coeff": settings.critic_coeff,
+        "clip_value": settings.clip_value,
         "value_norm": norm,
-        "popart": settings.popart,
     }
 
 

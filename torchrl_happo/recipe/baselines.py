@@ -8,23 +8,22 @@ its example gets wrong put right: the keys, and the time limit, which is bootstr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torchrl.data import LazyTensorStorage, ReplayBuffer, SamplerWithoutReplacement
 from torchrl.envs import EnvBase
 from torchrl.modules import MultiAgentMLP
 from torchrl.objectives.multiagent import MAPPOLoss
 
+from torchrl_happo.layer_norm import MultiAgentLayerNormMLP
+from torchrl_happo.optim.factories import OptimizerFactory, SchedulerFactory
 from torchrl_happo.recipe.config import ConfigError
 from torchrl_happo.specs import Group, observation_shape, read_groups
 
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
 class SimultaneousUpdater:
@@ -39,6 +38,8 @@ class SimultaneousUpdater:
         minibatch_size (int): frames of a minibatch; the last one of an epoch may be smaller.
         max_grad_norm (float, optional): the gradient of actor and critic together is scaled down
             to this norm. Defaults to ``None``: no clipping.
+        scheduler (callable, optional): from an optimiser to its learning-rate scheduler, which
+            steps once per batch. Defaults to ``None``.
     """
 
     def __init__(
@@ -49,9 +50,13 @@ class SimultaneousUpdater:
         num_epochs: int,
         minibatch_size: int,
         max_grad_norm: float | None = None,
+        scheduler: SchedulerFactory | None = None,
     ) -> None:
         self.losses = losses
         self.optimizers = {name: optimizer(loss.parameters()) for name, loss in losses.items()}
+        self.schedulers = (
+            {name: scheduler(own) for name, own in self.optimizers.items()} if scheduler else {}
+        )
         self.num_epochs = num_epochs
         self.minibatch_size = minibatch_size
         self.max_grad_norm = math.inf if max_grad_norm is None else max_grad_norm
@@ -68,16 +73,14 @@ class SimultaneousUpdater:
     def _update(self, name: str, batch: TensorDictBase) -> TensorDict:
         loss = self.losses[name]
         with torch.no_grad():
-            loss.value_estimator(
-                batch,
-                params=loss.critic_network_params,
-                target_params=loss.target_critic_network_params,
-            )
+            loss.value_estimator(batch)
         # What lies under "next" has been used by now; without it minibatches are quick to gather.
         minibatches = self._shuffled(batch.exclude("next").reshape(-1))
         reports = [
             self._step(name, minibatch) for _ in range(self.num_epochs) for minibatch in minibatches
         ]
+        if self.schedulers:
+            self.schedulers[name].step()
         stacked = TensorDict.maybe_dense_stack(reports)
         return stacked.apply(lambda value: value.mean(), batch_size=[])
 
@@ -106,7 +109,11 @@ class SimultaneousUpdater:
     def state_dict(self) -> dict[str, Any]:
         """Networks and optimisers; minibatches are drawn from torch's global generator."""
         return {
-            name: {"loss": loss.state_dict(), "optimizer": self.optimizers[name].state_dict()}
+            name: {
+                "loss": loss.state_dict(),
+                "optimizer": self.optimizers[name].state_dict(),
+                "scheduler": self.schedulers[name].state_dict() if self.schedulers else None,
+            }
             for name, loss in self.losses.items()
         }
 
@@ -128,6 +135,8 @@ class SimultaneousUpdater:
         for name, loss in self.losses.items():
             loss.load_state_dict(state[name]["loss"])
             self.optimizers[name].load_state_dict(state[name]["optimizer"])
+            if self.schedulers:
+                self.schedulers[name].load_state_dict(state[name]["scheduler"])
 
 
 class TeamStateCritic(nn.Module):
@@ -141,6 +150,8 @@ class TeamStateCritic(nn.Module):
         event_dims (int): dimensions of an input after those of the batch: 1 for a state, 2 for
             the observations of a group. Defaults to ``2``.
         share_params (bool): one network, whose value all agents share, or one for each agent.
+        layer_norm (bool): whether the input and the output of each hidden layer are normalised.
+            Defaults to ``False``.
         **kwargs: of :class:`~torchrl.modules.MultiAgentMLP`.
     """
 
@@ -151,13 +162,15 @@ class TeamStateCritic(nn.Module):
         *,
         share_params: bool,
         event_dims: int = 2,
+        layer_norm: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__()
         self.event_dims = event_dims
         self.n_agents = n_agents
         self.n_networks = 1 if share_params else n_agents
-        self.net = MultiAgentMLP(
+        stack = MultiAgentLayerNormMLP if layer_norm else MultiAgentMLP
+        self.net = stack(
             n_inputs, 1, self.n_networks, centralized=False, share_params=share_params, **kwargs
         )
 
@@ -176,6 +189,7 @@ def make_group_critic(
     centralized: bool,
     share_params: bool,
     state_key: str | None = None,
+    layer_norm: bool = False,
     **kwargs: Any,
 ) -> TensorDictModule:
     """The critic of a group: over what the whole team knows, or over each agent's observation.
@@ -189,6 +203,8 @@ def make_group_critic(
         share_params (bool): one network for the group or one for each agent.
         state_key (str, optional): the environment's own state, which MAPPO's critic then sees.
             Defaults to ``None``: it sees the observations of all agents.
+        layer_norm (bool): whether the input and the output of each hidden layer are normalised.
+            Defaults to ``False``.
         **kwargs: of :class:`~torchrl.modules.MultiAgentMLP`.
     """
     team = read_groups(env, "observation") if centralized else [group]
@@ -196,17 +212,22 @@ def make_group_critic(
     sizes = [_size(member) for member in team]
     net: nn.Module
     if not centralized:
-        net = MultiAgentMLP(
+        stack = MultiAgentLayerNormMLP if layer_norm else MultiAgentMLP
+        net = stack(
             group.n_inputs, 1, *sizes, centralized=False, share_params=share_params, **kwargs
         )
-    elif state_key is not None:
-        in_keys, (n_inputs,) = [state_key], observation_shape(env, state_key)
-        net = TeamStateCritic(
-            n_inputs, _size(group), share_params=share_params, event_dims=1, **kwargs
-        )
     else:
-        n_inputs = sum(n * member.n_inputs for n, member in zip(sizes, team, strict=True))
-        net = TeamStateCritic(n_inputs, _size(group), share_params=share_params, **kwargs)
+        event_dims, n_inputs = 2, sum(n * m.n_inputs for n, m in zip(sizes, team, strict=True))
+        if state_key is not None:
+            in_keys, event_dims, (n_inputs,) = [state_key], 1, observation_shape(env, state_key)
+        net = TeamStateCritic(
+            n_inputs,
+            _size(group),
+            share_params=share_params,
+            event_dims=event_dims,
+            layer_norm=layer_norm,
+            **kwargs,
+        )
     return TensorDictModule(net, in_keys=in_keys, out_keys=[group.key("state_value")])
 
 

@@ -106,6 +106,10 @@ class ModelConfig:
     """Whether the deviation of a continuous action depends on the observation."""
     initial_std: float = number(above=0)
     """Deviation of a continuous action at the start, before bounds are imposed on it."""
+    max_std: float | None = number(above=0)
+    """Bound of a deviation that does not depend on the observation; ``null``: none."""
+    layer_norm: bool = MISSING
+    """Whether inputs and the outputs of hidden layers are normalised, of actors and critics."""
 
 
 @dataclass
@@ -178,10 +182,20 @@ class AlgorithmConfig:
     gamma: float = number(at_least=0, at_most=1)
     lmbda: float = number(at_least=0, at_most=1)
     loss_critic_type: str = choice("l1", "l2", "smooth_l1")
+    critic_coeff: float = number(above=0)
+    """Weight of the critic's loss: it matters where the gradient is clipped."""
+    clip_value: float | None = number(above=0)
+    """How far a fit may move a value and still gain by it, on the scale of the critic's output;
+    ``null``: as far as it will."""
+    value_norm: str | None = choice("popart_ema", "running")
+    """Statistics by which the critic's values are normalised; ``null``: they are not."""
     num_epochs: int = count()
     minibatch_size: int | None = count()
     """Frames (a frame is one step of one environment, with all its agents); ``null``: a batch."""
     lr: float = number(above=0)
+    lr_schedule: str = choice("constant", "linear")
+    """``linear``: from ``lr`` to zero over the ``total_frames`` of the run."""
+    adam_eps: float = number(above=0)
     max_grad_norm: float | None = number(above=0)
 
 
@@ -200,8 +214,6 @@ class SequentialConfig(AlgorithmConfig):
     order: str = choice("random", "fixed")
     critic_epochs: int | None = count()
     """Passes of the critic over the batch; ``null``: ``num_epochs``."""
-    value_norm: str | None = choice("popart_ema", "running")
-    """Statistics by which the critic's values are normalised; ``null``: they are not."""
     popart: bool = MISSING
     """Whether the critic's last layer is rescaled when the statistics move."""
 

@@ -10,9 +10,16 @@ from tensordict.nn import TensorDictModuleBase, mappings
 from torch import Tensor, nn
 from torchrl.envs import EnvBase
 
-from torchrl_happo.validation.arguments import check_counts, check_numbers, kind_of
+from torchrl_happo.validation.arguments import check_counts, check_numbers, check_positive, kind_of
 
-__all__ = ["check_builder", "check_groups", "check_payoff", "check_policies", "check_scale_mapping"]
+__all__ = [
+    "check_builder",
+    "check_groups",
+    "check_payoff",
+    "check_policies",
+    "check_scale_mapping",
+    "check_std",
+]
 
 
 def check_builder(
@@ -55,6 +62,24 @@ def check_scale_mapping(name: Any) -> None:
             f"scale_mapping must be the name of one of tensordict.nn.mappings, such as 'exp', "
             f"'softplus' or 'biased_softplus_1.0', got {name!r}."
         ) from error
+
+
+def check_std(max_std: Any, scale_mapping: str, state_dependent_std: bool) -> None:
+    """Refuses a bound of the standard deviation that it passes at the start, or that goes unused."""
+    check_positive(max_std=max_std)
+    if max_std is None:
+        return
+    if state_dependent_std:
+        raise ValueError(
+            f"max_std={max_std} bounds a standard deviation that is a parameter; pass "
+            "state_dependent_std=False, or leave max_std out."
+        )
+    start = mappings(scale_mapping)(torch.zeros(())).item()
+    if not 0 < start < max_std:
+        raise ValueError(
+            f"scale_mapping={scale_mapping!r} starts at the standard deviation {start:.4g}, which "
+            f"is not below max_std={max_std}; raise max_std, or start lower."
+        )
 
 
 def check_groups(groups: Any) -> None:

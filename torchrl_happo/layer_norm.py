@@ -1,0 +1,73 @@
+"""Networks that normalise what each of their layers sees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+from torchrl.modules import MultiAgentMLP
+
+__all__ = ["LayerNormMLP", "MultiAgentLayerNormMLP"]
+
+
+class LayerNormMLP(nn.Sequential):
+    """An MLP with a layer normalisation of its input and one behind each activation.
+
+    :class:`~torchrl.modules.MLP` can normalise before an activation, but neither behind it nor the
+    input, which is what the authors of MAPPO and of HAPPO do.
+
+    Args:
+        in_features (int): size of the input.
+        out_features (int): size of the output.
+
+    Keyword Args:
+        num_cells (sequence of int): widths of the hidden layers.
+        activation_class (type of nn.Module): their activation. Defaults to :class:`~torch.nn.Tanh`.
+        activate_last_layer (bool): whether activation and normalisation follow the last layer too.
+            Defaults to ``False``.
+        device (torch.device or str, optional): of the parameters. Defaults to torch's.
+
+    Example:
+        >>> LayerNormMLP(3, 2, num_cells=[4], activation_class=nn.ReLU)
+        LayerNormMLP(
+          (0): LayerNorm((3,), eps=1e-05, elementwise_affine=True, bias=True)
+          (1): Linear(in_features=3, out_features=4, bias=True)
+          (2): ReLU()
+          (3): LayerNorm((4,), eps=1e-05, elementwise_affine=True, bias=True)
+          (4): Linear(in_features=4, out_features=2, bias=True)
+        )
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        num_cells: Sequence[int],
+        activation_class: type[nn.Module] = nn.Tanh,
+        activate_last_layer: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        layers: list[nn.Module] = [nn.LayerNorm(in_features, device=device)]
+        for n_inputs, n_outputs in pairwise([in_features, *num_cells, out_features]):
+            layers.append(nn.Linear(n_inputs, n_outputs, device=device))
+            layers += [activation_class(), nn.LayerNorm(n_outputs, device=device)]
+        super().__init__(*(layers if activate_last_layer else layers[:-2]))
+
+
+class MultiAgentLayerNormMLP(MultiAgentMLP):
+    """A :class:`~torchrl.modules.MultiAgentMLP` of :class:`LayerNormMLP`; takes what that takes."""
+
+    def _build_single_net(self, *, device: Any, **kwargs: Any) -> LayerNormMLP:
+        n_inputs = self.n_agent_inputs * (self.n_agents if self.centralized else 1)
+        return LayerNormMLP(
+            n_inputs,
+            self.n_agent_outputs,
+            num_cells=self.num_cells,
+            activation_class=self.activation_class,
+            device=device,
+            **kwargs,
+        )
