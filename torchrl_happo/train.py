@@ -25,6 +25,7 @@ from torchrl_happo.recipe.config import TrainConfig, validate
 from torchrl_happo.recipe.environments import make_env
 from torchrl_happo.recipe.evaluation import Evaluation
 from torchrl_happo.recipe.interrupt import Interrupt
+from torchrl_happo.recipe.memory import keep_freed_memory
 from torchrl_happo.recipe.progress import ProgressDisplay
 from torchrl_happo.recipe.randomness import derive_seed, seed_everything
 from torchrl_happo.recipe.records import Records, Row, episode_statistics, flatten
@@ -55,6 +56,7 @@ def run(config: TrainConfig, folder: Path) -> Path:
     """
     validate(config)
     torch.set_num_threads(config.threads)
+    keep_freed_memory()
     seed_everything(derive_seed(config.seed))
     learner = make_learner(config, make_env(config.task, num_envs=1, seed=0, device=config.device))
     progress = Progress()
