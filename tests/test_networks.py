@@ -264,6 +264,23 @@ def test_state_independent_std_is_a_parameter_of_each_agent():
         assert scale.shape == shape
 
 
+@pytest.mark.parametrize("share_params", [True, False])
+def test_a_bounded_std_starts_where_it_is_told_and_never_passes_its_bound(share_params):
+    """Whatever the parameter, the deviation stays between 0 and ``max_std``."""
+    kwargs = {"share_params": share_params, "scale_mapping": "biased_softplus_0.3655"}
+    actor = make_actor(
+        team(Unbounded((3, 2))), state_dependent_std=False, max_std=0.5, layer_norm=True, **kwargs
+    )
+    observations = TensorDict({("agents", "observation"): torch.randn(5, 3, 4)}, [5])
+    std = actor.get_dist(observations).stddev
+    torch.testing.assert_close(std, torch.full((5, 3, 2), 0.3655))
+    (parameter,) = [p for path, p in actor.named_parameters() if "scale" in path]
+    torch.testing.assert_close(parameter.sigmoid() * 0.5, torch.full_like(parameter, 0.3655))
+    for value, bound in ((100.0, 0.5), (-100.0, 0.0)):
+        nn.init.constant_(parameter, value)
+        assert (actor.get_dist(observations).stddev - bound).abs().max() < 1e-6
+
+
 def test_critic_is_one_network_over_all_observations():
     """One value for the team: that of an MLP over the concatenated observations of all groups."""
     env = VmasEnv("simple_tag", num_envs=4, seed=0)
@@ -379,10 +396,11 @@ def test_refuses_arguments():
         (torch.stack([Bounded(-1.0, 1.0, (2,)), Bounded(-3.0, 5.0, (2,))]), {}),
         (Bounded(-1.0, 2.0, (2, 3)), {"state_dependent_std": False}),
         (Unbounded((2, 3)), {"state_dependent_std": False}),
+        (Unbounded((2, 3)), {"state_dependent_std": False, "max_std": 2.0, "layer_norm": True}),
         (CategoricalSpec(4, shape=(2,)), {}),
         (OneHot(4, shape=(2, 4)), {}),
     ],
-    ids=["own-bounds", "bounded", "unbounded", "masked", "masked-one-hot"],
+    ids=["own-bounds", "bounded", "unbounded", "layer-norm", "masked", "masked-one-hot"],
 )
 def test_each_agent_can_be_cut_out_of_its_stack(action, kwargs):
     """The slice that is trained has the log-probs and parameters of its row of the stack."""

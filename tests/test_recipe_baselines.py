@@ -84,11 +84,7 @@ def test_one_step_is_the_gradient_step_of_the_loss():
 
     data = batch.copy()
     with torch.no_grad():
-        loss.value_estimator(
-            data,
-            params=loss.critic_network_params,
-            target_params=loss.target_critic_network_params,
-        )
+        loss.value_estimator(data)
     optimizer = descent(loss.parameters())
     report = loss(data.reshape(-1))
     (report["loss_objective"] + report["loss_critic"]).backward()
@@ -96,6 +92,24 @@ def test_one_step_is_the_gradient_step_of_the_loss():
     optimizer.step()
     for own, other in zip(trained.parameters(), loss.parameters(), strict=True):
         torch.testing.assert_close(own, other)
+
+
+@pytest.mark.parametrize("algorithm", ["mappo", "ippo"])
+def test_a_normalised_critic_is_fitted_to_normalised_returns(algorithm):
+    """The advantage sees real values; the loss is that of the network and normalised returns."""
+    learner, batch = learner_and_batch(f"algorithm={algorithm}", "algorithm.value_norm=running")
+    loss = learner.updater.losses["agents"]
+    loss.value_norm.update(3 + 5 * torch.randn(100, 1))
+    network, norm, data = loss.critic_network.critic, loss.value_norm, batch.copy()
+    with torch.no_grad():
+        loss.value_estimator(data)
+        predicted = network(batch.copy())["agents", "state_value"]
+    torch.testing.assert_close(data["agents", "state_value"], norm.denormalize(predicted))
+    data["agents", "value_target"] = norm.denormalize(torch.randn_like(predicted))
+    norm.update = lambda target: None  # TorchRL's losses take in every minibatch
+    target = norm.normalize(data["agents", "value_target"])
+    expected = nn.functional.smooth_l1_loss(predicted, target)
+    torch.testing.assert_close(loss(data.reshape(-1))["loss_critic"], expected)
 
 
 @pytest.mark.parametrize(("algorithm", "share"), BASELINES)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from recipe_helpers import table, tiny_config
+from torch import nn
 from torchrl.modules import PopArtValueNorm, RunningValueNorm
 
 from torchrl_happo import ActorList, train
@@ -18,6 +19,19 @@ from torchrl_happo.recipe.config import ConfigError, RecurrentModel
 from torchrl_happo.recipe.environments import make_env
 from torchrl_happo.recipe.rollout import record
 
+# Every setting of the reference implementation that is not the recipe's own default.
+REFERENCE = (
+    "model.layer_norm=true",
+    "model.state_dependent_std=false",
+    "model.initial_std=0.3655",
+    "model.max_std=0.5",
+    "algorithm.lr_schedule=linear",
+    "algorithm.adam_eps=1e-5",
+    "algorithm.loss_critic_type=l2",
+    "algorithm.critic_coeff=0.5",
+    "algorithm.clip_value=0.2",
+    "algorithm.value_norm=popart_ema",
+)
 GRU = ("model=gru", "model.hidden_size=5", "model.sequence_length=3")
 
 
@@ -39,8 +53,10 @@ def learner_of(*overrides):
         (*GRU, "algorithm=happo"),
         (*GRU, "algorithm=hatrpo", "algorithm.value_norm=popart_ema", "algorithm.popart=true"),
         ("model=lstm", "task=vmas/simple_speaker_listener", "critic.input=agent_specific"),
+        (*REFERENCE, "algorithm=happo", "algorithm.popart=true"),
+        (*REFERENCE, "algorithm=mappo", "algorithm.share_params=false"),
     ],
-    ids=["gru-happo", "gru-hatrpo-popart", "lstm-groups"],
+    ids=["gru-happo", "gru-hatrpo-popart", "lstm-groups", "reference-happo", "reference-mappo"],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, overrides):
     """Memory and value statistics are part of what a checkpoint brings back, bit for bit."""
@@ -136,6 +152,30 @@ def test_settings_of_the_clipped_surrogate():
     assert all(step.stop is None for step in learner_of().updater._agent_steps.values())
 
 
+@pytest.mark.parametrize("algorithm", ["happo", "hatrpo", "mappo", "ippo"])
+def test_the_references_settings_reach_every_algorithm(algorithm):
+    """Networks, optimisers and losses have them, and a run with them goes through."""
+    learner = learner_of(*REFERENCE, f"algorithm={algorithm}")
+    updater = learner.updater
+    if algorithm in ("happo", "hatrpo"):
+        loss, step = updater.loss, updater._critic_step
+        optimizer, scheduler = step.optimizer, step.scheduler
+    else:
+        loss = updater.losses["agents"]
+        optimizer, scheduler = updater.optimizers["agents"], updater.schedulers["agents"]
+    for network in (learner.policy, loss.critic_network):
+        assert any(isinstance(module, nn.LayerNorm) for module in network.modules())
+    assert (loss.loss_critic_type, loss.critic_coeff.item()) == ("l2", 0.5)
+    assert loss.clip_value.item() == pytest.approx(0.2)
+    assert optimizer.param_groups[0]["eps"] == 1e-5
+    rates = []
+    for _ in range(3):  # the iterations of this run
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert [rate / 3e-4 for rate in rates] == pytest.approx([1, 2 / 3, 1 / 3])
+
+
 def test_a_stored_model_comes_back_with_its_schema():
     """The kind of model is part of what a checkpoint stores."""
     config = compose_config("model=gru")
@@ -151,6 +191,8 @@ def test_a_stored_model_comes_back_with_its_schema():
         (("critic.input=own", "algorithm=ippo"), "critic.input is for happo and hatrpo"),
         (("critic.input=all",), "one of auto, observations, state, agent_specific, own."),
         (("model=gru", "model.sequence_length=7"), "must divide steps_per_batch, 100."),
+        (("model.max_std=0.5", "model.state_dependent_std=false"), "starts below it"),
+        (("model.max_std=2",), "does not depend on the observation"),
         (("algorithm.popart=true",), "set algorithm.value_norm."),
         (("algorithm.value_norm=ema",), "one of popart_ema, running."),
         (("hidden_size=4",), "near: model.hidden_size."),

@@ -107,7 +107,11 @@ def make_critic(
         input = "observations" if state_key is None else "state"
     _check_arguments(input, groups, state_key, num_cells)
     device = env.device if device is None else device
-    mlp = {"activation_class": activation_class, "layer_norm": layer_norm, "device": device}
+    mlp: dict[str, Any] = {
+        "activation_class": activation_class,
+        "layer_norm": layer_norm,
+        "device": device,
+    }
     if input in ("agent_specific", "own"):
         team = select_groups(read_groups(env, observation_key), groups)
         if input == "agent_specific" and state_key is None and "state" in _observations(env):

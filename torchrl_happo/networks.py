@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
@@ -237,7 +237,11 @@ def _make_group_actor(
         scale_mapping=scale_mapping,
         max_std=max_std,
     )
-    mlp = {"num_cells": list(num_cells), "activation_class": activation_class, "device": device}
+    mlp: dict[str, Any] = {
+        "num_cells": list(num_cells),
+        "activation_class": activation_class,
+        "device": device,
+    }
     if group.n_agents is None:
         single = LayerNormMLP if layer_norm else MLP
         net = single(in_features=group.n_inputs, out_features=parameters.n_outputs, **mlp)

@@ -179,8 +179,8 @@ class TeamReward(Transform):
         return reward[..., 0, :]
 
     def _verify_shared(self, reward: torch.Tensor) -> None:
-        if reward.is_cuda and self._verified:
-            return  # the comparison would wait for the device at every step
+        if reward.shape[-2] == 1 or (reward.is_cuda and self._verified):
+            return  # nothing to compare, or it would wait for the device at every step
         if not torch.allclose(reward, reward[..., :1, :].expand_as(reward), equal_nan=True):
             raise ValueError(
                 f"TeamReward(None) takes the reward that the agents share, but {self.in_keys} "

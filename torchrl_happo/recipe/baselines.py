@@ -25,7 +25,6 @@ from torchrl_happo.recipe.config import ConfigError
 from torchrl_happo.specs import Group, observation_shape, read_groups
 
 
-
 class SimultaneousUpdater:
     """Updates all agents of all groups at once; the interface of ``SequentialUpdater``.
 

@@ -335,6 +335,14 @@ def _validate_networks(config: TrainConfig) -> None:
         raise ConfigError(
             f"critic.input is for happo and hatrpo: leave it out with {algorithm.name}."
         )
+    if model.max_std is not None and (
+        model.state_dependent_std or model.initial_std >= model.max_std
+    ):
+        raise ConfigError(
+            f"model.max_std is {model.max_std}: it bounds a deviation that starts below it "
+            "(model.initial_std) and does not depend on the observation "
+            "(model.state_dependent_std=false)."
+        )
     length = model.sequence_length if isinstance(model, RecurrentModel) else None
     if length is not None and config.steps_per_batch % length:
         raise ConfigError(

@@ -65,7 +65,7 @@ def check_scale_mapping(name: Any) -> None:
 
 
 def check_std(max_std: Any, scale_mapping: str, state_dependent_std: bool) -> None:
-    """Refuses a bound of the standard deviation that it passes at the start, or that goes unused."""
+    """Refuses a bound of the standard deviation that goes unused, or is passed at the start."""
     check_positive(max_std=max_std)
     if max_std is None:
         return
