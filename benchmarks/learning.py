@@ -2,13 +2,17 @@
 
     python benchmarks/learning.py run vmas              # what is finished is not run again
     python benchmarks/learning.py run vmas --algorithms happo --tasks vmas/balance --seeds 0
+    python benchmarks/learning.py record mujoco         # also what unfinished runs have so far
     python benchmarks/learning.py report vmas           # table and figure from the committed CSV
 
 A run is one call of the recipe (its command is logged); its folder lies under
 ``benchmarks/runs``, which git ignores. When it has ended, its evaluations are added to
-``benchmarks/results/<suite>.csv``, which is committed. The report shows the mean of the seeds'
-final evaluations with the standard error over the seeds, and curves of the interquartile mean over
-all seeds with 95 % bootstrap confidence intervals (stratified by task: each task has its own axes).
+``benchmarks/results/<suite>.csv``, which is committed: the return of the deterministic policy and,
+over the iterations since the evaluation before, the mean return of training episodes and the mean
+seconds of collecting and of updating. The report shows the mean of the seeds' evaluations at the
+end, or at the suite's milestones, with the standard error over the seeds, and curves of the
+interquartile mean over all seeds with 95 % bootstrap confidence intervals (stratified by task: each
+task has its own axes).
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,19 +37,28 @@ logger = logging.getLogger("learning")
 
 HERE = Path(__file__).parent
 COLUMNS = ["suite", "task", "algorithm", "seed", "frames", "return", "return_stderr", "episodes"]
+TRAINING = {
+    "training_return": "return",
+    "collect_seconds": "collect_seconds",
+    "update_seconds": "update_seconds",
+}
 
 
 @dataclass(frozen=True)
 class Suite:
     """What is run, with which settings beyond the recipe's defaults.
 
-    ``tasks`` maps the name that a task has in the results to the words that select it.
+    ``tasks`` maps the name that a task has in the results to the words that select it. The table
+    shows evaluations after ``milestones`` environment steps, or the last ones, and beside them the
+    ``reference``: what its own code reached, by task, algorithm and milestone, one value a seed.
     """
 
     tasks: dict[str, list[str]]
     algorithms: dict[str, list[str]]
     overrides: list[str] = field(default_factory=list)
     seeds: tuple[int, ...] = (0, 1, 2)
+    milestones: tuple[int, ...] = ()
+    reference: dict[tuple[str, str, int], list[float]] = field(default_factory=dict)
 
 
 ALGORITHMS = {
@@ -52,7 +66,10 @@ ALGORITHMS = {
     "hatrpo": ["algorithm=hatrpo"],
     "mappo": ["algorithm=mappo", "algorithm.share_params=true"],
     "mappo-unshared": ["algorithm=mappo", "algorithm.share_params=false"],
+    "ippo": ["algorithm=ippo", "algorithm.share_params=true"],
 }
+REAL_VALUES = ["algorithm.value_norm=null"]
+CHEETAH = "mujoco/halfcheetah_2x3"
 SUITES = {
     "vmas": Suite(
         tasks={
@@ -61,6 +78,42 @@ SUITES = {
         },
         algorithms=ALGORITHMS,
         overrides=["total_frames=600000", "render=false", "progress=false"],
+    ),
+    "mujoco": Suite(
+        tasks={
+            CHEETAH: [f"task={CHEETAH}", "total_frames=2000000"],
+            "mujoco/ant_4x2": ["task=mujoco/ant_4x2", "total_frames=1000000"],
+            "mujoco/walker2d_2x3": ["task=mujoco/walker2d_2x3", "total_frames=1000000"],
+        },
+        algorithms={name: ALGORITHMS[name] for name in ("happo", "hatrpo", "mappo-unshared")},
+        overrides=["progress=false"],
+        milestones=(500_000, 1_000_000, 2_000_000),
+        # HARL on EnvPool's HalfCheetah-v4, with its tuned settings: means of 40 episodes.
+        reference={
+            (CHEETAH, "happo", 500_000): [1260, 1070, 1710],
+            (CHEETAH, "happo", 1_000_000): [2500, 2040, 2360],
+            (CHEETAH, "happo", 2_000_000): [4150, 4270],
+            (CHEETAH, "hatrpo", 500_000): [1050, 570],
+            (CHEETAH, "hatrpo", 1_000_000): [1650, 1270],
+            (CHEETAH, "mappo-unshared", 500_000): [1560],
+            (CHEETAH, "mappo-unshared", 1_000_000): [2270],
+        },
+    ),
+    "mujoco_long": Suite(
+        tasks={CHEETAH: [f"task={CHEETAH}", "total_frames=10000000"]},
+        algorithms={"happo": ALGORITHMS["happo"]},
+        overrides=["progress=false"],
+        seeds=(0,),
+        milestones=(2_000_000, 5_000_000, 10_000_000),
+    ),
+    "mpe2": Suite(
+        tasks={
+            f"pettingzoo/{name}{suffix}": [f"task=pettingzoo/{name}", *words]
+            for name in ("simple_spread", "simple_reference")
+            for suffix, words in (("", []), ("_discrete", ["task.continuous_actions=false"]))
+        },
+        algorithms={name: ALGORITHMS[name] for name in ("happo", "hatrpo", "mappo", "ippo")},
+        overrides=["progress=false"],
     ),
     "speaker_listener": Suite(
         tasks={
@@ -71,10 +124,10 @@ SUITES = {
             ],
         },
         algorithms={
-            # As for MAPPO, whose critic the recipe does not normalise.
-            "happo": [*ALGORITHMS["happo"], "algorithm.value_norm=null"],
-            "hatrpo": [*ALGORITHMS["hatrpo"], "algorithm.value_norm=null"],
-            "mappo-unshared": ALGORITHMS["mappo-unshared"],
+            # No critic is normalised, so that all three have the same one.
+            "happo": [*ALGORITHMS["happo"], *REAL_VALUES, "algorithm.popart=false"],
+            "hatrpo": [*ALGORITHMS["hatrpo"], *REAL_VALUES, "algorithm.popart=false"],
+            "mappo-unshared": [*ALGORITHMS["mappo-unshared"], *REAL_VALUES],
         },
         overrides=["total_frames=600000", "render=false", "progress=false"],
     ),
@@ -91,11 +144,11 @@ def command(suite: Suite, task: str, algorithm: str, seed: int, folder: Path) ->
     ]
 
 
-def run(name: str, tasks: list[str], algorithms: list[str], seeds: list[int]) -> None:
+def run(name: str, tasks: list[str], algorithms: list[str], seeds: list[int], runs: Path) -> None:
     """Runs what is not in the suite's results yet, one after the other."""
     suite = SUITES[name]
     for seed, task, algorithm in itertools.product(seeds, tasks, algorithms):
-        folder = HERE / "runs" / task / algorithm / f"seed_{seed}"
+        folder = runs / task / algorithm / f"seed_{seed}"
         if _is_recorded(name, task, algorithm, seed):
             continue
         line = command(suite, task, algorithm, seed, folder)
@@ -105,18 +158,33 @@ def run(name: str, tasks: list[str], algorithms: list[str], seeds: list[int]) ->
         record(name, task, algorithm, seed, folder)
 
 
+def record_all(name: str, runs: Path) -> None:
+    """Puts what all runs of a suite have so far into its results."""
+    suite = SUITES[name]
+    for task, algorithm, seed in itertools.product(suite.tasks, suite.algorithms, suite.seeds):
+        folder = runs / task / algorithm / f"seed_{seed}"
+        if (folder / "evaluation.csv").exists():
+            record(name, task, algorithm, seed, folder)
+
+
 def record(name: str, task: str, algorithm: str, seed: int, folder: Path) -> None:
-    """Adds the evaluations of a finished run to the suite's results."""
+    """Puts the evaluations of a run into the suite's results, in place of earlier ones."""
     path = HERE / "results" / f"{name}.csv"
-    rows = _read(path)
-    with (folder / "evaluation.csv").open() as file:
-        for row in csv.DictReader(file):
-            known = {"suite": name, "task": task, "algorithm": algorithm, "seed": seed}
-            rows.append({**{column: row.get(column, "") for column in COLUMNS}, **known})
+    known = {"suite": name, "task": task, "algorithm": algorithm, "seed": str(seed)}
+    rows = [row for row in _read(path) if any(row[k] != v for k, v in known.items())]
+    training = _read(folder / "metrics.csv")
+    before = 0.0
+    for row in _read(folder / "evaluation.csv"):
+        after = float(row["frames"])
+        since = [r for r in training if before < float(r["frames"]) <= after]
+        means = {column: _mean(since, source) for column, source in TRAINING.items()}
+        rows.append({**{column: row.get(column, "") for column in COLUMNS}, **means, **known})
+        before = after
     rows.sort(key=lambda r: (r["task"], r["algorithm"], int(r["seed"]), int(r["frames"])))
     path.parent.mkdir(exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        columns = [*COLUMNS, *TRAINING] if any("training_return" in r for r in rows) else COLUMNS
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
@@ -126,6 +194,12 @@ def _read(path: Path) -> list[dict]:
         return []
     with path.open() as file:
         return list(csv.DictReader(file))
+
+
+def _mean(rows: list[dict], column: str) -> str:
+    """Of what is there; training returns are only where an episode has ended."""
+    values = [float(row[column]) for row in rows if row[column] not in ("", "nan")]
+    return f"{np.mean(values):.5g}" if values else ""
 
 
 def _is_recorded(name: str, task: str, algorithm: str, seed: int) -> bool:
@@ -153,26 +227,40 @@ def _curves(name: str) -> Curves:
 
 
 def table(name: str) -> str:
-    """Final evaluations as a Markdown table: mean of the seeds, its standard error, each seed."""
-    curves = _curves(name)
-    algorithms = [a for a in SUITES[name].algorithms if any(a in c for c in curves.values())]
+    """Evaluations as a Markdown table: mean of the seeds, its standard error, each seed."""
+    suite, curves = SUITES[name], _curves(name)
+    algorithms = [a for a in suite.algorithms if any(a in c for c in curves.values())]
     lines = ["| task | " + " | ".join(algorithms) + " |", "|---" * (len(algorithms) + 1) + "|"]
-    for task in SUITES[name].tasks:
-        cells = []
-        for algorithm in algorithms:
-            seeds = curves.get(task, {}).get(algorithm, {})
-            finals = np.array([rows[-1, 1] for rows in seeds.values()])
-            if not len(finals):
-                cells.append("-")
-                continue
-            if len(finals) > 1:
-                error = finals.std(ddof=1) / np.sqrt(len(finals))
-            else:
-                error = next(iter(seeds.values()))[-1, 2]
-            each = ", ".join(f"{value:.3g}" for value in finals)
-            cells.append(f"{finals.mean():.3g} ± {error:.2g} ({each})")
-        lines.append(f"| {task} | " + " | ".join(cells) + " |")
+    for task, frames in itertools.product(suite.tasks, suite.milestones or (None,)):
+        cells = [_cell(curves.get(task, {}).get(a, {}), frames) for a in algorithms]
+        when = "" if frames is None else f", {frames / 1e6:g}M"
+        if set(cells) != {"-"}:
+            lines.append(f"| {task}{when} | " + " | ".join(cells) + " |")
+        theirs = [suite.reference.get((task, a, frames), []) for a in algorithms]
+        if any(theirs):
+            cells = [f"{np.mean(v):.4g} ({_listed(v)})" if v else "-" for v in theirs]
+            lines.append(f"| *reference implementation{when}* | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _cell(seeds: dict[int, np.ndarray], frames: int | None) -> str:
+    """The seeds' evaluations after ``frames`` steps, or their last ones."""
+    rows = [seed[-1:] if frames is None else seed[seed[:, 0] == frames] for seed in seeds.values()]
+    there = np.array([row[0] for row in rows if len(row)])
+    if not len(there):
+        return "-"
+    values = there[:, 1]
+    error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else there[0, 2]
+    return f"{_short(values.mean())} ± {error:.2g} ({_listed(values)})"
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ", ".join(map(_short, values))
+
+
+def _short(value: float) -> str:
+    """Three digits, or all of those before the point."""
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def figure(name: str) -> Path:
@@ -231,11 +319,12 @@ def main() -> None:
     """The command line."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Raw)
-    parser.add_argument("action", choices=["run", "report"])
+    parser.add_argument("action", choices=["run", "record", "report"])
     parser.add_argument("suite", choices=list(SUITES))
     parser.add_argument("--tasks", nargs="+")
     parser.add_argument("--algorithms", nargs="+")
     parser.add_argument("--seeds", nargs="+", type=int)
+    parser.add_argument("--runs", type=Path, default=HERE / "runs", help="where the runs lie")
     args = parser.parse_args()
     suite = SUITES[args.suite]
     if args.action == "run":
@@ -244,7 +333,10 @@ def main() -> None:
             args.tasks or list(suite.tasks),
             args.algorithms or list(suite.algorithms),
             args.seeds or list(suite.seeds),
+            args.runs,
         )
+    elif args.action == "record":
+        record_all(args.suite, args.runs)
     logger.info("%s\n\n%s", table(args.suite), figure(args.suite))
 
 
