@@ -9,9 +9,10 @@ import pytest
 import torch
 from recipe_helpers import table, tiny_config
 from torch import nn
-from torchrl.modules import PopArtValueNorm, RunningValueNorm
+from torchrl.modules import LSTMModule, PopArtValueNorm, RunningValueNorm
 
 from torchrl_happo import ActorList, train
+from torchrl_happo.memory import has_memory
 from torchrl_happo.recipe import checkpoint
 from torchrl_happo.recipe.algorithms import make_learner
 from torchrl_happo.recipe.compose import compose_config, from_dict, to_dict
@@ -33,6 +34,7 @@ REFERENCE = (
     "algorithm.value_norm=popart_ema",
 )
 GRU = ("model=gru", "model.hidden_size=5", "model.sequence_length=3")
+CRITIC = ("critic.model=lstm", "critic.hidden_size=4")
 
 
 @pytest.fixture(autouse=True)
@@ -53,10 +55,15 @@ def learner_of(*overrides):
         (*GRU, "algorithm=happo"),
         (*GRU, "algorithm=hatrpo", "algorithm.value_norm=popart_ema", "algorithm.popart=true"),
         ("model=lstm", "task=vmas/simple_speaker_listener", "critic.input=agent_specific"),
+        (*CRITIC, "algorithm=happo"),
+        (*GRU, *CRITIC, "algorithm=hatrpo", "critic.input=own"),
         (*REFERENCE, "algorithm=happo", "algorithm.popart=true"),
         (*REFERENCE, "algorithm=mappo", "algorithm.share_params=false"),
     ],
-    ids=["gru-happo", "gru-hatrpo-popart", "lstm-groups", "reference-happo", "reference-mappo"],
+    ids=[
+        *("gru-happo", "gru-hatrpo-popart", "lstm-groups", "critic", "gru-critics-hatrpo"),
+        *("reference-happo", "reference-mappo"),
+    ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, overrides):
     """Memory and value statistics are part of what a checkpoint brings back, bit for bit."""
@@ -74,7 +81,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, overrides):
 @pytest.mark.slow
 def test_memory_in_worker_processes(tmp_path):
     """Workers keep the hidden states of their own environments."""
-    config = tiny_config(*GRU, "collector=multi")
+    config = tiny_config(*GRU, *CRITIC, "collector=multi")
     assert len(table(train.run(config, tmp_path) / "metrics.csv")) == 3
 
 
@@ -121,6 +128,17 @@ def test_what_the_critic_sees(tmp_path, sees, shape):
     critic = make_learner(config, env).updater.loss.critic_network
     assert critic(env.reset())["state_value"].shape == shape
     train.run(config, tmp_path)
+
+
+@pytest.mark.parametrize("sees", ["observations", "agent_specific", "own"])
+def test_the_critics_memory(sees):
+    """Its kind and size, whatever the policies'; the policy rolls it out with the actors."""
+    learner = learner_of(*CRITIC, f"critic.input={sees}")
+    (*_, memory) = [m for m in learner.updater.loss.critic_network.modules() if has_memory(m)]
+    assert isinstance(memory, LSTMModule)
+    assert memory.lstm.hidden_size == 4
+    assert has_memory(learner.policy)
+    assert not has_memory(learner_of().policy)
 
 
 def test_a_state_that_is_not_there_is_refused():
@@ -189,13 +207,15 @@ def test_a_stored_model_comes_back_with_its_schema():
         (("model=transformer",), "There is no model 'transformer'; known: gru, lstm, mlp."),
         (("model=gru", "algorithm=mappo"), "model=gru is for happo and hatrpo"),
         (("critic.input=own", "algorithm=ippo"), "critic.input is for happo and hatrpo"),
+        (("critic.model=gru", "algorithm=mappo"), "critic.model is for happo and hatrpo"),
+        (("critic.model=rnn",), "one of mlp, gru, lstm."),
         (("critic.input=all",), "one of auto, observations, state, agent_specific, own."),
         (("model=gru", "model.sequence_length=7"), "must divide steps_per_batch, 100."),
         (("model.max_std=0.5", "model.state_dependent_std=false"), "starts below it"),
         (("model.max_std=2",), "does not depend on the observation"),
         (("algorithm.popart=true",), "set algorithm.value_norm."),
         (("algorithm.value_norm=ema",), "one of popart_ema, running."),
-        (("hidden_size=4",), "near: model.hidden_size."),
+        (("hidden_size=4",), "near: critic.hidden_size, model.hidden_size."),
     ],
 )
 def test_mistakes_get_one_sentence(overrides, words):

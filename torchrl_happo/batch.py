@@ -12,9 +12,10 @@ from torch import Tensor
 from torchrl_happo.agents import Agent
 from torchrl_happo.learners import Learners
 from torchrl_happo.masks import fill_masked, step_mask, value_mask
+from torchrl_happo.memory import has_memory, write_states
 from torchrl_happo.objectives.common import ADVANTAGE, VALID, SequentialLossMixin
 from torchrl_happo.objectives.functional import moments, standardize
-from torchrl_happo.validation.entries import entries_read
+from torchrl_happo.validation.entries import entries_read, has, next_key
 from torchrl_happo.validation.values import explained
 
 __all__ = ["TeamBatch"]
@@ -33,7 +34,8 @@ class TeamBatch:
 
     Keyword Args:
         standardize_advantage (bool): whether to standardise the advantage.
-        sequence_length (int, optional): steps in a chunk. ``None``: single steps.
+        sequence_length (int, optional): steps in a chunk. ``None``: the whole length of the batch
+            where a network is recurrent (an actor, or the critic), otherwise single steps.
         learners (Learners, optional): over whose entries statistics are taken. Defaults to
             ``None``: this batch's alone.
 
@@ -54,26 +56,30 @@ class TeamBatch:
         self.learners = Learners() if learners is None else learners
         self.batch = fill_masked(loss, batch, entries_read(loss, batch))
         self.standardize_advantage = standardize_advantage
-        self.sequence_length = sequence_length
+        critic, length = loss.critic_network, batch.shape[-1]
+        self.sequence_length = self.critic_sequence_length = sequence_length
+        if sequence_length is None and any(has_memory(agent.actor) for agent in loss.agents):
+            self.sequence_length = length
+        if sequence_length is None and has_memory(critic):
+            self.critic_sequence_length = length
         if sequence_length is not None and batch.batch_size[-1] % sequence_length:
             raise ValueError(
                 f"sequence_length={sequence_length} does not divide the {batch.batch_size[-1]} "
                 "steps of the batch; choose a divisor of frames_per_batch / num_envs."
             )
-        if loss.tensor_keys.advantage not in batch.keys(include_nested=True):
-            reads = [*loss.critic_network.in_keys, ("next", loss.tensor_keys.reward)]
-            with torch.no_grad(), explained("The critic", batch, reads):
+        has_advantage = has(batch, loss.tensor_keys.advantage)
+        reads = [] if critic is None else [*critic.in_keys, next_key(loss.tensor_keys.reward)]
+        with torch.no_grad(), explained("The critic", batch, reads):
+            if has_memory(critic):
+                write_states(critic, self.batch)
+            if not has_advantage:
+                # The policy may have rolled the critic out; its values are of no use here.
+                self.batch = self.batch.exclude(loss.tensor_keys.value)
                 loss.value_estimator(self.batch)
         self._active = loss.active(self.batch)
         self._valid = step_mask(loss, self.batch)
         #: Log of the product of the ratios of the agents updated so far, at each item.
         self.log_factor = self._as_items(torch.zeros_like(self._advantage_column()))
-
-    def _items(self, data: TensorDictBase) -> TensorDictBase:
-        """Lays the batch out as items along the first dimension."""
-        if self.sequence_length is None:
-            return data.reshape(-1)
-        return data.reshape(-1, self.sequence_length)
 
     def _advantage_column(self) -> Tensor:
         """One number per step, of the advantage's type and device."""
@@ -142,7 +148,7 @@ class TeamBatch:
             times the advantage. Single steps at which the agent was not valid are left out; in
             chunks and blocks they stay and ``VALID`` marks the others.
         """
-        data = self._items(agent.view(self.batch, self.loss.agent_keys(agent)))
+        data = _items(agent.view(self.batch, self.loss.agent_keys(agent)), self.sequence_length)
         advantage = self._as_items(self.advantage(agent))
         factor = self.log_factor.exp()
         if advantage.ndim > factor.ndim:
@@ -198,7 +204,8 @@ class TeamBatch:
         names += [agent.group and (agent.group, keys.active) for agent in self.loss.agents]
         names += self.loss._loss_mask_keys()
         names = [unravel_key(name) for name in names if name is not None]
-        return self._items(self.batch.select(*names, strict=False)).contiguous()
+        data = self.batch.select(*names, strict=False)
+        return _items(data, self.critic_sequence_length).contiguous()
 
     def valid_returns(self) -> Tensor:
         """The returns of all learners that count, ``[num_returns, 1]``."""
@@ -217,3 +224,8 @@ class TeamBatch:
         _, residual = moments(target - value, valid, average=self.learners.mean)
         _, variance = moments(target, valid, average=self.learners.mean)
         return 1 - residual / variance.clamp_min(torch.finfo(variance.dtype).eps)
+
+
+def _items(data: TensorDictBase, sequence_length: int | None) -> TensorDictBase:
+    """Lays data out as items along the first dimension."""
+    return data.reshape(-1) if sequence_length is None else data.reshape(-1, sequence_length)

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from tensordict import NestedKey
-from tensordict.nn import TensorDictModule
-from torch import Tensor, nn
+from tensordict.nn import TensorDictModule, TensorDictSequential
+from torch import nn
 from torchrl.envs import EnvBase
-from torchrl.modules import MLP, MultiAgentMLP
 
+from torchrl_happo.critic_networks import (
+    AgentFeatures,
+    AgentValues,
+    CentralizedMLP,
+    PerAgentMLP,
+    team_inputs,
+)
 from torchrl_happo.initialization import init_orthogonal
-from torchrl_happo.layer_norm import LayerNormMLP, MultiAgentLayerNormMLP
-from torchrl_happo.specs import Group, observation_shape, read_groups, select_groups
+from torchrl_happo.recurrent import CELLS, add_memory
+from torchrl_happo.specs import observation_shape, read_groups, select_groups
+from torchrl_happo.validation.arguments import check_counts
 from torchrl_happo.validation.builders import check_builder, check_groups
 
-__all__ = ["CRITIC_INPUTS", "CentralizedMLP", "PerAgentMLP", "make_critic"]
+__all__ = ["CRITIC_INPUTS", "CentralizedMLP", "make_critic"]
 
 #: What a critic may see.
 CRITIC_INPUTS = ("observations", "state", "agent_specific", "own")
@@ -37,8 +45,10 @@ def make_critic(
     output_gain: float = 1.0,
     observation_key: str = "observation",
     out_key: NestedKey = "state_value",
+    recurrent: str | None = None,
+    hidden_size: int = 128,
     device: torch.device | str | None = None,
-) -> TensorDictModule:
+) -> TensorDictModule | TensorDictSequential:
     r"""Builds the critic of a team.
 
     ====================  =====================================================  ================
@@ -76,6 +86,9 @@ def make_critic(
         observation_key (str): name of the observation in the groups.
             Defaults to ``"observation"``.
         out_key (NestedKey): where the value is written. Defaults to ``"state_value"``.
+        recurrent (str, optional): memory behind the hidden layers, ``"gru"`` or ``"lstm"``; one
+            for each agent, where agents have a value each. Defaults to ``None``: no memory.
+        hidden_size (int): size of the memory. Defaults to ``128``.
         device (torch.device or str, optional): device of the parameters. Defaults to the
             environment's.
 
@@ -87,6 +100,21 @@ def make_critic(
         ValueError: if the observations are not vectors of the default dtype, the agents of a
             group have unlike ones, or the arguments contradict each other.
 
+    .. note::
+        A critic with memory is not asked while data is collected. At the beginning of an update
+        it is run over the batch, step by step, with the parameters it then has: from zero at the
+        first step and wherever ``"is_init"`` says that an episode begins. What it puts out at a
+        step is the value, and what it would put out at the *true* next observation, with the
+        memory of all before, the next value, also at the end of an episode. The fit then goes
+        over sequences (of ``sequence_length`` steps, or the whole length of the batch), each
+        from the state which that run has left at its first step.
+
+        Environments need :class:`~torchrl.envs.InitTracker`. An episode that goes on from one
+        batch to the next begins the second with zero memory, unless the collector rolls out
+        ``joint_policy(actors, critic)`` in an environment with the
+        :func:`~torchrl_happo.networks.memory_transforms` of that policy: its states are then in
+        the data, and the run begins with the one at the first step.
+
     Example:
         >>> from torchrl.envs import VmasEnv
         >>> env = VmasEnv("simple_speaker_listener", num_envs=4)
@@ -94,6 +122,8 @@ def make_critic(
         torch.Size([4, 1])
         >>> make_critic(env, input="agent_specific")(env.reset())["state_value"].shape
         torch.Size([4, 2, 1])
+        >>> make_critic(env, recurrent="gru").in_keys[-2:]
+        ['critic_recurrent_state', 'is_init']
     """
     check_builder(
         env,
@@ -106,12 +136,25 @@ def make_critic(
     if input is None:
         input = "observations" if state_key is None else "state"
     _check_arguments(input, groups, state_key, num_cells)
+    _check_memory(recurrent, share_params, num_cells)
+    check_counts(hidden_size=hidden_size)
     device = env.device if device is None else device
     mlp: dict[str, Any] = {
         "activation_class": activation_class,
         "layer_norm": layer_norm,
         "device": device,
     }
+    memory: Any = None
+    if recurrent is not None:
+        memory = partial(
+            add_memory,
+            n_features=num_cells[-1],
+            cell=recurrent,
+            hidden_size=hidden_size,
+            activation_class=activation_class,
+            out_key=out_key,
+            device=device,
+        )
     if input in ("agent_specific", "own"):
         team = select_groups(read_groups(env, observation_key), groups)
         if input == "agent_specific" and state_key is None and "state" in _observations(env):
@@ -121,7 +164,7 @@ def make_critic(
         if input == "agent_specific" and state_key is not None:
             in_keys.append(state_key)
             state_shape = observation_shape(env, state_key)
-        per_agent = PerAgentMLP(
+        features = AgentFeatures(
             team,
             sees_team=input == "agent_specific",
             state_shape=state_shape,
@@ -129,8 +172,17 @@ def make_critic(
             share_params=share_params,
             **mlp,
         )
-        per_agent.init_orthogonal(activation_class, output_gain)
-        return TensorDictModule(per_agent, in_keys=in_keys, out_keys=[out_key])
+        values = AgentValues(
+            num_cells[-1] if recurrent is None else hidden_size,
+            sum(group.n_agents or 1 for group in team),
+            output_gain=output_gain,
+            activation_class=activation_class,
+            share_params=share_params,
+            device=device,
+        )
+        if memory is not None:
+            return memory(features, values, in_keys=in_keys, n_agents=values.n_agents)
+        return TensorDictModule(PerAgentMLP(features, values), in_keys=in_keys, out_keys=[out_key])
     if input == "state":
         state_key = "state" if state_key is None else state_key
         shape = observation_shape(env, state_key)
@@ -139,12 +191,42 @@ def make_critic(
         team = select_groups(read_groups(env, observation_key), groups)
         in_keys = [group.observation for group in team]
         event_dims = [1 if group.n_agents is None else 2 for group in team]
-        in_features = _team_inputs(team)
-    critic = CentralizedMLP(
-        event_dims, in_features=in_features, out_features=1, num_cells=list(num_cells), **mlp
+        in_features = team_inputs(team)
+    if memory is None:
+        net = CentralizedMLP(
+            event_dims, in_features=in_features, out_features=1, num_cells=list(num_cells), **mlp
+        )
+        init_orthogonal(net.mlp, activation_class, output_gain)
+        return TensorDictModule(net, in_keys=in_keys, out_keys=[out_key])
+    trunk = CentralizedMLP(
+        event_dims,
+        in_features=in_features,
+        out_features=num_cells[-1],
+        num_cells=list(num_cells[:-1]),
+        activate_last_layer=True,
+        **mlp,
     )
-    init_orthogonal(critic.mlp, activation_class, output_gain)
-    return TensorDictModule(critic, in_keys=in_keys, out_keys=[out_key])
+    value = nn.Linear(hidden_size, 1, device=device)
+    init_orthogonal(trunk.mlp, activation_class)
+    init_orthogonal(value, activation_class, output_gain)
+    return memory(trunk, value, in_keys=in_keys)
+
+
+def _check_memory(recurrent: str | None, share_params: bool, num_cells: Sequence[int]) -> None:
+    if recurrent is None:
+        return
+    if recurrent not in CELLS:
+        raise ValueError(f"recurrent must be one of {', '.join(CELLS)} or None, got {recurrent!r}.")
+    if share_params:
+        raise ValueError(
+            f"make_critic got recurrent={recurrent!r} and share_params=True, but agents with "
+            "memory have a network each; leave share_params out."
+        )
+    if not num_cells:
+        raise ValueError(
+            f"make_critic got recurrent={recurrent!r} without num_cells, but a memory needs at "
+            "least one hidden layer before it; pass its width."
+        )
 
 
 def _check_arguments(
@@ -175,137 +257,3 @@ def _check_arguments(
 
 def _observations(env: EnvBase) -> list[NestedKey]:
     return list(env.full_observation_spec.keys(True, True))
-
-
-def _team_inputs(team: Sequence[Group]) -> int:
-    """Size of the concatenated observations of all agents."""
-    return sum(group.n_inputs * (group.n_agents or 1) for group in team)
-
-
-class CentralizedMLP(nn.Module):
-    """An MLP over several inputs, flattened and concatenated.
-
-    Args:
-        event_dims (sequence of int): for each input its number of dimensions after those of the
-            batch: 1 for a vector ``[*B, d]``, 2 for a group's observations ``[*B, n, d]``.
-
-    Keyword Args:
-        layer_norm (bool): whether the input and the output of each hidden layer are normalised.
-            Defaults to ``False``.
-        **kwargs: arguments of :class:`~torchrl.modules.MLP`.
-
-    Example:
-        >>> net = CentralizedMLP([2, 1], in_features=3 * 4 + 5, out_features=1, num_cells=[8])
-        >>> net(torch.zeros(7, 3, 4), torch.zeros(7, 5)).shape
-        torch.Size([7, 1])
-    """
-
-    def __init__(
-        self, event_dims: Sequence[int], *, layer_norm: bool = False, **kwargs: Any
-    ) -> None:
-        super().__init__()
-        self.event_dims = tuple(event_dims)
-        self.mlp = LayerNormMLP(**kwargs) if layer_norm else MLP(**kwargs)
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """The output for a batch of inputs.
-
-        Args:
-            *inputs (torch.Tensor): one tensor for each of ``event_dims``.
-
-        Returns:
-            a tensor ``[*B, out_features]``.
-        """
-        events = zip(inputs, self.event_dims, strict=True)
-        return self.mlp(torch.cat([tensor.flatten(-dims) for tensor, dims in events], dim=-1))
-
-
-class PerAgentMLP(nn.Module):
-    """A value for each agent of a team, whose groups may observe unlike things.
-
-    Each group has hidden layers of its own and all agents one last layer, stacked, so that
-    whoever rescales a critic's last layer (PopArt) finds it in one place.
-
-    Args:
-        team (sequence of Group): the groups.
-
-    Keyword Args:
-        sees_team (bool): whether an agent's view is its observation and the state, or its
-            observation alone.
-        state_shape (sequence of int): of the environment's own state. Empty: the state is the
-            concatenation of all observations.
-        num_cells (sequence of int): widths of the hidden layers, at least one.
-        share_params (bool): whether agents share the network. Defaults to ``False``.
-        layer_norm (bool): whether inputs and the output of each hidden layer are normalised.
-            Defaults to ``False``.
-        **kwargs: arguments of :class:`~torchrl.modules.MultiAgentMLP`.
-    """
-
-    def __init__(
-        self,
-        team: Sequence[Group],
-        *,
-        sees_team: bool,
-        state_shape: Sequence[int] = (),
-        num_cells: Sequence[int],
-        share_params: bool = False,
-        layer_norm: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__()
-        self.has_agent_dim = [group.n_agents is not None for group in team]
-        self.sees_team = sees_team
-        self.state_dims = len(state_shape)
-        n_state = math.prod(state_shape) if state_shape else _team_inputs(team)
-        shared = {"centralized": False, "share_params": share_params, **kwargs}
-        trunk_class = MultiAgentLayerNormMLP if layer_norm else MultiAgentMLP
-        self.trunks = nn.ModuleList(
-            trunk_class(
-                n_agent_inputs=group.n_inputs + (n_state if sees_team else 0),
-                n_agent_outputs=num_cells[-1],
-                n_agents=group.n_agents or 1,
-                num_cells=list(num_cells[:-1]),
-                activate_last_layer=True,
-                **shared,
-            )
-            for group in team
-        )
-        self.head = MultiAgentMLP(
-            n_agent_inputs=num_cells[-1],
-            n_agent_outputs=1,
-            n_agents=sum(group.n_agents or 1 for group in team),
-            num_cells=[],
-            **shared,
-        )
-
-    def init_orthogonal(self, activation_class: type[nn.Module], output_gain: float) -> None:
-        """Initialises all layers; see :func:`~torchrl_happo.initialization.init_orthogonal`."""
-        for trunk in self.trunks:
-            init_orthogonal(trunk, activation_class)
-        init_orthogonal(self.head, activation_class, output_gain)
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """The agents' values.
-
-        Args:
-            *inputs (torch.Tensor): the observations of each group, ``[*B, n, d]`` or ``[*B, d]``,
-                then the environment's state, if it is seen.
-
-        Returns:
-            a tensor ``[*B, n_total, 1]``, the agents in the order of the groups.
-        """
-        views = [
-            tensor if has_agent_dim else tensor.unsqueeze(-2)
-            for tensor, has_agent_dim in zip(inputs, self.has_agent_dim, strict=False)
-        ]
-        if self.sees_team:
-            if self.state_dims:
-                state = inputs[-1].flatten(-self.state_dims)
-            else:
-                state = torch.cat([view.flatten(-2) for view in views], -1)
-            views = [
-                torch.cat([view, state.unsqueeze(-2).expand(*view.shape[:-1], -1)], -1)
-                for view in views
-            ]
-        features = [trunk(view) for trunk, view in zip(self.trunks, views, strict=True)]
-        return self.head(torch.cat(features, -2))

@@ -26,6 +26,7 @@ from torchrl_happo.specs import ActionHead, Group, read_action_head, read_groups
 from torchrl_happo.validation.arguments import check_counts
 from torchrl_happo.validation.builders import (
     check_builder,
+    check_critic,
     check_policies,
     check_scale_mapping,
     check_std,
@@ -178,11 +179,14 @@ def make_actor(
 
 def joint_policy(
     actors: TensorDictModuleBase | Mapping[str, TensorDictModuleBase],
+    critic: TensorDictModuleBase | None = None,
 ) -> TensorDictModuleBase:
     """The one policy that a collector rolls out, from the actors of all groups.
 
     Args:
         actors (TensorDictModule or mapping of str to it): what :func:`make_actor` returns.
+        critic (TensorDictModule, optional): a critic with memory, whose state is to go on from
+            one batch to the next; see :func:`make_critic`. Defaults to ``None``.
 
     Returns:
         the actor itself if it is the only one; otherwise a module that calls one after the other
@@ -198,11 +202,15 @@ def joint_policy(
         (torch.Size([4, 5, 3, 2]), torch.Size([4, 5, 1, 2]))
     """
     check_policies(actors if isinstance(actors, Mapping) else {None: actors})
-    if not isinstance(actors, Mapping):
-        return actors
-    if not actors:
+    policies = list(actors.values()) if isinstance(actors, Mapping) else [actors]
+    if not policies:
         raise ValueError("joint_policy got no actors; pass the actor of each group.")
-    return TensorDictSequential(*actors.values())
+    if critic is not None:
+        check_critic(critic)
+        policies.append(critic)
+    if len(policies) == 1 and not isinstance(actors, Mapping):
+        return policies[0]
+    return TensorDictSequential(*policies)
 
 
 def _check_recurrent(recurrent: str, share_params: bool) -> None:

@@ -1,6 +1,6 @@
-"""Policies with memory: recurrent actors, and what keeps their state in the environment.
+"""Networks with memory: recurrent actors and critics, and what keeps their state.
 
-The hidden state travels through the data like an observation: the actor reads it under its key and
+The hidden state travels through the data like an observation: a network reads it under its key and
 writes the new one under ``"next"``. An environment must hand it over from step to step and set it
 to zero at resets; :func:`memory_transforms` makes it do so.
 """
@@ -12,8 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from tensordict import NestedKey
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
-from tensordict.utils import unravel_key
-from torch import nn
+from torch import Tensor, nn
 from torchrl.data import Composite, Unbounded
 from torchrl.envs import InitTracker, TensorDictPrimer, Transform
 from torchrl.modules import MLP, GRUModule, LSTMModule, ProbabilisticActor
@@ -22,9 +21,10 @@ from torchrl_happo.actor_list import ActorList
 from torchrl_happo.heads import ParameterHead
 from torchrl_happo.initialization import init_orthogonal
 from torchrl_happo.layer_norm import LayerNormMLP
+from torchrl_happo.memory import state_specs
 from torchrl_happo.specs import ActionHead, Group
 
-__all__ = ["CELLS", "make_recurrent_actor", "memory_transforms"]
+__all__ = ["CELLS", "add_memory", "make_recurrent_actor", "memory_transforms"]
 
 #: Kinds of memory and the entries of their state.
 CELLS: dict[str, tuple[type[TensorDictModuleBase], tuple[str, ...]]] = {
@@ -36,7 +36,7 @@ CELLS: dict[str, tuple[type[TensorDictModuleBase], tuple[str, ...]]] = {
 def memory_transforms(
     actors: TensorDictModuleBase | Mapping[str, TensorDictModuleBase],
 ) -> list[Transform]:
-    """The transforms that an environment needs to keep the hidden states of recurrent actors.
+    """The transforms that an environment needs to keep the hidden states of a policy.
 
     TorchRL's own :func:`~torchrl.modules.utils.get_primers_from_module` does this for one policy;
     here the state of a group has an agent dimension, with a row for each actor of an
@@ -45,7 +45,8 @@ def memory_transforms(
     Args:
         actors (TensorDictModule or mapping of str to it): what :func:`~torchrl_happo.make_actor`
             or :func:`~torchrl_happo.joint_policy` returns, or actors of your own with
-            :class:`~torchrl.modules.GRUModule` or :class:`~torchrl.modules.LSTMModule`.
+            :class:`~torchrl.modules.GRUModule` or :class:`~torchrl.modules.LSTMModule`. A critic
+            with memory is part of the joint policy.
 
     Returns:
         :class:`~torchrl.envs.InitTracker` and :class:`~torchrl.envs.TensorDictPrimer`; nothing for
@@ -70,9 +71,9 @@ def memory_transforms(
     groups: dict[str, Composite] = {}
     for actor in actors.values() if isinstance(actors, Mapping) else _parts(actors):
         if not isinstance(actor, ActorList):
-            states.update(_states(actor))
+            states.update(state_specs(actor))
             continue
-        rows = [_states(single) for single in actor.actors]
+        rows = [state_specs(single) for single in actor.actors]
         if any(row != rows[0] for row in rows):
             raise ValueError(
                 f"The agents of group {actor.group!r} have memories of unlike keys or sizes, but "
@@ -95,17 +96,6 @@ def _parts(policy: TensorDictModuleBase) -> list[TensorDictModuleBase]:
     if type(policy) is TensorDictSequential:
         return [part for module in policy.module for part in _parts(module)]
     return [policy]
-
-
-def _states(actor: TensorDictModuleBase) -> dict[NestedKey, Unbounded]:
-    """The states that an actor reads, without the batch and the agent dimension."""
-    states: dict[NestedKey, Unbounded] = {}
-    for module in actor.modules() if isinstance(actor, nn.Module) else ():  # or any callable
-        if isinstance(module, (GRUModule, LSTMModule)):
-            primers = module.make_tensordict_primer().primers
-            keys = primers.keys(True, True)
-            states.update({unravel_key(key): primers[key] for key in keys})
-    return states
 
 
 def _stacked(spec: Unbounded, n_agents: int) -> Unbounded:
@@ -179,6 +169,83 @@ def make_recurrent_actor(
         }
         actors.append(parameters.actor(TensorDictSequential(*layers), own, device))
     return actors[0] if group.n_agents is None else ActorList(actors)
+
+
+def add_memory(
+    features: nn.Module,
+    value: nn.Module,
+    *,
+    in_keys: Sequence[NestedKey],
+    n_features: int,
+    n_agents: int | None = None,
+    cell: str,
+    hidden_size: int,
+    activation_class: type[nn.Module],
+    out_key: NestedKey,
+    device: torch.device | str | None,
+) -> TensorDictSequential:
+    """A critic with memory between its hidden layers and its last one.
+
+    Args:
+        features (nn.Module): from the observations to ``[*B, n_features]``, or to
+            ``[*B, n_agents, n_features]``.
+        value (nn.Module): from ``[*B, hidden_size]``, or ``[*B, n_agents, hidden_size]``, to the
+            value.
+
+    Keyword Args:
+        in_keys (sequence of NestedKey): the observations.
+        n_features (int): input of a memory.
+        n_agents (int, optional): how many agents have a memory each. Defaults to ``None``: there
+            is one memory.
+        cell (str): its kind, one of :data:`CELLS`.
+        hidden_size (int): its size.
+        activation_class (type of nn.Module): of the hidden layers.
+        out_key (NestedKey): where the value is written.
+        device (torch.device or str, optional): of the parameters.
+    """
+    rows = [""]
+    if n_agents is not None:
+        rows = [f"_{index}" for index in range(n_agents)]
+        features, value = _Rows(features), _Stack(value)
+    module_class, states = CELLS[cell]
+    # Names that begin with an underscore do not go into the batch.
+    embeddings: list[NestedKey] = [f"_critic_embedding{row}" for row in rows]
+    outputs: list[NestedKey] = [f"_critic_memory{row}" for row in rows]
+    layers: list[TensorDictModuleBase] = [TensorDictModule(features, in_keys, embeddings)]
+    for row, embedding, output in zip(rows, embeddings, outputs, strict=True):
+        own: list[NestedKey] = [f"critic_{state}{row}" for state in states]
+        memory = module_class(
+            input_size=n_features,
+            hidden_size=hidden_size,
+            in_keys=[embedding, *own],
+            out_keys=[output, *map(_next, own)],
+            device=device,
+        )
+        init_orthogonal(memory, activation_class)
+        layers.append(memory)
+    return TensorDictSequential(*layers, TensorDictModule(value, outputs, [out_key]))
+
+
+class _Rows(nn.Module):
+    """A network, its output apart for each agent."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return self.net(*inputs).unbind(-2)
+
+
+class _Stack(nn.Module):
+    """A network that is given a tensor for each agent."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, *rows: Tensor) -> Tensor:
+        return self.net(torch.stack(rows, -2))
 
 
 def _next(key: NestedKey) -> NestedKey:

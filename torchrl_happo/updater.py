@@ -14,7 +14,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import ReplayBuffer
 from torchrl.envs.utils import ExplorationType, set_exploration_type
-from torchrl.modules import GRUModule, LSTMModule, set_recurrent_mode
+from torchrl.modules import set_recurrent_mode
 
 from torchrl_happo.agents import Agent
 from torchrl_happo.batch import TeamBatch
@@ -104,8 +104,8 @@ class SequentialUpdater:
             divergence from its old policy passes this. Reads a number back from the device after
             each epoch. Defaults to ``None``: no early stop.
         sequence_length (int, optional): minibatches hold whole chunks of this many consecutive
-            steps. Defaults to ``None``: single steps, or the whole length of the batch if a
-            network is recurrent.
+            steps. Defaults to ``None``: single steps, but the whole length of the batch for the
+            agents if an actor is recurrent, and for the critic if it is.
         replay_buffer (ReplayBuffer, optional): draws the minibatches with its own sampler, in
             place of ``minibatch_size``. Defaults to ``None``.
         standardize_advantage (bool): whether to standardise the advantage over the batch.
@@ -179,9 +179,6 @@ class SequentialUpdater:
         check_seed(seed)
         self.loss = loss
         self.sequence_length = sequence_length
-        self.is_recurrent = any(
-            isinstance(module, (GRUModule, LSTMModule)) for module in loss.modules()
-        )
         self.standardize_advantage = standardize_advantage
         self.num_updates = 0
         self.learners = Learners(process_group)
@@ -288,13 +285,12 @@ class SequentialUpdater:
             step.rebind()
 
     def _update(self, batch: TensorDictBase, undo: list[Undo]) -> TensorDict:
-        whole = self.is_recurrent and self.sequence_length is None
         with self.learners.agreement():
             team = TeamBatch(
                 self.loss,
                 batch,
                 standardize_advantage=self.standardize_advantage,
-                sequence_length=batch.shape[-1] if whole else self.sequence_length,
+                sequence_length=self.sequence_length,
                 learners=self.learners,
             )
         metrics = TensorDict()

@@ -29,6 +29,7 @@ from torchrl_happo.agents import Agent, split_actor, split_team
 from torchrl_happo.distributions import is_saturated
 from torchrl_happo.learners import Learners
 from torchrl_happo.masks import step_mask, value_mask
+from torchrl_happo.memory import StepwiseCritic, has_memory
 from torchrl_happo.objectives.functional import count
 from torchrl_happo.objectives.value_norm import RealValues, update_value_norm
 from torchrl_happo.optim.first_order import FirstOrderStep, InnerStep
@@ -222,11 +223,14 @@ class SequentialLossMixin(_Base):
         return self
 
     def _forward_value_estimator_keys(self, **kwargs: Any) -> None:
-        estimator = self._value_estimator
+        estimator, critic = self._value_estimator, self.critic_network
+        if estimator is not None and has_memory(critic):
+            critic = StepwiseCritic(critic, self.tensor_keys.value)
+            estimator.deactivate_vmap = True  # recurrent kernels know no vmap
         if estimator is not None and self.value_norm is not None:
-            estimator.value_network = RealValues(
-                self.critic_network, self.value_norm, self.tensor_keys.value
-            )
+            critic = RealValues(critic, self.value_norm, self.tensor_keys.value)
+        if critic is not self.critic_network:
+            estimator.value_network = critic
         super()._forward_value_estimator_keys(**kwargs)
 
     def _critic_loss_inputs(

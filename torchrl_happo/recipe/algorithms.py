@@ -9,13 +9,14 @@ from typing import Any, Literal, Protocol, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule, TensorDictModuleBase
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import nn
 from torchrl.envs import EnvBase
 from torchrl.modules import PopArtValueNorm, RunningValueNorm, ValueNorm
 from torchrl.objectives import ValueEstimators
 from torchrl.objectives.multiagent import IPPOLoss, MAPPOLoss
 
+from torchrl_happo.memory import has_memory
 from torchrl_happo.networks import joint_policy, make_actor, make_critic
 from torchrl_happo.objectives import HAPPOLoss, HATRPOLoss
 from torchrl_happo.objectives.common import SequentialLossMixin
@@ -127,7 +128,9 @@ def _sequential(
         sequence_length=getattr(config.model, "sequence_length", None),
         seed=config.seed,
     )
-    return Learner(joint_policy(actor), updater)
+    # Its memory then goes on from one batch to the next.
+    critic = loss.critic_network if has_memory(loss.critic_network) else None
+    return Learner(joint_policy(actor, critic), updater)
 
 
 def _make_baseline(config: TrainConfig, env: EnvBase, settings: Mappo | Ippo) -> Learner:
@@ -216,7 +219,7 @@ def _optimization(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def _make_critic(config: TrainConfig, env: EnvBase) -> TensorDictModule:
+def _make_critic(config: TrainConfig, env: EnvBase) -> TensorDictModule | TensorDictSequential:
     has_state = _state_key(env) is not None
     sees = config.critic.input
     if sees == "auto":
@@ -226,7 +229,10 @@ def _make_critic(config: TrainConfig, env: EnvBase) -> TensorDictModule:
             f"critic.input=state needs a state of the environment's own, which {config.task.name} "
             "does not have: take observations or agent_specific."
         )
-    return make_critic(env, input=sees, **_networks(config.model))
+    memory: dict[str, Any] = {}
+    if config.critic.model != "mlp":
+        memory = {"recurrent": config.critic.model, "hidden_size": config.critic.hidden_size}
+    return make_critic(env, input=sees, **memory, **_networks(config.model))
 
 
 def _critic_loss(settings: AlgorithmConfig, env: EnvBase) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from torchrl_happo.critics import CRITIC_INPUTS
+from torchrl_happo.recurrent import CELLS
 
 ALGORITHMS = ("happo", "hatrpo", "mappo", "ippo")
 LOGGERS = ("csv", "tensorboard", "wandb")
@@ -119,7 +120,7 @@ class MlpModel(ModelConfig):
 
 @dataclass
 class RecurrentModel(ModelConfig):
-    """Policies with memory behind their hidden layers; the critic has none."""
+    """Policies with memory behind their hidden layers; for the critic's see ``critic.model``."""
 
     hidden_size: int = count()
     """Of the memory."""
@@ -129,10 +130,14 @@ class RecurrentModel(ModelConfig):
 
 @dataclass
 class CriticConfig:
-    """What the critic of HAPPO and HATRPO sees."""
+    """What the critic of HAPPO and HATRPO sees, and whether it remembers."""
 
     input: str = choice("auto", *CRITIC_INPUTS)
     """``auto``: the state where the task has one of its own, else all observations."""
+    model: str = choice("mlp", *CELLS)
+    """``mlp``, or the memory behind its hidden layers."""
+    hidden_size: int = count()
+    """Of the memory."""
 
 
 @dataclass
@@ -331,9 +336,10 @@ def _validate_networks(config: TrainConfig) -> None:
         raise ConfigError(
             f"model={model.name} is for happo and hatrpo: take model=mlp with {algorithm.name}."
         )
-    elif config.critic.input != "auto":
+    elif config.critic.input != "auto" or config.critic.model != "mlp":
+        name = "input" if config.critic.input != "auto" else "model"
         raise ConfigError(
-            f"critic.input is for happo and hatrpo: leave it out with {algorithm.name}."
+            f"critic.{name} is for happo and hatrpo: leave it out with {algorithm.name}."
         )
     if model.max_std is not None and (
         model.state_dependent_std or model.initial_std >= model.max_std

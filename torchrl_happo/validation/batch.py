@@ -9,6 +9,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 
 from torchrl_happo.agents import Agent, group_of
+from torchrl_happo.memory import INIT, state_specs
 from torchrl_happo.validation.entries import (
     agent_keys,
     entries_read,
@@ -143,8 +144,14 @@ def _check_value_keys(loss: SequentialLossMixin, batch: TensorDictBase) -> None:
             )
     else:
         check_value_key(keys.value, critic)
+        states = state_specs(critic)  # made by the update itself, where they are not there
         for key in critic.in_keys:
-            _require(batch, key, "the critic", "collect it or change the critic's in_keys")
+            if key == INIT:
+                _require(
+                    batch, key, "the critic's memory", "append InitTracker() to the transforms"
+                )
+            elif key not in states:
+                _require(batch, key, "the critic", "collect it or change the critic's in_keys")
     if has_advantage:
         check_team_shape(loss, batch, keys.advantage, loss.num_agents)
         if critic is not None:
@@ -174,7 +181,10 @@ def _check_estimable(loss: SequentialLossMixin, batch: TensorDictBase) -> None:
                 "it as torch.bool."
             )
         check_team_shape(loss, batch, key)
+    states = state_specs(loss.critic_network)
     for key in loss.critic_network.in_keys:
+        if key == INIT or key in states:
+            continue
         _require(batch, next_key(key), "the value of the next state", "collect it")
         pairs = zip(tensors_of(batch, key), tensors_of(batch, next_key(key)), strict=False)
         for now, after in pairs:

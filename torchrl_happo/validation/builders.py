@@ -104,6 +104,14 @@ def check_policies(actors: Any) -> None:
             )
 
 
+def check_critic(critic: Any) -> None:
+    """Refuses what is to be asked for values and cannot."""
+    if not isinstance(critic, TensorDictModuleBase):
+        raise TypeError(
+            f"joint_policy got {kind_of(critic)} as the critic; pass what make_critic returns."
+        )
+
+
 def check_payoff(payoff: Any) -> None:
     """Refuses payoffs that are no finite tensor with one dimension per agent, all of one size."""
     if not isinstance(payoff, Tensor):
