@@ -7,6 +7,9 @@ import tomllib
 from importlib import metadata
 from pathlib import Path
 
+from packaging.requirements import Requirement
+from packaging.version import Version
+
 import torchrl_happo
 
 ROOT = Path(__file__).parent.parent
@@ -34,3 +37,18 @@ def test_every_requirement_is_pinned():
     pins = (ROOT / "constraints.txt").read_text().lower().replace("_", "-")
     pinned = set(re.findall(r"^([a-z0-9.-]+)==", pins, flags=re.MULTILINE))
     assert named - pinned == {"torchrl-happo"}
+
+
+def test_the_oldest_versions_are_those_that_are_promised():
+    """``constraints-oldest.txt`` pins every lower bound of what the tests are installed with."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    installed = ["test", "train", "vmas", "pettingzoo"]
+    required = project["dependencies"] + [entry for extra in installed for entry in extras[extra]]
+    pins = re.findall(r"^(\S+)==(\S+)", (ROOT / "constraints-oldest.txt").read_text(), re.MULTILINE)
+    oldest = {name.lower().replace("_", "-"): Version(version) for name, version in pins}
+    for requirement in map(Requirement, required):
+        if requirement.name != "torchrl_happo":
+            (bound,) = requirement.specifier
+            assert bound.operator == ">="
+            assert oldest[requirement.name] == Version(bound.version), requirement
