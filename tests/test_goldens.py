@@ -11,6 +11,7 @@ from reference import load, make_actors, make_batch, relative_error
 
 from torchrl_happo import HAPPOLoss, HATRPOLoss, SequentialUpdater
 from torchrl_happo.batch import TeamBatch
+from torchrl_happo.optim import FirstOrderStep
 
 CASES = ["happo_continuous", "happo_continuous_stale", "happo_continuous_mb2", "happo_discrete"]
 
@@ -34,9 +35,29 @@ class RecordedMinibatches:
         return (data[index] for index in next(self.epochs))
 
 
+class RecordedSteps:
+    """Loss, gradient norm and parameters of each step of an optimiser."""
+
+    def __init__(self, step: FirstOrderStep) -> None:
+        self.losses, self.norms, self.parameters = [], [], []
+        self.step = step
+        objective = step.objective
+        step.objective = lambda data: self.record_loss(objective(data))
+        step.optimizer.register_step_post_hook(self.record_step)
+
+    def record_loss(self, loss):
+        self.losses.append(loss.detach())
+        return loss
+
+    def record_step(self, *_):
+        parameters = self.step.parameters
+        self.norms.append(torch.cat([p.grad.flatten() for p in parameters]).norm())
+        self.parameters.append(torch.cat([p.detach().flatten() for p in parameters]).clone())
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_happo_matches_the_reference(case, monkeypatch):
-    """Parameters, surrogate, entropy, gradient norm and factor agree to 1e-9, agent by agent.
+    """Losses, gradients, parameters after each epoch, and factors agree to 1e-9, agent by agent.
 
     In the ``stale`` case the ratio of the loss starts from the stored log-probabilities, the
     factor's from recomputed ones.
@@ -54,10 +75,11 @@ def test_happo_matches_the_reference(case, monkeypatch):
         max_grad_norm=config["max_grad_norm"],
         order=golden["agent_order"],
     )
+    steps = {}
     for agent, golden_agent in zip(loss.agents, golden["agents"], strict=True):
-        updater._agent_steps[agent.name].minibatches = RecordedMinibatches(
-            golden_agent, config["actor_num_mini_batch"]
-        )
+        step = updater._agent_steps[agent.name]
+        step.minibatches = RecordedMinibatches(golden_agent, config["actor_num_mini_batch"])
+        steps[agent.name] = RecordedSteps(step)
 
     factors = {}
     include = TeamBatch.include
@@ -78,20 +100,17 @@ def test_happo_matches_the_reference(case, monkeypatch):
         network = actors[name][0].module
         for key, value in network.named_parameters():
             assert relative_error(value, golden_agent["params_final"][key]) < 1e-9, key
-        epochs = golden_agent["epochs"]
-        norm = torch.stack([torch.as_tensor(epoch["grad_norm"]) for epoch in epochs]).mean()
-        assert relative_error(metrics[name, "grad_norm"], norm) < 1e-9
-        objective = torch.stack(
-            [
-                torch.as_tensor(epoch["policy_loss"])
-                - config["entropy_coef"] * torch.as_tensor(epoch["entropy"])
-                for epoch in epochs
-            ]
-        ).mean()
-        assert relative_error(metrics[name, "loss"], objective) < 1e-9
-        if "exact_kl_old_new" in golden_agent:
-            kl = golden_agent["exact_kl_old_new"].mean()
-            assert relative_error(metrics[name, "kl"], kl) < 1e-7
+        recorded, epochs = steps[name], golden_agent["epochs"]
+        per_epoch = config["actor_num_mini_batch"]
+        by_epoch = recorded.parameters[per_epoch - 1 :: per_epoch]
+        assert relative_error(torch.stack(by_epoch), golden_agent["params_by_epoch"]) < 1e-9
+        for norm, loss_value, epoch in zip(recorded.norms, recorded.losses, epochs, strict=True):
+            assert relative_error(norm, torch.as_tensor(epoch["grad_norm"])) < 1e-9
+            entropy = config["entropy_coef"] * torch.as_tensor(epoch["entropy"])
+            objective = torch.as_tensor(epoch["policy_loss"]) - entropy
+            assert relative_error(loss_value, objective) < 1e-9
+        kl = golden_agent["exact_kl_old_new"].mean()
+        assert relative_error(metrics[name, "kl"], kl) < 1e-9
 
 
 @pytest.mark.parametrize("case", ["hatrpo_continuous", "hatrpo_continuous_fail"])
@@ -117,15 +136,18 @@ def test_hatrpo_matches_the_reference(case, monkeypatch):
     include = TeamBatch.include
 
     def record(team, agent, log_ratio):
-        factors[agent.name] = team.log_factor.exp()
+        factors[agent.name] = [team.log_factor.exp()]
         include(team, agent, log_ratio)
+        factors[agent.name].append(team.log_factor.exp())
 
     monkeypatch.setattr(TeamBatch, "include", record)
     metrics = updater(make_batch(golden))
 
     for i, golden_agent in enumerate(golden["agents"]):
         name, trpo = f"agent_{i}", golden_agent["trpo"]
-        assert relative_error(factors[name], golden_agent["factor_in"].flatten()) < 1e-9
+        factor_in, factor_out = factors[name]
+        assert relative_error(factor_in, golden_agent["factor_in"].flatten()) < 1e-9
+        assert relative_error(factor_out, golden_agent["factor_out"].flatten()) < 1e-9
         final = golden_agent["params_final"] or golden["inputs"]["actor_init"][i]
         for key, value in actors[name][0].module.named_parameters():
             assert relative_error(value, final[key]) < 1e-9, key

@@ -162,6 +162,9 @@ def test_critic_steps_match_the_reference():
         assert relative_error(norm, torch.as_tensor(epoch["grad_norm"])) < 1e-9
         for key, parameter in net.named_parameters():
             assert relative_error(parameter, epoch["params"][key]) < 1e-9, key
+        for key, statistic in epoch["valuenorm"].items():
+            own = getattr(value_norm, key)
+            assert relative_error(own.reshape(statistic.shape), statistic) < 1e-9, key
 
 
 def test_returns_of_inactive_agents_are_left_out():
