@@ -61,31 +61,6 @@ def test_the_actor_that_was_passed_is_trained():
     assert not same_state(critic_before, state_of(critic))
 
 
-def test_only_the_agent_whose_turn_it_is_moves(monkeypatch):
-    """During an agent's step all other parameters and optimiser states are bit-identical."""
-    actor, critic = make_actor(), make_critic()
-    updater = make_updater(actor, critic)
-    batch = make_batch(actor)
-    updater(batch)  # gives every optimiser momentum
-    run = SequentialUpdater._run
-
-    def checked(self, name, step, data, undo):
-        stack, value = state_of(actor), state_of(critic)
-        states = optimizer_states(self)
-        report = run(self, name, step, data, undo)
-        for key, now in actor.state_dict().items():
-            for row, agent in enumerate(NAMES):
-                assert torch.equal(now[row], stack[key][row]) == (agent != name)
-        assert same_state(value, state_of(critic)) == (name != "critic")
-        for other, state in optimizer_states(self).items():
-            equal = all(map(torch.equal, flat(state), flat(states[other])))
-            assert equal == (other != name)
-        return report
-
-    monkeypatch.setattr(SequentialUpdater, "_run", checked)
-    updater(batch)
-
-
 def test_an_agent_with_no_gradient_does_not_drift():
     """Momentum of earlier updates does not move an agent whose turn is skipped."""
     actor = make_actor()
@@ -167,31 +142,6 @@ def test_masked_entries_have_no_influence():
     assert same_state(updater.loss.actor_network.state_dict(), twin.loss.actor_network.state_dict())
     for name in NAMES:
         assert (one[name] == two[name]).all()
-
-
-def test_permuting_agents_and_order_changes_nothing():
-    """Agents have no rank: the same team in another arrangement is updated the same way."""
-    actor = make_actor().double()
-    batch = make_batch(actor)
-    batch["advantage"] = torch.randn(*batch.shape, 1, dtype=torch.double)
-    permutation = [2, 0, 1]
-    permuted_actor = copy.deepcopy(actor)
-    permuted_actor.load_state_dict({k: v[permutation] for k, v in actor.state_dict().items()})
-    permuted = batch.clone()
-    permuted["agents"] = batch["agents"][..., permutation]
-    updater = make_updater(actor, order=[0, 1, 2], minibatch_size=None, loss_kwargs=None)
-    twin = make_updater(
-        permuted_actor, order=[permutation.index(i) for i in range(3)], minibatch_size=None
-    )
-    for each in (updater, twin):
-        each._critic_step = None
-        each.loss.critic_network = None
-    updater(batch)
-    twin(permuted)
-    for key, value in actor.state_dict().items():
-        torch.testing.assert_close(
-            permuted_actor.state_dict()[key], value[permutation], rtol=1e-12, atol=1e-14
-        )
 
 
 @pytest.mark.parametrize(
