@@ -68,7 +68,6 @@ ALGORITHMS = {
     "mappo-unshared": ["algorithm=mappo", "algorithm.share_params=false"],
     "ippo": ["algorithm=ippo", "algorithm.share_params=true"],
 }
-REAL_VALUES = ["algorithm.value_norm=null"]
 CHEETAH = "mujoco/halfcheetah_2x3"
 SUITES = {
     "vmas": Suite(
@@ -128,12 +127,7 @@ SUITES = {
                 *("num_envs=20", "steps_per_batch=600", "evaluation.interval=5"),
             ],
         },
-        algorithms={
-            # No critic is normalised, so that all three have the same one.
-            "happo": [*ALGORITHMS["happo"], *REAL_VALUES, "algorithm.popart=false"],
-            "hatrpo": [*ALGORITHMS["hatrpo"], *REAL_VALUES, "algorithm.popart=false"],
-            "mappo-unshared": [*ALGORITHMS["mappo-unshared"], *REAL_VALUES],
-        },
+        algorithms={name: ALGORITHMS[name] for name in ("happo", "mappo-unshared", "hatrpo")},
         overrides=["total_frames=240000", "render=false", "progress=false"],
     ),
 }
