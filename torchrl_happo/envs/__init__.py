@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torchrl_happo.envs.envpool import EnvPoolEnv
+from torchrl_happo.envs.foraging import SeededForagingEnv
 from torchrl_happo.envs.matrix import (
     DifferentialGame,
     MatrixGame,
@@ -23,6 +24,7 @@ __all__ = [
     "DifferentialGame",
     "EnvPoolEnv",
     "MatrixGame",
+    "SeededForagingEnv",
     "TabularGame",
     "TabularGameEnv",
     "TeamReward",

@@ -76,6 +76,14 @@ class PettingZooTask(TaskConfig):
 
 
 @dataclass
+class ForagingTask(TaskConfig):
+    """Level-based foraging (Christianos et al., 2020): sparse rewards, discrete actions."""
+
+    environment: str = MISSING
+    """Its name in lbforaging, version included."""
+
+
+@dataclass
 class MujocoTask(TaskConfig):
     """A robot of MuJoCo whose joints are moved by different agents (Peng et al., 2021)."""
 

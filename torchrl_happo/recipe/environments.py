@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -12,15 +13,17 @@ from torchrl.envs import (
     Compose,
     EnvBase,
     RewardSum,
+    SerialEnv,
     StepCounter,
     Transform,
     TransformedEnv,
     VmasEnv,
 )
 
-from torchrl_happo.envs import BatchedPettingZooEnv, TeamReward, make_mujoco
+from torchrl_happo.envs import BatchedPettingZooEnv, SeededForagingEnv, TeamReward, make_mujoco
 from torchrl_happo.recipe.config import (
     ConfigError,
+    ForagingTask,
     MujocoTask,
     PettingZooTask,
     TaskConfig,
@@ -131,6 +134,16 @@ def _make_pettingzoo(task: PettingZooTask, num_envs: int, device: str) -> EnvBas
     )
 
 
+def _make_foraging(task: ForagingTask, num_envs: int, device: str) -> EnvBase:
+    if importlib.util.find_spec("lbforaging") is None:
+        raise ConfigError(
+            f"The task {task.name!r} needs lbforaging: pip install torchrl_happo[lbforaging]."
+        )
+    if task.environment not in SeededForagingEnv.available_envs:
+        raise ConfigError(f"task.environment is {task.environment!r}, which lbforaging has not.")
+    return SerialEnv(num_envs, partial(SeededForagingEnv, task.environment), device=device)
+
+
 def _make_mujoco(task: MujocoTask, num_envs: int, device: str) -> EnvBase:
     settings = _own_fields(task, TaskConfig)
     try:
@@ -146,6 +159,7 @@ def _own_fields(task: TaskConfig, family: type[TaskConfig]) -> dict[str, Any]:
 
 
 _SIMULATORS: dict[type[TaskConfig], Callable[[Any, int, str], EnvBase]] = {
+    ForagingTask: _make_foraging,
     MujocoTask: _make_mujoco,
     PettingZooTask: _make_pettingzoo,
     VmasTask: _make_vmas,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from types import ModuleType
 
-from torchrl_happo.recipe.config import MujocoTask, TaskConfig
+from torchrl_happo.recipe.config import ForagingTask, MujocoTask, TaskConfig
 from torchrl_happo.recipe.tasks import pettingzoo, vmas, vmas_extra
 
-# They differ in their values alone.
+# The tasks of these two differ in their values alone.
+FORAGING = ("10x10_3p_3f", "8x8_2p_2f_coop", "8x8_2p_3f")
 MUJOCO = (
     "ant_2x4",
     "ant_4x2",
@@ -34,6 +35,7 @@ def _schemas(family: str, module: ModuleType) -> dict[str, type[TaskConfig]]:
 
 
 TASKS: dict[str, type[TaskConfig]] = {
+    **{f"lbforaging/{name}": ForagingTask for name in FORAGING},
     **{f"mujoco/{name}": MujocoTask for name in MUJOCO},
     **_schemas("pettingzoo", pettingzoo),
     **_schemas("vmas", vmas),
