@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +26,24 @@ from torchrl_happo import (
 )
 
 pytest.importorskip("vmas")
+
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_two_teams_of_the_readme():
+    """The script of the README for two teams runs as it stands, with shorter episodes."""
+    (script,) = re.findall(r"```python\n(.*?)\n```", README.read_text(), re.DOTALL)
+    for long, short in (("32", "4"), ("StepCounter(100)", "StepCounter(5)"), ("00", "")):
+        assert long in script
+        script = script.replace(long, short)
+    names: dict = {}
+    exec(script, names)
+    assert sorted(names["metrics"]["predators"].keys()) == [
+        *(f"adversary_{index}" for index in range(3)),
+        "critic",
+    ]
+    assert sorted(names["metrics"]["prey"].keys()) == ["agent", "critic"]
 
 
 def make_env(scenario="navigation", num_envs=6):

@@ -152,6 +152,7 @@ def _check_value_keys(loss: SequentialLossMixin, batch: TensorDictBase) -> None:
                 )
             elif key not in states:
                 _require(batch, key, "the critic", "collect it or change the critic's in_keys")
+                _check_one_tensor(batch, key)
     if has_advantage:
         check_team_shape(loss, batch, keys.advantage, loss.num_agents)
         if critic is not None:
@@ -159,6 +160,17 @@ def _check_value_keys(loss: SequentialLossMixin, batch: TensorDictBase) -> None:
             check_team_shape(loss, batch, keys.value_target)
     else:
         _check_estimable(loss, batch)
+
+
+def _check_one_tensor(batch: TensorDictBase, key: NestedKey) -> None:
+    """Refuses an entry of agents of unlike sizes, which no critic can read at once."""
+    sizes = list(dict.fromkeys(tuple(value.shape) for value in tensors_of(batch, key)))
+    if len(sizes) > 1:
+        raise ValueError(
+            f"The critic reads {key!r}, but its agents have tensors of unlike sizes there, "
+            f"{' and '.join(str(list(size)) for size in sizes)}; build the environment with "
+            "group_map=MarlGroupMapType.ONE_GROUP_PER_AGENT, which gives each a key of its own."
+        )
 
 
 def _check_estimable(loss: SequentialLossMixin, batch: TensorDictBase) -> None:
