@@ -1,8 +1,8 @@
 """Trains and writes checkpoints without pause: what is killed in ``test_faults.py``.
 
-``python checkpoint_writer.py FOLDER`` forks a child for each line on its standard input, answers
-with the child's process id, and answers again when that child has ended. A child goes on from the
-newest checkpoint of the folder until it is killed.
+``python checkpoint_writer.py FOLDER`` forks a child for each line on its standard input. The child
+goes on from the newest checkpoint of the folder, says its process id when it has something new to
+write, and writes and trains until it is killed; then the parent says so.
 """
 
 from __future__ import annotations
@@ -54,9 +54,16 @@ class Training:
 def write_until_killed(folder, config):
     training = Training().resume(folder)
     checkpoints = Checkpoints(folder, KEEP)
+    training.iterate()
+    say(os.getpid())
     while True:
-        training.iterate()
         checkpoints.save(config, training.updater, training.progress)
+        training.iterate()
+
+
+def say(word):
+    sys.stdout.write(f"{word}\n")
+    sys.stdout.flush()
 
 
 def main():
@@ -66,11 +73,8 @@ def main():
         child = os.fork()
         if child == 0:
             write_until_killed(folder, config)
-        sys.stdout.write(f"{child}\n")
-        sys.stdout.flush()
         os.waitpid(child, 0)
-        sys.stdout.write("ended\n")
-        sys.stdout.flush()
+        say("ended")
 
 
 if __name__ == "__main__":
