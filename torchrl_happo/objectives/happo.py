@@ -80,7 +80,8 @@ class HAPPOLoss(SequentialLossMixin, ClipPPOLoss):
             closed form. Defaults to ``1``.
         entropy_coeff (float or mapping): weight of the entropy, or one for each head.
             Schedulable. Defaults to ``0.01``.
-        critic_coeff (float, optional): weight of the critic's loss. Defaults to ``1.0``.
+        critic_coeff (float, optional): weight of the critic's loss. Defaults to ``None``: 1, if
+            there is a critic.
         loss_critic_type (str): ``"l1"``, ``"l2"`` or ``"smooth_l1"``. Defaults to
             ``"smooth_l1"``.
         clip_value (bool or float, optional): clips the change of the value. Defaults to ``None``.
