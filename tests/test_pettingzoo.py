@@ -13,7 +13,7 @@ from torchrl.envs import MarlGroupMapType, PettingZooWrapper
 from torchrl.envs.utils import check_env_specs
 
 from torchrl_happo import HAPPOLoss, SequentialUpdater, TeamReward, make_actor, make_critic
-from torchrl_happo.envs import BatchedPettingZooEnv
+from torchrl_happo.envs import BatchedPettingZooEnv, Rounds
 from torchrl_happo.networks import joint_policy
 
 pytest.importorskip("mpe2")
@@ -48,6 +48,20 @@ def test_specs(module, continuous):
             assert ours[group, leaf].dtype == theirs[group, leaf].dtype
         spec = env.full_action_spec[group, "action"]
         assert isinstance(spec, Categorical) is not continuous
+
+
+@pytest.mark.parametrize("continuous", [True, False])
+@pytest.mark.parametrize("module", TASKS, ids=lambda module: module.__name__)
+def test_rounds_are_pettingzoos_conversion(module, continuous):
+    """Without the checks on the way: the same data to the last digit, over the ends of episodes."""
+    settings = {"num_envs": 3, "seed": 5, "continuous_actions": continuous, "max_cycles": 4}
+    batches = []
+    for make in (module.parallel_env, lambda **kwargs: Rounds(module.raw_env(**kwargs))):
+        torch.manual_seed(0)
+        env = BatchedPettingZooEnv(make, **settings)
+        batches.append(env.rollout(10, break_when_any_done=False))
+    assert batches[0]["next", "truncated"].any()
+    assert (batches[0] == batches[1]).all()
 
 
 @pytest.mark.parametrize("continuous", [True, False])

@@ -14,6 +14,7 @@ from torchrl_happo.envs.matrix import (
 )
 from torchrl_happo.envs.mujoco import make_mujoco
 from torchrl_happo.envs.pettingzoo import BatchedPettingZooEnv
+from torchrl_happo.envs.rounds import Rounds
 from torchrl_happo.envs.split import AgentSplit
 from torchrl_happo.envs.tabular import TabularGame, TabularGameEnv
 from torchrl_happo.envs.transforms import TeamReward
@@ -24,6 +25,7 @@ __all__ = [
     "DifferentialGame",
     "EnvPoolEnv",
     "MatrixGame",
+    "Rounds",
     "SeededForagingEnv",
     "TabularGame",
     "TabularGameEnv",

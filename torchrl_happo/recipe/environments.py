@@ -20,7 +20,13 @@ from torchrl.envs import (
     VmasEnv,
 )
 
-from torchrl_happo.envs import BatchedPettingZooEnv, SeededForagingEnv, TeamReward, make_mujoco
+from torchrl_happo.envs import (
+    BatchedPettingZooEnv,
+    Rounds,
+    SeededForagingEnv,
+    TeamReward,
+    make_mujoco,
+)
 from torchrl_happo.recipe.config import (
     ConfigError,
     ForagingTask,
@@ -125,7 +131,7 @@ def _make_pettingzoo(task: PettingZooTask, num_envs: int, device: str) -> EnvBas
             f"The task {task.name!r} needs mpe2: pip install torchrl_happo[pettingzoo]."
         ) from error
     return BatchedPettingZooEnv(
-        module.parallel_env,
+        lambda **settings: Rounds(module.raw_env(**settings)),
         num_envs=num_envs,
         device=device,
         continuous_actions=task.continuous_actions,
