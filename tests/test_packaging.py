@@ -43,7 +43,7 @@ def test_the_oldest_versions_are_those_that_are_promised():
     """``constraints-oldest.txt`` pins every lower bound of what the tests are installed with."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    installed = ["test", "train", "vmas", "pettingzoo"]
+    installed = ["test", "train", "vmas", "pettingzoo", "ray"]
     required = project["dependencies"] + [entry for extra in installed for entry in extras[extra]]
     pins = re.findall(r"^(\S+)==(\S+)", (ROOT / "constraints-oldest.txt").read_text(), re.MULTILINE)
     oldest = {name.lower().replace("_", "-"): Version(version) for name, version in pins}

@@ -89,7 +89,7 @@ def test_benchmark_settings_are_the_default():
         ("task=navigation", "near: vmas/navigation."),
         ("task=smac/3m", "known: mujoco/ant_2x4, mujoco/ant_4x2"),
         ("algorithm=hapo", "There is no algorithm 'hapo'; near: happo, hatrpo."),
-        ("collector=rya", "There is no collector 'rya'; known: multi, single."),
+        ("collector=rya", "There is no collector 'rya'; known: distributed, multi, ray, single."),
         ("taks=vmas/balance", "There is no option 'taks'; near: task."),
         ("lr=1e-3", "There is no option 'lr'; near: algorithm.lr."),
         ("task.n_agent=4", "There is no option 'task.n_agent'; near: task.n_agents."),

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 from collections.abc import Callable, Iterator
-from functools import partial
+from multiprocessing.process import BaseProcess
 from typing import Any
 
-import torch
+import torch.distributed as dist
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
-from torch import multiprocessing as mp
-from torchrl.collectors import BaseCollector, Collector
-from torchrl.envs import EnvBase
+from torchrl.collectors import BaseCollector
+from torchrl.collectors.distributed import DistributedCollector
 
-from torchrl_happo.networks import memory_transforms
-from torchrl_happo.recipe.config import ConfigError, MultiCollector, SingleCollector, TrainConfig
-from torchrl_happo.recipe.environments import make_env
-from torchrl_happo.recipe.randomness import derive_seed, seed_everything
-
-EnvMaker = Callable[..., EnvBase]
+from torchrl_happo.recipe.collectors import make_collector
+from torchrl_happo.recipe.config import TrainConfig
+from torchrl_happo.recipe.randomness import seed_everything
+from torchrl_happo.validation.arguments import first_line
 
 
 class WorkerError(RuntimeError):
@@ -49,20 +45,20 @@ class Batches:
         """Begins anew; what the environments were doing is dropped."""
         self.close()
         seed_everything(seed)
-        self._collector = _make_collector(self.config, self.policy, seed)
+        self._collector = make_collector(self.config, self.policy, seed)
         self._iterator = iter(self._collector)
 
     def next(self) -> TensorDictBase:
         """Collects the next batch, of shape ``[num_envs, steps_per_batch]``.
 
+        Asynchronous workers take turns: a batch is one worker's, as many frames from its part of
+        the environments.
+
         Raises:
             WorkerError: if a worker process has ended.
         """
-        try:
-            return next(self._iterator)
-        except RuntimeError:
-            self._check_workers()
-            raise
+        batch = self._watched(lambda: next(self._iterator))
+        return batch if batch.ndim == 2 else batch.flatten(0, 1)  # [num_workers, envs, steps]
 
     def policy_changed(self) -> None:
         """Sends the policy's weights to wherever copies of it act.
@@ -70,24 +66,29 @@ class Batches:
         Raises:
             WorkerError: if a worker process has ended.
         """
-        if self._collector is None:
-            return
+        if self._collector is not None:
+            self._watched(self._collector.update_policy_weights_)
+
+    def _watched(self, function: Callable[[], Any]) -> Any:
+        """Calls a function that needs the workers, which TorchRL may wait for without end."""
         if not self._workers:
-            self._collector.update_policy_weights_()
-            return
+            return _named(function)
         self._check_workers()
-        # TorchRL waits without end for a worker that dies before it can answer.
-        sending = _Sending(self._collector)
-        sending.start()
-        while sending.is_alive():
-            sending.join(timeout=1.0)
+        call = _Call(function)
+        call.start()
+        while call.is_alive():
+            call.join(timeout=1.0)
             self._check_workers()
-        if sending.error is not None:
-            raise sending.error
+        if call.error is not None:
+            self._check_workers()
+            raise call.error
+        return call.result
 
     @property
     def _workers(self) -> list[Any]:
-        return list(getattr(self._collector, "procs", ()))
+        """The worker processes on this machine, if they are no one else's to watch."""
+        started = getattr(self._collector, "procs", getattr(self._collector, "jobs", ()))
+        return [worker for worker in started if isinstance(worker, BaseProcess)]
 
     def _check_workers(self) -> None:
         # TorchRL terminates and closes the others when it finds one dead.
@@ -101,81 +102,42 @@ class Batches:
 
     def close(self) -> None:
         """Ends the environments and, where there are any, their processes."""
-        if self._collector is not None:
-            self._collector.shutdown()
-            self._collector = None
+        collector, workers = self._collector, self._workers
+        self._collector = None
+        if isinstance(collector, DistributedCollector) and any(w.exitcode for w in workers):
+            # It would wait for an answer of the dead.
+            for worker in workers:
+                worker.kill()
+            dist.destroy_process_group()
+        elif collector is not None:
+            collector.shutdown()
 
 
-class _Sending(threading.Thread):
-    """Sends a collector the policy's weights, from a thread that can be left behind."""
+def _named(function: Callable[[], Any]) -> Any:
+    """Calls a function, and says in one sentence what Ray has to say."""
+    try:
+        return function()
+    except Exception as error:
+        if not type(error).__module__.startswith("ray."):
+            raise
+        raise WorkerError(
+            f"An actor of Ray that collects has ended ({first_line(error)}): resume from the last "
+            "checkpoint."
+        ) from error
 
-    def __init__(self, collector: BaseCollector) -> None:
+
+class _Call(threading.Thread):
+    """Calls a function from a thread that can be left behind."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
         super().__init__(daemon=True)
-        self.collector = collector
-        self.error: Exception | None = None
+        self.function = function
+        self.result: Any = None
+        self.error: BaseException | None = None
 
     def run(self) -> None:
-        """Sends them, and remembers what went wrong."""
+        """Calls it, and remembers what came of it."""
         try:
-            self.collector.update_policy_weights_()
-        except Exception as error:
+            self.result = self.function()
+        except BaseException as error:
             self.error = error
-
-
-def _make_collector(config: TrainConfig, policy: TensorDictModuleBase, seed: int) -> BaseCollector:
-    kind = config.collector
-    if isinstance(kind, SingleCollector):
-        return Collector(
-            make_env(
-                config.task,
-                num_envs=config.num_envs,
-                seed=seed,
-                device=config.device,
-                transforms=memory_transforms(policy),
-            ),
-            policy,
-            frames_per_batch=config.frames_per_batch,
-            total_frames=-1,
-            device=config.device,
-            auto_register_policy_transforms=False,  # memory_transforms are there already
-        )
-    if isinstance(kind, MultiCollector):
-        makers = [
-            partial(
-                _make_worker_env,
-                partial(
-                    make_env,
-                    config.task,
-                    num_envs=config.num_envs // kind.num_workers,
-                    device=config.device,
-                    transforms=memory_transforms(policy),
-                ),
-                derive_seed(seed, worker),
-                config.threads,
-            )
-            for worker in range(kind.num_workers)
-        ]
-        return Collector(
-            makers,
-            policy,
-            num_collectors=kind.num_workers,
-            sync=True,
-            frames_per_batch=config.frames_per_batch,
-            total_frames=-1,
-            device=config.device,
-            cat_results=0,
-            use_buffers=True,
-            auto_register_policy_transforms=False,
-            num_threads=config.threads,
-        )
-    raise ConfigError(f"The recipe cannot collect with collector={kind.name}.")
-
-
-def _make_worker_env(make: EnvMaker, seed: int, threads: int) -> EnvBase:
-    """Builds the environments of a worker process, whose random states are its own."""
-    if mp.parent_process() is not None:
-        # Ctrl-C reaches every process of the terminal, but ending the run is up to the first one.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        torch.set_num_threads(threads)
-        seed_everything(seed)
-    return make(seed=seed)

@@ -47,7 +47,12 @@ GROUPS: dict[str, Mapping[str, type]] = {
         "mappo": schema.Mappo,
         "ippo": schema.Ippo,
     },
-    "collector": {"single": schema.SingleCollector, "multi": schema.MultiCollector},
+    "collector": {
+        "single": schema.SingleCollector,
+        "multi": schema.MultiCollector,
+        "ray": schema.RayCollector,
+        "distributed": schema.DistributedCollector,
+    },
     "model": {
         "mlp": schema.MlpModel,
         "gru": schema.RecurrentModel,

@@ -161,10 +161,36 @@ class SingleCollector(CollectorConfig):
 
 
 @dataclass
-class MultiCollector(CollectorConfig):
-    """TorchRL's ``MultiCollector``: the environments are split over worker processes."""
+class WorkersCollector(CollectorConfig):
+    """What the ways to collect in worker processes share: each has its part of the environments."""
 
     num_workers: int = count()
+    sync: bool = MISSING
+    """Whether a batch is collected by all workers at once, with the newest policy. Otherwise it is
+    one worker's, with the policy of when that worker began, and the others go on meanwhile."""
+
+
+@dataclass
+class MultiCollector(WorkersCollector):
+    """TorchRL's ``MultiCollector``: processes of this machine, tensors in shared memory."""
+
+
+@dataclass
+class RayCollector(WorkersCollector):
+    """TorchRL's ``RayCollector``: actors of a Ray cluster."""
+
+    address: str | None = MISSING
+    """Of a running cluster, such as ``"auto"``; ``null``: one is started here for the run."""
+    gpus_per_worker: float = number(at_least=0)
+
+
+@dataclass
+class DistributedCollector(WorkersCollector):
+    """TorchRL's ``DistributedCollector``: processes that talk by ``torch.distributed``."""
+
+    launcher: str = choice("mp", "submitit")
+    """``mp``: on this machine; ``submitit``: as jobs of a Slurm cluster."""
+    backend: str = choice("gloo", "nccl")
 
 
 @dataclass
