@@ -60,12 +60,14 @@ def test_gymnasium_robotics_agrees(robot, name):
         assert body.actuators(team) == joints
         for agent in theirs.possible_agents:
             theirs.action_space(agent).seed(0)
-        for _ in range(0 if robot == "Walker2d" else 5):
+        for _ in range(5):
             actions = {agent: theirs.action_space(agent).sample() for agent in theirs.agents}
             seen = theirs.step(actions)[0]
         state = theirs.state()
         for agent, entries in zip(seen, body.observations(team, distance), strict=True):
             expected, ours = seen[agent], state[entries]
+            if robot == "Walker2d":
+                expected = expected.clip(-10, 10)
             if robot == "Reacher" and agent == "agent_1":
                 expected = np.delete(expected, FINGERTIP_HEIGHT)
             if robot.startswith("Humanoid"):
