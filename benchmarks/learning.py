@@ -269,7 +269,9 @@ def figure(name: str) -> Path:
 
     curves = _curves(name)
     tasks = [task for task in SUITES[name].tasks if task in curves]
-    fig, axes = plt.subplots(1, len(tasks), figsize=(3.1 * len(tasks), 3.0), squeeze=False)
+    fig, axes = plt.subplots(
+        1, len(tasks), figsize=(max(3.1 * len(tasks), 5.0), 3.0), squeeze=False
+    )
     colors = {a: f"C{i}" for i, a in enumerate(SUITES[name].algorithms)}
     for ax, task in zip(axes[0], tasks, strict=True):
         for algorithm, seeds in curves[task].items():
@@ -280,6 +282,9 @@ def figure(name: str) -> Path:
             label = f"{algorithm} ({len(returns)} seed{'s' if len(returns) > 1 else ''})"
             ax.plot(frames, middle, color=colors[algorithm], label=label, lw=1.5)
             ax.fill_between(frames, low, high, color=colors[algorithm], alpha=0.2, lw=0)
+        for (where, algorithm, when), values in SUITES[name].reference.items():
+            if where == task:
+                ax.plot([when / 1000] * len(values), values, "x", color=colors[algorithm])
         ax.set_title(task, fontsize=10)
         ax.set_xlabel("environment steps (thousands)", fontsize=8)
         ax.tick_params(labelsize=8)
@@ -290,9 +295,14 @@ def figure(name: str) -> Path:
         for ax in axes[0]
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
     }
+    if SUITES[name].reference:
+        cross = mpl.lines.Line2D([], [], color="gray", marker="x", ls="")
+        labelled["reference implementation, each seed"] = cross
     handles, labels = list(labelled.values()), list(labelled)
-    fig.legend(handles, labels, loc="lower center", ncols=len(labels), fontsize=8, frameon=False)
-    fig.tight_layout(rect=(0, 0.07, 1, 1))
+    columns = max(2, len(tasks))
+    rows = -(-len(labels) // columns)
+    fig.legend(handles, labels, loc="lower center", ncols=columns, fontsize=8, frameon=False)
+    fig.tight_layout(rect=(0, 0.02 + 0.05 * rows, 1, 1))
     path = HERE / "results" / f"{name}.png"
     fig.savefig(path, dpi=110)
     plt.close(fig)
