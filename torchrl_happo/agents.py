@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import LazyStackedTensorDict, NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import (
     ProbabilisticTensorDictSequential,
     TensorDictModuleBase,
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from torchrl_happo.actor_list import ActorList
 from torchrl_happo.policy import Parameters, Policy
-from torchrl_happo.stacks import Tie, cut_actor, num_agents, shared_part
+from torchrl_happo.stacks import Tie, cut_actor, num_agents, same_distribution, shared_part
 
 __all__ = ["Agent", "split_actor", "split_team"]
 
@@ -52,6 +52,8 @@ class Agent:
             group (a group without an agent dimension, a group of one, or a block).
         ties (iterable of Tie): which of the actor's parameters are rows of which stack.
         joint_actor (nn.Module, optional): the module that the actor was cut from.
+        template (nn.Module, optional): the actor of another agent whose code is the same as this
+            one's, so that they differ in their tensors alone. Defaults to the agent's own actor.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Agent:
         index: int | None = None,
         ties: Iterable[Tie] = (),
         joint_actor: nn.Module | None = None,
+        template: nn.Module | None = None,
     ) -> None:
         self.name = name
         self.actor = actor
@@ -73,6 +76,7 @@ class Agent:
         self.index = index
         self._ties = tuple(ties)
         self._joint_actor = joint_actor
+        self.template = actor if template is None else template
 
     def __repr__(self) -> str:
         return (
@@ -120,20 +124,21 @@ class Agent:
         keys = [unravel_key(key) for key in keys]
         if self.index is None or tensordict.get(self.group, None) is None:
             return tensordict.select(*keys, strict=False)
-        own = [key for key in keys if group_of(key) == self.group]
-        view = tensordict.select(*(key for key in keys if key not in own), strict=False)
-        row = self._row(tensordict)
-        for key in own:
-            value = row.get(key[1:], None)
-            if value is not None:
-                view.set(key, value)
+        own = [key[1:] for key in keys if group_of(key) == self.group]
+        view = tensordict.select(
+            *(key for key in keys if group_of(key) != self.group), strict=False
+        )
+        for key, value in self._row(tensordict, own).items():
+            view.set((self.group, key), value)
         return view
 
-    def _row(self, tensordict: TensorDictBase) -> TensorDictBase:
-        group = tensordict.get(self.group)
+    def _row(self, tensordict: TensorDictBase, keys: Collection[NestedKey]) -> TensorDictBase:
+        """This agent's entries of its group."""
+        group = tensordict.get(self.group).select(*keys, strict=False)
         at_row = (slice(None),) * tensordict.batch_dims + (self.index,)
-        if group.batch_dims > tensordict.batch_dims:
+        if isinstance(group, LazyStackedTensorDict):
             return group[at_row]
+        # Leaf by leaf: a tensordict would look at the number of items, which may be a symbol.
         return group.apply(lambda leaf: leaf[at_row], batch_size=tensordict.batch_size)
 
     def log_prob(self, parameters: Parameters, data: TensorDictBase) -> Tensor:
@@ -262,9 +267,10 @@ def split_actor(
             "other and needs a network for each (share_params=False, centralized=False); to update "
             f"agents that share parameters as one block, pass blocks=[{name!r}]."
         )
-    agents = []
+    agents: list[Agent] = []
     for index in range(n_agents):
         single_actor, ties = cut_actor(actor, n_agents, index)
+        alike = (a.actor for a in agents if same_distribution(a.actor, single_actor))
         agents.append(
             Agent(
                 name if n_agents == 1 else f"{name}_{index}",
@@ -274,6 +280,7 @@ def split_actor(
                 index=index,
                 ties=ties,
                 joint_actor=actor,
+                template=next(alike, None),
             )
         )
     return agents

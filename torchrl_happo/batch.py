@@ -158,7 +158,7 @@ class TeamBatch:
         if valid is not None:
             data.set(VALID, self._as_items(valid))
         kept = self._kept(agent)
-        return data.contiguous() if kept is None else data[kept].exclude(VALID)
+        return _compact(data) if kept is None else data[kept].exclude(VALID)
 
     def include(self, agent: Agent, log_ratio: Tensor) -> None:
         """Multiplies the factor by an agent's ratio, which is 1 where the agent was not valid.
@@ -205,7 +205,7 @@ class TeamBatch:
         names += self.loss._loss_mask_keys()
         names = [unravel_key(name) for name in names if name is not None]
         data = self.batch.select(*names, strict=False)
-        return _items(data, self.critic_sequence_length).contiguous()
+        return _compact(_items(data, self.critic_sequence_length))
 
     def valid_returns(self) -> Tensor:
         """The returns of all learners that count, ``[num_returns, 1]``."""
@@ -229,3 +229,8 @@ class TeamBatch:
 def _items(data: TensorDictBase, sequence_length: int | None) -> TensorDictBase:
     """Lays data out as items along the first dimension."""
     return data.reshape(-1) if sequence_length is None else data.reshape(-1, sequence_length)
+
+
+def _compact(data: TensorDictBase) -> TensorDictBase:
+    """A copy in memory of its own: an inner step reads it many times, and minibatches are such."""
+    return data.apply(lambda tensor: tensor.clone(memory_format=torch.contiguous_format))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["kept_slots"]
+__all__ = ["kept_slots", "restored_slots"]
 
 
 @contextmanager
@@ -36,11 +36,44 @@ def kept_slots(networks: Iterable[nn.Module]) -> Iterator[None]:
         ...     net.weight is weight
         True
     """
-    modules = dict.fromkeys(module for network in networks for module in network.modules())
-    before = {module: _slots(module) for module in modules}
+    restore = _restorer(networks)
     try:
         yield
     except BaseException:
+        restore()
+        raise
+
+
+@contextmanager
+def restored_slots(networks: Iterable[nn.Module]) -> Iterator[None]:
+    """As :func:`kept_slots`, but also at the end of a body that went well.
+
+    A module that has had other tensors in its places may hold its own in another order.
+
+    Args:
+        networks (iterable of nn.Module): whose modules to watch.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Linear(2, 1)
+        >>> with restored_slots([net]):
+        ...     net.weight = nn.Parameter(net._parameters.pop("weight") + 1)
+        >>> [name for name, _ in net.named_parameters()]
+        ['weight', 'bias']
+    """
+    restore = _restorer(networks)
+    try:
+        yield
+    finally:
+        restore()
+
+
+def _restorer(networks: Iterable[nn.Module]) -> Callable[[], None]:
+    """Puts the tensors that the networks hold now into their places again."""
+    modules = dict.fromkeys(module for network in networks for module in network.modules())
+    before = {module: _slots(module) for module in modules}
+
+    def restore() -> None:
         for module, (parameters, buffers, attributes) in before.items():
             for present, kept in ((module._parameters, parameters), (module._buffers, buffers)):
                 present.clear()
@@ -48,7 +81,8 @@ def kept_slots(networks: Iterable[nn.Module]) -> Iterator[None]:
             for name in _slots(module)[2]:
                 del vars(module)[name]
             vars(module).update(attributes)
-        raise
+
+    return restore
 
 
 def _slots(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:

@@ -11,12 +11,13 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from tensordict import NestedKey
 from tensordict.nn import AddStateIndependentNormalScale, ProbabilisticTensorDictSequential
 from torch import Tensor, nn
 from torchrl.modules.models.multiagent import MultiAgentNetBase
 
-__all__ = ["Tie", "cut_actor", "num_agents", "shared_part"]
+__all__ = ["Tie", "cut_actor", "num_agents", "same_distribution", "shared_part"]
 
 
 @dataclass
@@ -162,6 +163,17 @@ def cut_actor(
         for name, value in distribution.distribution_kwargs.items()
     }
     return single_actor, ties
+
+
+def same_distribution(
+    one: ProbabilisticTensorDictSequential, other: ProbabilisticTensorDictSequential
+) -> bool:
+    """Whether two agents cut from one actor share its distribution's arguments, such as bounds."""
+    arguments, others = one[-1].distribution_kwargs, other[-1].distribution_kwargs
+    return all(
+        torch.equal(value, others[name]) if isinstance(value, Tensor) else value is others[name]
+        for name, value in arguments.items()
+    )
 
 
 def _row_of_bound(value: object, n_agents: int, index: int) -> object:

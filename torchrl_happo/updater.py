@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -33,6 +33,7 @@ from torchrl_happo.optim.first_order import (
     OptimizerFactory,
     SchedulerFactory,
 )
+from torchrl_happo.optim.graphs import GraphCompiler
 from torchrl_happo.optim.minibatches import (
     MinibatchSampler,
     ReplayBufferMinibatches,
@@ -113,6 +114,8 @@ class SequentialUpdater:
         check_finite (bool, optional): whether to look for NaN, infinite numbers and unlike rewards
             in each batch, and for a non-finite gradient, at the price of synchronising with the
             device. Defaults to ``None``: yes on the CPU, only at the first batch elsewhere.
+        compile (bool or mapping): whether to compile the inner steps, once for all agents of one
+            architecture; or keyword arguments of :func:`torch.compile`. Defaults to ``False``.
         seed (int): seed of the order and of the minibatches. Defaults to ``0``.
         process_group (ProcessGroup, optional): the processes that train this team together, each
             with batches of its own, e.g. ``torch.distributed.group.WORLD``. They begin with the
@@ -161,6 +164,7 @@ class SequentialUpdater:
         replay_buffer: ReplayBuffer | None = None,
         standardize_advantage: bool = True,
         check_finite: bool | None = None,
+        compile: bool | Mapping[str, Any] = False,
         seed: int = 0,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
@@ -193,6 +197,10 @@ class SequentialUpdater:
         if loss.critic_network is not None:
             _ = loss.value_estimator  # its coefficients are part of the state from the start
 
+        compiler = None
+        if compile is not False:
+            compiler = GraphCompiler(None if compile is True else compile)
+
         def minibatches(size: int | None) -> MinibatchSampler:
             if replay_buffer is not None:
                 return ReplayBufferMinibatches(replay_buffer)
@@ -206,6 +214,8 @@ class SequentialUpdater:
                 "max_grad_norm": max_grad_norm,
                 "scheduler": scheduler,
                 "learners": self.learners,
+                "compiler": compiler,
+                "owner": loss,
             }
             return FirstOrderStep(*args, **{**settings, **kwargs})
 
@@ -221,6 +231,7 @@ class SequentialUpdater:
             self._critic_step = first_order(
                 loss.critic_objective,
                 loss.critic_network.parameters,
+                networks=loss.critic_networks(),
                 optimizer=optimizer if critic_optimizer is None else critic_optimizer,
                 minibatches=minibatches(size),
                 num_epochs=num_epochs if critic_epochs is None else critic_epochs,

@@ -19,7 +19,7 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, is_tensor_collection
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, TensorDictSequential
 from tensordict.utils import unravel_key
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution
 from torchrl.modules import ValueNorm
 from torchrl.objectives import PPOLoss
@@ -269,6 +269,11 @@ class SequentialLossMixin(_Base):
         """Number of values that :meth:`critic_objective` is a mean over."""
         values = data.get(self.tensor_keys.value_target)
         return count(values, value_mask(values, step_mask(self, data), self.active(data)))
+
+    def critic_networks(self) -> list[nn.Module]:
+        """The modules whose parameters and buffers :meth:`critic_objective` reads."""
+        modules = [self.critic_network, self.value_norm]
+        return [module for module in modules if module is not None]
 
     # -- the joint forward: hooks of PPOLoss ---------------------------------------------------
 

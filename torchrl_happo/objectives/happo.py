@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
-from tensordict.nn import TensorDictModule
+from tensordict.nn import CompositeDistribution, TensorDictModule
 from torch import Tensor
+from torch.distributions import Distribution
 from torchrl.modules import ValueNorm
+from torchrl.modules.distributions import has_analytic_entropy
 from torchrl.objectives import ClipPPOLoss
 
 from torchrl_happo.agents import Agent
@@ -237,10 +239,19 @@ class HAPPOLoss(SequentialLossMixin, ClipPPOLoss):
         gain = clipped_surrogate(log_ratio, data.get(ADVANTAGE), *self._clip_bounds)
         loss = -masked_mean(gain, valid)
         if self.entropy_bonus:
-            entropy = self._get_entropy(agent.policy.distribution(parameters), data.batch_size)
+            entropy = self._agent_entropy(agent.policy.distribution(parameters), data.batch_size)
             loss_entropy = self._weighted_loss_entropy(entropy)
             loss = loss + masked_mean(agent.joint_log_prob(loss_entropy.squeeze(-1), data), valid)
         return loss
+
+    def _agent_entropy(self, dist: Distribution, batch_size: torch.Size) -> Tensor | TensorDictBase:
+        """TorchRL's entropy, but one that is known in closed form is not read back from the device.
+
+        TorchRL looks whether it is finite, to estimate it from samples otherwise.
+        """
+        if not isinstance(dist, CompositeDistribution) and has_analytic_entropy(dist):
+            return dist.entropy().unsqueeze(-1)
+        return self._get_entropy(dist, batch_size)
 
     def make_agent_step(
         self,
@@ -257,6 +268,8 @@ class HAPPOLoss(SequentialLossMixin, ClipPPOLoss):
             agent.parameters,
             stop=stop,
             weight=partial(self.agent_weight, agent),
+            networks=[agent.actor],
+            template=agent.template,
         )
 
     def _passes_kl(

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchrl_happo.learners import Learners
+from torchrl_happo.optim.compiled import CompiledStep
 from torchrl_happo.optim.factories import (
     OptimizerFactory,
     SchedulerFactory,
     build_optimizer,
     build_scheduler,
 )
+from torchrl_happo.optim.graphs import GraphCompiler
 from torchrl_happo.optim.minibatches import MinibatchSampler
 from torchrl_happo.validation.arguments import check_counts, check_positive
 from torchrl_happo.validation.state import check_optimizer_state
@@ -68,6 +70,14 @@ class FirstOrderStep:
         learners (Learners, optional): whose gradients are averaged. Defaults to ``None``: alone.
         weight (callable): from a minibatch to the number of entries that the objective is a mean
             over, by which a learner's gradient counts. Defaults to ``len``.
+        compiler (GraphCompiler, optional): compiles the step: loss, backward pass, clipping and,
+            if it is an Adam, the optimiser. Defaults to ``None``: nothing is compiled.
+        networks (sequence of nn.Module): for the compiler, the modules whose parameters and
+            buffers the objective reads. Defaults to ``()``.
+        owner (nn.Module, optional): for the compiler, a module whose own settings and buffers the
+            objective reads besides. Defaults to ``None``.
+        template (nn.Module, optional): for the compiler, stands for the code of the objective:
+            steps with the same one differ in their tensors alone. Defaults to ``None``.
 
     Raises:
         ValueError: if the optimiser holds other parameters than the ones it was given, or an
@@ -102,6 +112,10 @@ class FirstOrderStep:
         stop: Callable[[TensorDictBase], bool] | None = None,
         learners: Learners | None = None,
         weight: Callable[[TensorDictBase], Tensor | float] = len,
+        compiler: GraphCompiler | None = None,
+        networks: Sequence[nn.Module] = (),
+        owner: nn.Module | None = None,
+        template: nn.Module | None = None,
     ) -> None:
         check_counts(num_epochs=num_epochs)
         check_positive(max_grad_norm=max_grad_norm)
@@ -116,6 +130,15 @@ class FirstOrderStep:
         self.stop = stop
         self.learners = Learners() if learners is None else learners
         self.weight = weight
+        self._compiled = None
+        if compiler is not None:
+            self._compiled = CompiledStep(
+                self,
+                networks=networks,
+                owner=owner,
+                compiler=compiler,
+                template=template,
+            )
 
     def _trainable(self) -> list[nn.Parameter]:
         return [p for p in self._source() if p.requires_grad]
@@ -158,13 +181,14 @@ class FirstOrderStep:
             scalars: mean ``loss`` and ``grad_norm`` (before clipping) over the steps, and the
             number of ``epochs``.
         """
+        step = self.step if self._compiled is None else self._compiled.begin()
         losses, norms = [], []
         num_epochs = 0
         alone = self.learners.alone
         num_rounds = 0 if alone else self.learners.most(self.minibatches.count(data))
         while num_epochs < self.num_epochs:
             for minibatch, weight in self._rounds(data, num_rounds):
-                loss, norm = self.step(minibatch, weight)
+                loss, norm = step(minibatch, weight)
                 losses.append(loss)
                 norms.append(norm)
             num_epochs += 1
@@ -199,8 +223,14 @@ class FirstOrderStep:
     ) -> tuple[Tensor, Tensor]:
         """One optimiser step; returns the loss and the gradient's norm before clipping."""
         loss = self.objective(minibatch)
-        own = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-        loss, gradients = self._shared(loss, own, weight)
+        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        return self.descend(loss, gradients, weight)
+
+    def descend(
+        self, loss: Tensor, gradients: Sequence[Tensor | None], weight: Tensor | float
+    ) -> tuple[Tensor, Tensor]:
+        """Makes the optimiser's step along the gradient of all learners (see :meth:`step`)."""
+        loss, gradients = self._shared(loss, gradients, weight)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = None if gradient is None else _laid_out_as(parameter, gradient)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)

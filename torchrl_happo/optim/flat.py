@@ -1,0 +1,124 @@
+"""Networks and tensordicts as flat lists of tensors, and back.
+
+What is compiled is a function of tensors. The objectives are functions of a tensordict, and read
+the parameters of networks besides. These few functions lead from one to the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from tensordict import NestedKey, TensorDict, TensorDictBase, is_tensor_collection
+from torch import Tensor, nn
+
+from torchrl_happo.slots import restored_slots
+
+__all__ = ["data_keys", "data_layout", "data_of", "network_tensors", "network_with", "settings"]
+
+
+def network_tensors(network: nn.Module) -> list[Tensor]:
+    """All parameters and buffers of a network, in a fixed order.
+
+    Example:
+        >>> [tuple(tensor.shape) for tensor in network_tensors(nn.Linear(2, 1))]
+        [(1,), (1, 2)]
+    """
+    named = TensorDict.from_module(network).flatten_keys(".")
+    return [named.get(name) for name in sorted(named.keys())]
+
+
+@contextmanager
+def network_with(network: nn.Module, tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Lets a network run with other tensors in the places of its own.
+
+    Args:
+        network (nn.Module): the network.
+        tensors (sequence of Tensor): in the order of :func:`network_tensors`.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Linear(2, 1)
+        >>> with network_with(net, [torch.ones(1), torch.zeros(1, 2)]):
+        ...     net(torch.zeros(2))
+        tensor([1.])
+    """
+    own = TensorDict.from_module(network)
+    others = dict(zip(sorted(own.flatten_keys(".").keys()), tensors, strict=True))
+
+    def replaced(path: str | tuple[str, ...], _: Tensor) -> Tensor:
+        return others[path if isinstance(path, str) else ".".join(path)]
+
+    other = own.named_apply(replaced, nested_keys=True)
+    with restored_slots([network]):
+        swapped = other.to_module(network, preserve_module_state=False)
+        swapped.__enter__()
+        try:
+            yield
+        finally:
+            # Not told of an error: its exit would hide it behind one of its own.
+            swapped.__exit__(None, None, None)
+
+
+def data_keys(data: TensorDictBase) -> list[NestedKey]:
+    """The keys of all tensors in ``data``, in a fixed order."""
+    return sorted(data.keys(include_nested=True, leaves_only=True), key=str)
+
+
+def data_layout(data: TensorDictBase) -> Hashable:
+    """What must not change from one batch to the next: all but the number of items.
+
+    Example:
+        >>> import torch
+        >>> one, two = (TensorDict({"x": torch.zeros(n, 3)}, [n]) for n in (1, 2))
+        >>> data_layout(one) == data_layout(two)
+        True
+    """
+    return tuple(
+        (key, value.shape[1:], value.dtype, value.device)
+        for key, value in ((key, data.get(key)) for key in data_keys(data))
+    ), _batch_sizes(data)
+
+
+def data_of(tensors: Sequence[Tensor], like: TensorDictBase) -> TensorDict:
+    """The tensordict of some tensors, with keys and nested batch sizes of another.
+
+    Args:
+        tensors (sequence of Tensor): in the order of :func:`data_keys`.
+        like (TensorDictBase): any of the same :func:`data_layout`.
+
+    Example:
+        >>> import torch
+        >>> data_of([torch.ones(2)], like=TensorDict({"x": torch.zeros(5)}, [5]))["x"]
+        tensor([1., 1.])
+    """
+    values = dict(zip(data_keys(like), tensors, strict=True))
+    items = tensors[0].shape[0]
+    data = TensorDict(values, batch_size=[items, *like.batch_size[1:]])
+    for key, size in _batch_sizes(like):
+        data.get(key).batch_size = [items, *size]
+    return data
+
+
+def _batch_sizes(data: TensorDictBase) -> tuple[tuple[NestedKey, Any], ...]:
+    """The batch sizes of nested tensordicts, but for the number of items."""
+    keys = data.keys(include_nested=True, is_leaf=is_tensor_collection)
+    nested = ((key, data.get(key)) for key in sorted(keys, key=str))
+    return tuple((k, v.batch_size[1:]) for k, v in nested if is_tensor_collection(v))
+
+
+def settings(modules: Sequence[nn.Module]) -> Hashable:
+    """The plain attributes of modules, such as ``training``, on which their code may branch.
+
+    Example:
+        >>> settings([nn.Dropout(0.1)]) == settings([nn.Dropout(0.2)])
+        False
+    """
+    plain = (bool, int, float, str, type(None))
+    return tuple(
+        (name, value)
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, plain)
+    )
