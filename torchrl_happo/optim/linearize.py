@@ -86,27 +86,59 @@ class _LayerNorm(torch.autograd.Function):
         eps: float,
     ) -> Tensor:
         y, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
-        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.save_for_backward(x, weight, bias, mean, rstd, (x - mean) * rstd)
         ctx.shape = shape
         return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mean, rstd = ctx.saved_tensors
-        if not torch.is_grad_enabled():
-            wanted = [ctx.needs_input_grad[0], weight is not None, bias is not None]
-            dx, dw, db = torch.ops.aten.native_layer_norm_backward(
-                gradient, x, ctx.shape, mean, rstd, weight, bias, wanted
-            )
-            return dx, None, dw, db, None
-        with torch.no_grad():
-            normed = (x - mean) * rstd
-        features = tuple(range(-len(ctx.shape), 0))
-        samples = tuple(range(x.ndim - len(ctx.shape)))
-        g = gradient if weight is None else gradient * weight.detach()
-        shift = g.mean(features, keepdim=True)
-        dilation = (g * normed).mean(features, keepdim=True)
-        dx = rstd * (g - shift - normed * dilation)
-        dw = None if weight is None else (gradient * normed).sum(samples)
-        db = None if bias is None else gradient.sum(samples)
+        wanted = [ctx.needs_input_grad[index] for index in (0, 2, 3)]
+        dx, dw, db = _LayerNormPullback.apply(gradient, ctx.shape, wanted, *ctx.saved_tensors)
         return dx, None, dw, db, None
+
+
+class _LayerNormPullback(torch.autograd.Function):
+    r"""The backward pass of a layer normalisation, a linear map of the incoming gradient.
+
+    With :math:`n = (x - \mu) / \sigma` and the projection :math:`P` that takes the mean, and the
+    part along :math:`n`, out of a vector, it is :math:`g \mapsto P(w g) / \sigma`. As :math:`P` is
+    symmetric, its transpose is :math:`v \mapsto w \, P(v) / \sigma`: the same fused kernel again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gradient: Tensor,
+        shape: list[int],
+        wanted: list[bool],
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        rstd: Tensor,
+        normed: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, mean, rstd, normed)
+        ctx.shape = shape
+        return torch.ops.aten.native_layer_norm_backward(
+            gradient, x, shape, mean, rstd, weight, bias, wanted
+        )
+
+    @staticmethod
+    def backward(
+        ctx: Any, dx: Tensor | None, dw: Tensor | None, db: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        x, weight, mean, rstd, normed = ctx.saved_tensors
+        transposed = torch.zeros_like(x)
+        if dx is not None:
+            transposed, _, _ = torch.ops.aten.native_layer_norm_backward(
+                dx, x, ctx.shape, mean, rstd, None, None, [True, False, False]
+            )
+            if weight is not None:
+                transposed = transposed * weight
+        if dw is not None:
+            transposed = torch.addcmul(transposed, normed, dw)
+        if db is not None:
+            transposed = transposed + db
+        return transposed, *[None] * 8
