@@ -84,7 +84,7 @@ def test_values_are_those_of_the_critic_asked_step_by_step(cell, input, rolled_o
     (batch,) = team.batches()
     assert batch["is_init"].sum() == 3 * 3  # resets inside the rows
     loss = HAPPOLoss(team.actors, team.critic)
-    data = TeamBatch(loss, batch).batch
+    data = TeamBatch(loss, batch).critic_batch
     for row, own in zip(data.unbind(0), batch.unbind(0), strict=True):
         value, next_value = asked_step_by_step(team.critic, own)
         torch.testing.assert_close(row["state_value"], value, rtol=1e-4, atol=1e-5)
@@ -109,10 +109,10 @@ def test_memory_reaches_the_end_of_its_episode_and_no_further():
     team = Team()
     (batch,) = team.batches()
     loss = HAPPOLoss(team.actors, team.critic)
-    before = TeamBatch(loss, batch).batch
+    before = TeamBatch(loss, batch).critic_batch
     other = batch.clone()
     other["adversary", "observation"][0, 4] += 1.0  # the second episode is steps 4 to 7
-    after = TeamBatch(loss, other).batch
+    after = TeamBatch(loss, other).critic_batch
     for key, moved in (("state_value", range(4, 8)), (("next", "state_value"), range(4, 8))):
         differs = (before[key] != after[key]).squeeze(-1)
         assert differs[0].nonzero().flatten().tolist() == list(moved)
@@ -171,11 +171,13 @@ def test_normalised_values():
     """With memory, too, the advantage sees real values and the critic predicts normalised ones."""
     team = Team()
     (batch,) = team.batches()
-    plain = TeamBatch(HAPPOLoss(team.actors, team.critic), batch).batch["next", "state_value"]
+    plain = TeamBatch(HAPPOLoss(team.actors, team.critic), batch).critic_batch[
+        "next", "state_value"
+    ]
     norm = RunningValueNorm(shape=1)
     norm.update(5.0 + 3.0 * torch.randn(100, 1))
     loss = HAPPOLoss(team.actors, team.critic, value_norm=norm)
-    real = TeamBatch(loss, batch).batch["next", "state_value"]
+    real = TeamBatch(loss, batch).critic_batch["next", "state_value"]
     torch.testing.assert_close(real, norm.denormalize(plain))
 
 

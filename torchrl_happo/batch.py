@@ -6,12 +6,19 @@ from functools import cached_property
 
 import torch
 from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import unravel_key
 from torch import Tensor
 
 from torchrl_happo.agents import Agent
 from torchrl_happo.learners import Learners
-from torchrl_happo.masks import fill_masked, step_mask, value_mask
+from torchrl_happo.masks import (
+    cut_at_padding,
+    fill_masked,
+    hide_inactive,
+    step_mask,
+    value_mask,
+)
 from torchrl_happo.memory import has_memory, write_states
 from torchrl_happo.objectives.common import ADVANTAGE, VALID, SequentialLossMixin
 from torchrl_happo.objectives.functional import moments, standardize
@@ -67,19 +74,35 @@ class TeamBatch:
                 f"sequence_length={sequence_length} does not divide the {batch.batch_size[-1]} "
                 "steps of the batch; choose a divisor of frames_per_batch / num_envs."
             )
-        has_advantage = has(batch, loss.tensor_keys.advantage)
-        reads = [] if critic is None else [*critic.in_keys, next_key(loss.tensor_keys.reward)]
-        with torch.no_grad(), explained("The critic", batch, reads):
-            if has_memory(critic):
-                write_states(critic, self.batch)
-            if not has_advantage:
-                # The policy may have rolled the critic out; its values are of no use here.
-                self.batch = self.batch.exclude(loss.tensor_keys.value)
-                loss.value_estimator(self.batch)
+        #: What the critic reads and regresses on.
+        self.critic_batch = self.batch
+        if critic is not None:
+            self.critic_batch = self._values(critic)
         self._active = loss.active(self.batch)
         self._valid = step_mask(loss, self.batch)
         #: Log of the product of the ratios of the agents updated so far, at each item.
         self.log_factor = self._as_items(torch.zeros_like(self._advantage_column()))
+
+    def _values(self, critic: TensorDictModuleBase) -> TensorDictBase:
+        """The batch as the critic sees it, with values and advantages; gives these to the agents.
+
+        States of a critic with memory are made anew. An advantage that is there already stays.
+        """
+        keys = self.loss.tensor_keys
+        seen = [place(key) for key in critic.in_keys for place in (unravel_key, next_key)]
+        batch = hide_inactive(self.loss, self.batch, seen)
+        reads = [*critic.in_keys, next_key(keys.reward)]
+        with torch.no_grad(), explained("The critic", batch, reads):
+            if has_memory(critic):
+                batch = batch.copy()
+                write_states(critic, batch)
+            if not has(batch, keys.advantage):
+                # The policy may have rolled the critic out; its values are of no use here.
+                batch = cut_at_padding(self.loss, batch).exclude(keys.value)
+                self.loss.value_estimator(batch)
+                made = [keys.advantage, keys.value_target, keys.value, "shifted_valid"]
+                self.batch = self.batch.copy().update(batch.select(*made, strict=False))
+        return batch
 
     def _advantage_column(self) -> Tensor:
         """One number per step, of the advantage's type and device."""
@@ -97,7 +120,7 @@ class TeamBatch:
 
     def acts(self, agent: Agent) -> bool:
         """Whether there is anything to update an agent with."""
-        if not self._is_sparse(agent):
+        if self.valid(agent) is None:
             return True
         if self.learners.alone:
             return self._kept(agent) is not None
@@ -145,8 +168,9 @@ class TeamBatch:
 
         Returns:
             the agent's observations, actions and log-probabilities, and ``ADVANTAGE``: the factor
-            times the advantage. Single steps at which the agent was not valid are left out; in
-            chunks and blocks they stay and ``VALID`` marks the others.
+            times the advantage. Items at which the agent was never valid are left out, so that no
+            minibatch is without a valid entry; in the others, chunks and blocks, ``VALID`` marks
+            the entries that are.
         """
         data = _items(agent.view(self.batch, self.loss.agent_keys(agent)), self.sequence_length)
         advantage = self._as_items(self.advantage(agent))
@@ -158,7 +182,9 @@ class TeamBatch:
         if valid is not None:
             data.set(VALID, self._as_items(valid))
         kept = self._kept(agent)
-        return _compact(data) if kept is None else data[kept].exclude(VALID)
+        data = _compact(data) if kept is None else data[kept]
+        # Single steps of a single agent that are left all count.
+        return data.exclude(VALID) if kept is not None and data.get(VALID).ndim == 1 else data
 
     def include(self, agent: Agent, log_ratio: Tensor) -> None:
         """Multiplies the factor by an agent's ratio, which is 1 where the agent was not valid.
@@ -168,28 +194,21 @@ class TeamBatch:
             log_ratio (Tensor): log of its new over its old policy, at the items of its view.
         """
         valid, kept = self.valid(agent), self._kept(agent)
-        if kept is not None:
-            self.log_factor = self.log_factor.index_add(0, kept, log_ratio)
-            return
         if valid is not None:
-            log_ratio = torch.where(self._as_items(valid), log_ratio, torch.zeros_like(log_ratio))
+            valid = self._as_items(valid)
+            valid = valid if kept is None else valid[kept]
+            log_ratio = torch.where(valid, log_ratio, torch.zeros_like(log_ratio))
         if log_ratio.ndim > self.log_factor.ndim:
             log_ratio = log_ratio.sum(-1)
-        self.log_factor = self.log_factor + log_ratio
+        if kept is None:
+            self.log_factor = self.log_factor + log_ratio
+        else:
+            self.log_factor = self.log_factor.index_add(0, kept, log_ratio)
 
     def _kept(self, agent: Agent) -> Tensor | None:
-        """Positions of the valid items, where items can be left out one by one."""
+        """Positions of the items with a valid entry; ``None``: all of them."""
         valid = self.valid(agent)
-        if valid is None or not self._is_sparse(agent):
-            return None
-        kept = valid.flatten().nonzero().squeeze(-1)
-        # With nothing to contribute, a learner computes along, and ``VALID`` says that it is so.
-        return kept if len(kept) > 0 else None
-
-    def _is_sparse(self, agent: Agent) -> bool:
-        """Whether items can be left out one by one."""
-        single = self.sequence_length is None and agent.num_members == 1
-        return single and self.valid(agent) is not None
+        return None if valid is None else _somewhere(self._as_items(valid))
 
     def _as_items(self, tensor: Tensor) -> Tensor:
         """Lays a tensor of leading shape ``[*B]`` out as items."""
@@ -204,13 +223,28 @@ class TeamBatch:
         names += [agent.group and (agent.group, keys.active) for agent in self.loss.agents]
         names += self.loss._loss_mask_keys()
         names = [unravel_key(name) for name in names if name is not None]
-        data = self.batch.select(*names, strict=False)
-        return _compact(_items(data, self.critic_sequence_length))
+        data = self.critic_batch.select(*names, strict=False)
+        data = _items(data, self.critic_sequence_length)
+        valid, kept = self._counted(), None
+        if valid is not None:
+            tail = valid.shape[self.batch.batch_dims :]
+            kept = _somewhere(valid.reshape(*data.batch_size, *tail))
+        return _compact(data) if kept is None else data[kept]
+
+    def has_values(self) -> bool:
+        """Whether there is anything to fit the critic to, here or with another learner."""
+        valid = self._counted()
+        return valid is None or bool(self.learners.maximum(valid.any().to(torch.int32)))
+
+    def _counted(self) -> Tensor | None:
+        """Which of the critic's values count."""
+        returns = self.batch.get(self.loss.tensor_keys.value_target)
+        return value_mask(returns, self._valid, self._active)
 
     def valid_returns(self) -> Tensor:
         """The returns of all learners that count, ``[num_returns, 1]``."""
         returns = self.batch.get(self.loss.tensor_keys.value_target)
-        valid = value_mask(returns, self._valid, self._active)
+        valid = self._counted()
         own = returns.reshape(-1, 1) if valid is None else returns[valid].unsqueeze(-1)
         return self.learners.gather(own)
 
@@ -220,7 +254,7 @@ class TeamBatch:
         value, target = self.batch.get(keys.value), self.batch.get(keys.value_target)
         if value is None:
             return torch.full((), float("nan"), device=target.device)
-        valid = value_mask(target, self._valid, self._active)
+        valid = self._counted()
         _, residual = moments(target - value, valid, average=self.learners.mean)
         _, variance = moments(target, valid, average=self.learners.mean)
         return 1 - residual / variance.clamp_min(torch.finfo(variance.dtype).eps)
@@ -234,3 +268,13 @@ def _items(data: TensorDictBase, sequence_length: int | None) -> TensorDictBase:
 def _compact(data: TensorDictBase) -> TensorDictBase:
     """A copy in memory of its own: an inner step reads it many times, and minibatches are such."""
     return data.apply(lambda tensor: tensor.clone(memory_format=torch.contiguous_format))
+
+
+def _somewhere(valid: Tensor) -> Tensor | None:
+    """Positions of the items with a valid entry.
+
+    ``None`` if there is none: with nothing to contribute, a learner computes along with others.
+    """
+    kept = valid.flatten(1).any(1) if valid.ndim > 1 else valid
+    positions = kept.nonzero().squeeze(-1)
+    return positions if len(positions) > 0 else None

@@ -18,7 +18,16 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torchrl_happo.objectives.common import SequentialLossMixin
 
-__all__ = ["entry_mask", "fill_masked", "leaves", "step_mask", "unmasked_finite", "value_mask"]
+__all__ = [
+    "cut_at_padding",
+    "entry_mask",
+    "fill_masked",
+    "hide_inactive",
+    "leaves",
+    "step_mask",
+    "unmasked_finite",
+    "value_mask",
+]
 
 
 def step_mask(loss: SequentialLossMixin, batch: TensorDictBase) -> Tensor | None:
@@ -109,6 +118,53 @@ def fill_masked(
             if counts is not None and value.is_floating_point():
                 holder.set(name, torch.where(counts, value, value.nan_to_num(0.0, 0.0, 0.0)))
     return filled
+
+
+def cut_at_padding(loss: SequentialLossMixin, batch: TensorDictBase) -> TensorDictBase:
+    """A copy of a batch that says ``done`` where a step counts and the one after it does not.
+
+    The advantage of a step takes in those after it until the trajectory is done. One that was cut
+    off by the end of a batch is not, but in a row of padded trajectories padding follows it. Its
+    last step is not terminated and so bootstraps from its true next observation, as before.
+    """
+    valid = step_mask(loss, batch)
+    if valid is None:
+        return batch
+    last = valid.clone()
+    last[..., :-1] &= ~valid[..., 1:]
+    last[..., -1] = False  # nothing follows it
+    key = ("next", *_path(loss.tensor_keys.done))
+    done = batch.get(key)
+    last = last.reshape(*last.shape, *(1,) * (done.ndim - last.ndim))
+    return batch.copy().set(key, done | last)
+
+
+def hide_inactive(
+    loss: SequentialLossMixin, batch: TensorDictBase, keys: Iterable[NestedKey]
+) -> TensorDictBase:
+    """A copy of a batch in which agents that are not active show zeros.
+
+    For a critic that sees all agents at once: what stands where an agent is dead would move the
+    values of those that live (*death masking*, Yu et al., 2022,
+    https://arxiv.org/abs/2103.01955). The agents' own networks see what they saw when they acted.
+
+    Args:
+        loss (HAPPOLoss or HATRPOLoss): says how the mask is called.
+        batch (TensorDictBase): joint data of batch size ``[*B]``. It is not modified.
+        keys (iterable of NestedKey): what the critic reads, also under ``"next"``.
+
+    Returns:
+        a tensordict that shares all other entries with ``batch``, or ``batch`` itself if nothing
+        says who is active.
+    """
+    masks = {key: mask for key in keys if (mask := _active(loss, batch, key)) is not None}
+    hidden = batch.copy() if masks else batch
+    for key, mask in masks.items():
+        for holder, name, counts in _masked_leaves(hidden, key, mask):
+            if counts is not None:
+                value = holder.get(name)
+                holder.set(name, torch.where(counts, value, torch.zeros_like(value)))
+    return hidden
 
 
 def unmasked_finite(

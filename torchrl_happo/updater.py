@@ -309,7 +309,7 @@ class SequentialUpdater:
             report = self._update_agent(agent, team, undo)
             report["position"] = torch.tensor(float(position))
             metrics[agent.name] = report
-        if self._critic_step is not None:
+        if self._critic_step is not None and team.has_values():
             undo.append(partial(self._critic_step.restore, self._critic_step.snapshot()))
             if self.loss.value_norm is not None:
                 undo.append(self.loss.update_value_norm(team.valid_returns()))

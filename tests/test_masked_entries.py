@@ -1,0 +1,225 @@
+"""What a mask leaves out has no influence: change everything there, and nothing moves, bit for bit.
+
+Neither parameters nor optimisers, statistics of values, divergences, factors or any other metric.
+A new kind of team is one line.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.collectors import Collector
+from torchrl.envs import Compose, InitTracker, StepCounter, TransformedEnv, VmasEnv
+from torchrl.modules import PopArtValueNorm
+
+from torchrl_happo import (
+    HAPPOLoss,
+    HATRPOLoss,
+    SequentialUpdater,
+    TeamReward,
+    joint_policy,
+    make_actor,
+    make_critic,
+    memory_transforms,
+)
+from torchrl_happo.batch import TeamBatch
+
+ENVS, STEPS, EPISODE = 4, 10, 5
+GROUPS = {"adversary": 3, "agent": 1}
+LOSSES = [partial(HAPPOLoss, entropy_coeff=0.01), HATRPOLoss]
+TEAMS = {
+    "feed-forward": {},
+    "values for each agent": {"input": "agent_specific"},
+    "own values": {"input": "own"},
+    "discrete": {"continuous_actions": False},
+    "memory": {"memory": "gru"},
+    "memory of the critic": {"critic_memory": "lstm"},
+    "memory of each": {"memory": "lstm", "critic_memory": "gru", "input": "own"},
+    "block": {"share_params": True},
+}
+
+
+def build(
+    loss_class,
+    *,
+    input="observations",
+    memory=None,
+    critic_memory=None,
+    share_params=False,
+    continuous_actions=True,
+):
+    """An updater for predators and prey as one team, and one batch of theirs."""
+    torch.manual_seed(0)
+    env = VmasEnv(
+        "simple_tag", num_envs=ENVS, seed=0, max_steps=None, continuous_actions=continuous_actions
+    )
+    actors = make_actor(
+        env, num_cells=(8,), recurrent=memory, hidden_size=4, share_params=share_params
+    )
+    critic = make_critic(env, input=input, num_cells=(8,), recurrent=critic_memory, hidden_size=4)
+    transforms = memory_transforms(joint_policy(actors)) or [InitTracker()]
+    env = TransformedEnv(env, Compose(StepCounter(EPISODE), TeamReward("mean"), *transforms))
+    loss = loss_class(
+        actors,
+        critic,
+        value_norm=PopArtValueNorm(shape=1),
+        popart=True,
+        clip_value=0.2,
+        blocks=list(actors) if share_params else (),
+    )
+    updater = SequentialUpdater(loss, num_epochs=2, minibatch_size=11, max_grad_norm=0.5)
+    collector = Collector(env, joint_policy(actors), frames_per_batch=ENVS * STEPS)
+    return updater, next(iter(collector))
+
+
+def deaths(batch):
+    """When the agents are there: each is born and dies at some step of its episode, or later."""
+    step = batch["step_count"]
+    for group, n_agents in GROUPS.items():
+        born = torch.randint(0, 2, (ENVS, 1, n_agents))
+        dies = torch.randint(2, EPISODE + 2, (ENVS, 1, n_agents))
+        batch[group, "active"] = (step >= born) & (step < dies)
+        batch["next", group, "active"] = (step + 1 >= born) & (step + 1 < dies)
+    return batch
+
+
+def at_random(data, masked, keep=("active",)):
+    """Other numbers, of the same type, wherever ``masked`` says so."""
+
+    def change(name, value):
+        if name in keep:
+            return value
+        gap = masked.reshape(*masked.shape, *(1,) * (value.ndim - masked.ndim))
+        if value.dtype == torch.bool:
+            other = torch.rand(value.shape) > 0.5
+        elif not value.is_floating_point():
+            other = torch.randint_like(value, 0, 3)
+        else:
+            other = 0.5 * torch.rand_like(value)  # within the bounds of the actions
+            if name == "scale":
+                other += 0.1
+        return torch.where(gap, other, value)
+
+    return TensorDict({name: change(name, value) for name, value in data.items()}, data.batch_size)
+
+
+def with_other_dead(batch):
+    """The same batch with everything changed that agents say or hear while they are not active."""
+    other = batch.clone()
+    for group in GROUPS:
+        for place in ((group,), ("next", group)):
+            other[place] = at_random(batch[place], ~batch[(*place, "active")])
+    return other
+
+
+def update(updater, batch):
+    """What an update leaves: the whole state, and the metrics."""
+    torch.manual_seed(1)  # of entropies without a closed form
+    metrics = updater(batch)
+    assert all(value.isfinite() for value in metrics.values(True, True))
+    return updater.state_dict(), metrics.to_dict()
+
+
+def assert_same(one, other):
+    """Equal bit for bit."""
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("loss_class", LOSSES, ids=["happo", "hatrpo"])
+@pytest.mark.parametrize("team", list(TEAMS))
+def test_agents_that_are_not_there(team, loss_class):
+    """Observations, actions, log-probs and next observations of those dead or not yet born.
+
+    With memory of its own an agent remembers what it saw before it was born; so here it is born
+    with the episode.
+    """
+    updater, batch = build(loss_class, **TEAMS[team])
+    batch = deaths(batch)
+    if TEAMS[team].get("memory") is not None:
+        for group in GROUPS:
+            born = batch["step_count"] < 2
+            batch[group, "active"] |= born
+            batch["next", group, "active"] |= born
+    twin = copy.deepcopy(updater)
+    other = with_other_dead(batch)
+    assert (batch != other).any()
+    assert_same(update(updater, batch), update(twin, other))
+
+
+@pytest.mark.parametrize("loss_class", LOSSES, ids=["happo", "hatrpo"])
+@pytest.mark.parametrize("team", list(TEAMS))
+@pytest.mark.parametrize("mask", [("collector", "mask"), "shifted_valid"], ids=str)
+def test_steps_that_are_padding(mask, team, loss_class):
+    """Everything behind the last step of a trajectory, done or cut: rewards, flags, the critic's.
+
+    ``shifted_valid`` comes from TorchRL's estimators, so here an advantage comes with it.
+    """
+    updater, batch = build(loss_class, **TEAMS[team])
+    counts = torch.arange(STEPS).expand(ENVS, -1) < torch.tensor([[5], [7], [10], [3]])
+    batch = batch.exclude("collector")
+    if mask == "shifted_valid":
+        data = TeamBatch(updater.loss, batch)
+        for key in ("advantage", "value_target", "state_value"):
+            batch[key] = data.critic_batch[key]
+    twin = copy.deepcopy(updater)
+    other = at_random(batch.exclude(*GROUPS, "next"), ~counts, keep=("is_init",))
+    for group in GROUPS:
+        other[group] = at_random(batch[group], ~counts)
+    other["next"] = at_random(batch["next"].exclude(*GROUPS), ~counts)
+    for group in GROUPS:
+        other["next", group] = at_random(batch["next", group], ~counts)
+    for data in (batch, other):
+        data[mask] = counts
+    assert (batch != other).any()
+    assert_same(update(updater, batch), update(twin, other))
+
+
+def test_padding_behind_a_cut_trajectory():
+    """A trajectory that the end of the batch cuts has the advantages it has without padding."""
+    updater, batch = build(HAPPOLoss)
+    whole = TeamBatch(updater.loss, batch[:, :7]).critic_batch
+    counts = torch.arange(STEPS).expand(ENVS, -1) < 7
+    assert not batch["next", "done"][:, 6].any()
+    batch["collector", "mask"] = counts
+    padded = TeamBatch(updater.loss, batch).critic_batch[:, :7]
+    for key in ("advantage", "value_target", "state_value"):
+        torch.testing.assert_close(padded[key], whole[key])
+
+
+@pytest.mark.parametrize("loss_class", LOSSES, ids=["happo", "hatrpo"])
+@pytest.mark.parametrize("team", list(TEAMS))
+def test_no_minibatch_is_without_a_valid_entry(team, loss_class):
+    """Items in which nothing counts are not drawn: neither momentum nor NaN comes of them.
+
+    Two steps count, in two episodes of one row: whatever else there is would fill minibatches of
+    its own. Chunks are of five steps.
+    """
+    updater, batch = build(loss_class, **TEAMS[team])
+    counts = torch.zeros(ENVS, STEPS, dtype=torch.bool)
+    counts[0, 1] = counts[0, 7] = True
+    batch["collector", "mask"] = counts
+    updater.sequence_length = 5 if "memory" in team else None
+    run, drawn = updater._run, []
+
+    def spy(name, step, data, undo):
+        drawn.append(len(data))
+        return run(name, step, data, undo)
+
+    updater._run = spy
+    update(updater, batch)
+    assert drawn == [2] * (len(updater.loss.agents) + 1)
+
+
+def test_nothing_counts():
+    """A batch of padding changes no parameter, no optimiser and no statistic."""
+    updater, batch = build(HAPPOLoss)
+    update(updater, batch)
+    before = copy.deepcopy(updater.state_dict())
+    batch["collector", "mask"] = torch.zeros(ENVS, STEPS, dtype=torch.bool)
+    updater(batch)
+    for part in ("loss", "steps"):
+        assert_same(updater.state_dict()[part], before[part])
