@@ -90,13 +90,17 @@ def data_of(tensors: Sequence[Tensor], like: TensorDictBase) -> TensorDict:
 
     Example:
         >>> import torch
-        >>> data_of([torch.ones(2)], like=TensorDict({"x": torch.zeros(5)}, [5]))["x"]
-        tensor([1., 1.])
+        >>> like = TensorDict({"x": torch.zeros(5), "empty": TensorDict(batch_size=[5, 3])}, [5])
+        >>> data = data_of([torch.ones(2)], like)
+        >>> data["x"], data["empty"].batch_size
+        (tensor([1., 1.]), torch.Size([2, 3]))
     """
     values = dict(zip(data_keys(like), tensors, strict=True))
     items = tensors[0].shape[0]
     data = TensorDict(values, batch_size=[items, *like.batch_size[1:]])
     for key, size in _batch_sizes(like):
+        if data.get(key, None) is None:
+            data.set(key, TensorDict(batch_size=[items, *size]))
         data.get(key).batch_size = [items, *size]
     return data
 
