@@ -128,7 +128,7 @@ SUITES = {
             ],
         },
         algorithms={name: ALGORITHMS[name] for name in ("happo", "mappo-unshared", "hatrpo")},
-        overrides=["total_frames=240000", "render=false", "progress=false"],
+        overrides=["total_frames=100000", "render=false", "progress=false"],
     ),
 }
 

@@ -26,7 +26,7 @@ from torchrl_happo import ActorList, HAPPOLoss, HATRPOLoss, SequentialUpdater
 from torchrl_happo.batch import TeamBatch
 
 OBS, ACT, AGENTS, BATCH = 3, 2, 3, (4, 6)
-LAYOUTS = ["stack", "list", "groups", "groups of one"]
+LAYOUTS = ["stack", "list", "groups", "groups of one", "blocks of one"]
 LOSSES = pytest.mark.parametrize("loss_class", [HAPPOLoss, HATRPOLoss])
 ADAM = partial(torch.optim.Adam, lr=1e-2)
 
@@ -92,7 +92,7 @@ def batch_of(layout, members, data):
     if layout in ("stack", "list"):
         return batch.set("agents", data["agents"][..., members])
     for i in members:
-        own = data["agents"][..., [i]] if layout == "groups of one" else data["agents"][..., i]
+        own = data["agents"][..., i] if layout == "groups" else data["agents"][..., [i]]
         batch.set(f"agent {i}", own)
     return batch
 
@@ -100,7 +100,9 @@ def batch_of(layout, members, data):
 def updated(layout, members, order, loss_class, nets, data):
     """Two updates of a team; each agent's weights and the last report on it, by its number."""
     actors = team_of(layout, nets, members)
-    loss = loss_class(actors, None, **({"entropy_coeff": 0.0} if loss_class is HAPPOLoss else {}))
+    settings = {"entropy_coeff": 0.0} if loss_class is HAPPOLoss else {}
+    blocks = list(actors) if layout == "blocks of one" else []
+    loss = loss_class(actors, None, blocks=blocks, **settings)
     line = [members.index(i) for i in order]
     updater = SequentialUpdater(loss, optimizer=ADAM, num_epochs=2, minibatch_size=7, order=line)
     for _ in range(2):
@@ -126,7 +128,7 @@ permutations = st.permutations(range(AGENTS))
 @effort(4)
 @given(permutations, st.booleans(), st.integers(0, 2**31))
 def test_one_group_of_n_agents_is_n_groups_of_one(layout, loss_class, order, masked, seed):
-    """A stack, a list of actors, n groups with and without an agent dimension: the same update."""
+    """A stack, a list, n groups with and without an agent dimension, n blocks: the same update."""
     torch.manual_seed(seed)
     nets, members = networks(), list(range(AGENTS))
     data = experience(nets, masked=masked)
@@ -184,6 +186,23 @@ def test_one_agent_is_ppo():
     torch.manual_seed(1)
     data["advantage"] = data["advantage"].unsqueeze(-2)
     epochs_of(theirs, twin, data, scale=1.0)
+    for ours, expected in zip(actor.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_one_block_is_mappo():
+    """With one block an update is some epochs of Adam on MAPPOLoss of the shared network."""
+    net = MultiAgentMLP(OBS, 2 * ACT, AGENTS, centralized=False, share_params=True, num_cells=[8])
+    actor = actor_of(net.double())
+    twin = copy.deepcopy(actor)
+    data = experience(networks(), masked=False)
+    loss = HAPPOLoss(actor, None, entropy_coeff=0.0, blocks=["agents"])
+    updater = SequentialUpdater(loss, optimizer=ADAM, num_epochs=3, standardize_advantage=False)
+    updater(data)
+    theirs = MAPPOLoss(twin, None, entropy_coeff=0.0, normalize_advantage=False, functional=False)
+    theirs.set_keys(action=("agents", "action"), sample_log_prob=("agents", "action_log_prob"))
+    advantage = data["advantage"].unsqueeze(-2).expand(*BATCH, AGENTS, 1)
+    epochs_of(theirs, twin, data.set("advantage", advantage), scale=1.0)
     for ours, expected in zip(actor.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-11)
 

@@ -40,6 +40,7 @@ from torchrl_happo import (
     joint_policy,
     make_actor,
     make_critic,
+    memory_transforms,
 )
 from torchrl_happo.envs import BatchedPettingZooEnv
 
@@ -219,6 +220,28 @@ def test_two_updates(name, loss_class):
             assert not torch.equal(parameter, old)
     for group in set(actors) - set(groups):
         assert same_state(actors[group].state_dict(), before[group])
+
+
+@pytest.mark.parametrize("loss_class", LOSSES)
+def test_networks_of_unlike_kinds(loss_class):
+    """A speaker with memory and a listener with a larger network and none learn side by side."""
+    env = vmas("simple_speaker_listener")
+    actors = {
+        "speaker": make_actor(env, "speaker", num_cells=(8,), recurrent="gru", hidden_size=4),
+        "listener": make_actor(env, "listener", num_cells=(16, 8), activation_class=nn.ReLU),
+    }
+    loss = loss_class(actors, make_critic(env, num_cells=(8,)))
+    env = with_reward(env, list(actors))
+    for transform in memory_transforms(actors):
+        env = env.append_transform(transform)
+    updater = SequentialUpdater(loss, num_epochs=2, minibatch_size=6, sequence_length=4)
+    before = copy.deepcopy(loss.actor_network.state_dict())
+    policy, frames = joint_policy(actors), 3 * STEPS
+    for batch in Collector(env, policy, frames_per_batch=frames, total_frames=2 * frames):
+        metrics = updater(batch)
+    assert all(value.isfinite() for value in metrics.values(True, True))
+    for key, value in loss.actor_network.state_dict().items():
+        assert value.shape == () or not torch.equal(value, before[key]), key
 
 
 SCENARIOS = {

@@ -1,8 +1,9 @@
-"""Every layout x action space x mask x algorithm: a new row is one line.
+"""Every layout x action space x mask x memory x algorithm: a new row is one line.
 
 What holds in all of them: before an update each agent's ratio is one, the log-probability is the
-joint one over the action's dimensions and heads, and an update moves every agent, stays finite and
-reports what it did.
+joint one over the action's dimensions and heads, an update moves every agent, stays finite and
+reports what it did, and the second agent's factor is the product of the first one's ratios over
+those dimensions and heads, evaluated as its loss does.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from tensordict.nn import (
     CompositeDistribution,
     NormalParamExtractor,
     TensorDictModule,
+    TensorDictSequential,
     set_composite_lp_aggregate,
 )
 from torch import distributions as d
@@ -32,9 +34,12 @@ from torchrl.modules import (
     OneHotCategorical,
     ProbabilisticActor,
     TanhNormal,
+    set_recurrent_mode,
 )
 
 from torchrl_happo import ActorList, HAPPOLoss, HATRPOLoss, SequentialUpdater, joint_policy
+from torchrl_happo.memory import state_specs
+from torchrl_happo.recurrent import CELLS
 
 OBS_DIM, N_AGENTS, BATCH = 4, 2, (6, 5)
 
@@ -92,14 +97,34 @@ SPACES = {
     "multi_discrete": Space(6, Rows, ["logits"], d.Categorical),
 }
 LAYOUTS = ["stack", "list", "groups", "groups_of_one"]
+#: Memories, and the layouts that can have them: a stack of networks is feed-forward.
+MEMORIES = {None: LAYOUTS, "gru": ["list", "groups"], "lstm": ["list", "groups"]}
 LOSSES = [HAPPOLoss, HATRPOLoss]
 
 
-def make_actor(space: Space, group: str, n_agents: int | None, hidden: int = 16):
+def make_memory(group: str, memory: str, hidden: int):
+    """A recurrent layer over the observations of an agent."""
+    module, states = CELLS[memory]
+    return module(
+        input_size=OBS_DIM,
+        hidden_size=hidden,
+        in_keys=[(group, "observation"), *((group, state) for state in states)],
+        out_keys=[(group, "features"), *(("next", group, state) for state in states)],
+    )
+
+
+def make_actor(
+    space: Space, group: str, n_agents: int | None, hidden: int = 16, memory: str | None = None
+):
     """An actor for one group: a stack if it has an agent dimension, else a plain network."""
+    layers, features = [], (group, "observation")
+    if memory is not None:
+        layers, features = [make_memory(group, memory, hidden)], (group, "features")
     if n_agents is None:
         net = nn.Sequential(
-            nn.Linear(OBS_DIM, hidden), nn.Tanh(), nn.Linear(hidden, space.num_outputs)
+            nn.Linear(OBS_DIM if memory is None else hidden, hidden),
+            nn.Tanh(),
+            nn.Linear(hidden, space.num_outputs),
         )
     else:
         net = MultiAgentMLP(
@@ -120,10 +145,9 @@ def make_actor(space: Space, group: str, n_agents: int | None, hidden: int = 16)
     in_keys = dict(zip(space.parameters, keys, strict=True))
     if space.masked:
         in_keys["mask"] = (group, "action_mask")
+    layers.append(TensorDictModule(nn.Sequential(net, after), in_keys=[features], out_keys=keys))
     return ProbabilisticActor(
-        TensorDictModule(
-            nn.Sequential(net, after), in_keys=[(group, "observation")], out_keys=keys
-        ),
+        TensorDictSequential(*layers),
         in_keys=in_keys,
         out_keys=[(group, "action")],
         distribution_class=space.distribution,
@@ -132,22 +156,26 @@ def make_actor(space: Space, group: str, n_agents: int | None, hidden: int = 16)
     )
 
 
-def make_team(layout: str, space: Space):
+def make_team(layout: str, space: Space, memory: str | None = None):
     """The actors of a team and the groups of its tensordict with their agent dimensions."""
     if layout == "stack":
         return make_actor(space, "agents", N_AGENTS), {"agents": (N_AGENTS,)}
     if layout == "list":
-        actors = [make_actor(space, "agents", None, hidden=8 + i) for i in range(N_AGENTS)]
+        hidden = [8 + index if memory is None else 8 for index in range(N_AGENTS)]
+        actors = [make_actor(space, "agents", None, size, memory) for size in hidden]
         return ActorList(actors), {"agents": (N_AGENTS,)}
     names = ["speaker", "listener"]
     if layout == "groups":
-        return {name: make_actor(space, name, None) for name in names}, dict.fromkeys(names, ())
+        actors = {name: make_actor(space, name, None, memory=memory) for name in names}
+        return actors, dict.fromkeys(names, ())
     return {name: make_actor(space, name, 1) for name in names}, dict.fromkeys(names, (1,))
 
 
 def make_batch(actors, groups, masked: bool, inactive: bool):
     """A batch that the team has acted on."""
-    batch = TensorDict({"advantage": torch.randn(*BATCH, 1)}, BATCH)
+    init = torch.rand(*BATCH, 1) < 0.3
+    init[:, 0] = True
+    batch = TensorDict({"advantage": torch.randn(*BATCH, 1), "is_init": init}, BATCH)
     for group, agent_dim in groups.items():
         shape = (*BATCH, *agent_dim)
         batch[group] = TensorDict({"observation": torch.randn(*shape, OBS_DIM)}, shape)
@@ -157,39 +185,71 @@ def make_batch(actors, groups, masked: bool, inactive: bool):
             batch[group, "action_mask"] = mask
         if inactive:
             batch[group, "active"] = torch.rand(shape) > 0.3
-    with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
-        return joint_policy(actors)(batch)
+    states = state_specs(nn.ModuleList(actors.values() if isinstance(actors, dict) else [actors]))
+    for key, spec in states.items():
+        batch[key] = spec.zero((*BATCH, *groups[key[0]]))
+    random = set_exploration_type(ExplorationType.RANDOM)
+    with torch.no_grad(), random, set_recurrent_mode(True):
+        return joint_policy(actors)(batch).exclude("next")
 
 
 @pytest.mark.parametrize("loss_class", LOSSES)
 @pytest.mark.parametrize("inactive", [False, True], ids=["all_active", "some_inactive"])
 @pytest.mark.parametrize("space", list(SPACES))
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_update(layout, space, inactive, loss_class):
+@pytest.mark.parametrize(
+    ("memory", "layout"),
+    [(memory, layout) for memory, layouts in MEMORIES.items() for layout in layouts],
+)
+def test_update(memory, layout, space, inactive, loss_class):
     """An update of every kind of team."""
     space = SPACES[space]
-    actors, groups = make_team(layout, space)
+    actors, groups = make_team(layout, space, memory)
     batch = make_batch(actors, groups, space.masked, inactive)
     check_update(loss_class(actors, None), batch)
+
+
+@torch.no_grad()
+@set_recurrent_mode(True)
+def joint_log_prob(loss, agent, batch):
+    """Log-probability of an agent's actions at each step, summed over dimensions and heads."""
+    data = agent.view(batch, loss.agent_keys(agent))
+    dist = agent.policy.distribution(agent.policy.parameters(data))
+    keys = agent.policy.action_keys
+    log_prob = dist.log_prob(data[keys[0]] if len(keys) == 1 else data.select(*keys))
+    if not isinstance(log_prob, torch.Tensor):  # of several heads
+        log_prob = sum(log_prob.values(True, True))
+    return log_prob.reshape(*BATCH, -1).sum(-1)
 
 
 def check_update(loss, batch):
     """What holds for every team."""
     for agent in loss.agents:
         data = agent.view(batch, loss.agent_keys(agent))
-        with torch.no_grad():
+        with torch.no_grad(), set_recurrent_mode(True):
             log_prob = agent.log_prob(agent.policy.parameters(data), data)
         assert log_prob.shape == batch.shape or log_prob.shape == (*batch.shape, 1)
         torch.testing.assert_close(log_prob, agent.stored_log_prob(data), rtol=1e-3, atol=1e-3)
     updater = SequentialUpdater(
-        loss, optimizer=partial(torch.optim.Adam, lr=1e-2), num_epochs=2, minibatch_size=11
+        loss,
+        optimizer=partial(torch.optim.Adam, lr=1e-2),
+        num_epochs=2,
+        minibatch_size=11,
+        order="fixed",
     )
+    first, second, *_ = loss.agents
+    log_prob = joint_log_prob(loss, first, batch)
     before = copy.deepcopy(loss.actor_network.state_dict())
     metrics = updater(batch)
     for key, value in loss.actor_network.state_dict().items():
         assert value.isfinite().all()
         if isinstance(value, torch.Tensor) and value.is_floating_point() and "param" in key:
             assert not torch.equal(value, before[key])
+    factor = (joint_log_prob(loss, first, batch) - log_prob).exp()
+    active = loss.active(batch)
+    if active is not None:
+        factor = torch.where(active[..., 0], factor, 1.0)
+    for name, value in (("factor_mean", factor.mean()), ("factor_max", factor.max())):
+        torch.testing.assert_close(metrics[second.name, name], value, rtol=1e-4, atol=1e-5)
     for agent in loss.agents:
         report = metrics[agent.name]
         assert all(value.isfinite() for value in report.values())

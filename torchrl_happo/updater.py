@@ -78,6 +78,9 @@ class SequentialUpdater:
     4. the critic is fitted.
 
     The factor lives in log space. A step at which an agent was not active contributes ratio 1.
+    The ratios of a recurrent actor, those of its loss and those of the factor, come from the same
+    evaluation: over chunks of the batch (``sequence_length``), each from the state that the
+    collector stored at its first step, with resets where ``"is_init"`` says so.
 
     An update is all or nothing: a batch that is refused changes nothing, and an error or an
     interrupt in the middle of an update puts parameters and optimisers back to where they were.

@@ -105,7 +105,9 @@ class SequentialLossMixin(_Base):
                 Defaults to ``"factor"``.
             active (str): name of a boolean entry of each group, ``[*B, n_agents]`` or
                 ``[*B, n_agents, 1]``, that is ``False`` where an agent is dead or not yet there.
-                Absent: all are active. Defaults to ``"active"``.
+                Nothing that it says or sees there has an influence: in an update the critic sees
+                zeros in its place. Only the memory of a recurrent actor goes on, up to the next
+                reset. Absent: all are active. Defaults to ``"active"``.
         """
 
         factor: NestedKey = "factor"
