@@ -27,11 +27,12 @@ def test_line_searches_agree_with_the_definition(
     """Both accept the first fraction that satisfies the three conditions, or none."""
     generator = torch.Generator().manual_seed(seed)
     g, curve, theta, step = torch.randn(4, 3, generator=generator, dtype=torch.float64)
+    before = torch.randn((), generator=generator, dtype=torch.float64)
     far = 0.5 * step.norm()
 
     def evaluate(x):
         moved = x - theta
-        surrogate = g.dot(moved) - (curve * moved).square().sum()
+        surrogate = before + g.dot(moved) - (curve * moved).square().sum()
         kl = moved.square().sum() / 2
         troubled = moved.norm() > far
         if trouble == "nan surrogate":
@@ -48,7 +49,7 @@ def test_line_searches_agree_with_the_definition(
         "max_backtracks": max_backtracks,
         "accept_ratio": accept_ratio,
     }
-    before, expected = torch.tensor(0.0, dtype=torch.float64), g.dot(step)
+    expected = g.dot(step)
     outcomes = [
         search(evaluate, theta, step, before, expected, **settings)
         for search in (sequential_line_search, batched_line_search)
@@ -56,7 +57,8 @@ def test_line_searches_agree_with_the_definition(
     for k in range(max_backtracks):
         fraction = backtrack_factor**k
         surrogate, kl = evaluate(theta + fraction * step)
-        enough = surrogate > 0 and surrogate > accept_ratio * fraction * expected and expected > 0
+        gain = surrogate - before
+        enough = gain > 0 and gain > accept_ratio * fraction * expected and expected > 0
         accepted = bool(kl < max_kl and enough and surrogate.isfinite())
         if accepted:
             break
