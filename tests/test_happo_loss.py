@@ -92,6 +92,56 @@ def test_one_agent_equals_clip_ppo():
     compare(ours, theirs, batch)
 
 
+def test_one_agent_takes_the_advantage_of_the_team():
+    """A team of one may say its advantage either way, for the team or for each agent."""
+    actor, _, batch = team(n_agents=1)
+    loss = HAPPOLoss(actor, None, entropy_coeff=0.0, reduction="none")
+    batch["advantage"] = torch.randn(*batch.shape, 1, dtype=torch.double)
+    of_the_team = loss(batch)["loss_objective"]
+    batch["advantage"] = batch["advantage"].unsqueeze(-2)
+    assert torch.equal(of_the_team.flatten(), loss(batch)["loss_objective"].flatten())
+
+
+def test_an_advantage_of_another_shape_is_refused():
+    """Neither the team's nor each agent's: the sentence says what it must be."""
+    actor, _, batch = team()
+    batch["advantage"] = torch.randn(*batch.shape, 2, 1, dtype=torch.double)
+    with pytest.raises(ValueError, match=r"must be \[4, 6, 1\] for the team or \[4, 6, 3, 1\]"):
+        HAPPOLoss(actor, None)(batch)
+
+
+def test_a_log_probability_with_a_gradient_is_refused():
+    """The old policy is data; a gradient through it would train the wrong thing."""
+    actor, _, batch = team()
+    batch["advantage"] = torch.randn(*batch.shape, 1, dtype=torch.double)
+    batch["agents", "action_log_prob"].requires_grad_()
+    with pytest.raises(RuntimeError, match=r"action_log_prob'\) requires grad; collect under"):
+        HAPPOLoss(actor, None)(batch)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_inactive_agents_have_no_loss(reduction):
+    """Whatever stands where an agent is inactive, its terms are left out, or zero one by one."""
+    actor, _, batch = team()
+    batch["advantage"] = torch.randn(*batch.shape, 1, dtype=torch.double)
+    terms = HAPPOLoss(actor, None, reduction="none")(batch)["loss_objective"]
+    active = torch.rand(*batch.shape, N_AGENTS) < 0.5
+    batch["agents", "active"] = active
+    batch["agents", "action"][~active] = 0.0
+    masked = torch.where(active, terms, 0.0)
+    expected = {"mean": masked.sum() / active.sum(), "sum": masked.sum(), "none": masked}
+    got = HAPPOLoss(actor, None, reduction=reduction)(batch)["loss_objective"]
+    torch.testing.assert_close(got, expected[reduction], rtol=1e-13, atol=1e-13)
+
+
+def test_an_entropy_bonus_can_be_refused():
+    """With ``entropy_bonus=False`` there is none, whatever its coefficient."""
+    actor, _, batch = team()
+    batch["advantage"] = torch.randn(*batch.shape, 1, dtype=torch.double)
+    output = HAPPOLoss(actor, None, entropy_bonus=False, entropy_coeff=0.1)(batch)
+    assert "loss_entropy" not in output.keys()
+
+
 def test_gradient_reaches_the_stack():
     """A loop of one's own trains the parameters of the actor that was passed."""
     actor, critic, batch = team()

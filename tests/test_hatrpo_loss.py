@@ -194,3 +194,15 @@ def test_state_survives_bit_for_bit():
     for batch in batches[1:]:
         assert (updater(batch) == resumed(batch)).all()
     assert same_state(updater.loss.state_dict(), resumed.loss.state_dict())
+
+
+def test_forward_without_the_old_distribution():
+    """A batch that does not say what the old policy was has a surrogate, and no divergence."""
+    actor = make_actor().double()
+    batch = make_batch(actor)
+    batch["advantage"] = torch.randn(*batch.shape, 1, dtype=torch.double)
+    loss = HATRPOLoss(actor, None)
+    expected = loss(batch)
+    output = loss(batch.exclude(("agents", "loc"), ("agents", "scale")))
+    assert set(expected.keys()) - set(output.keys()) == {"kl"}
+    torch.testing.assert_close(output["loss_objective"], expected["loss_objective"])

@@ -313,6 +313,12 @@ def test_composite_actions(loss_class, layout):
             else agent.stored_log_prob(data)
         )
         torch.testing.assert_close(agent.stored_log_prob(data), separate)
+        if loss_class is HAPPOLoss and layout == "groups":
+            heads = [
+                actor.get_dist(batch).entropy().values(True, True) for actor in actors.values()
+            ]
+            expected = sum(entropy.mean() for actor in heads for entropy in actor) / len(actors)
+            torch.testing.assert_close(loss(batch)["entropy"], expected)
         check_update(loss, batch)
 
 
@@ -378,3 +384,14 @@ def test_all_inactive_agent_is_left_alone(loss_class):
     for key, value in actors.state_dict().items():
         assert torch.equal(value[1], before[key][1])
         assert not torch.equal(value[0], before[key][0])
+
+
+def test_entropy_of_groups_of_unlike_sizes():
+    """The loss of the whole team has the entropy of each agent, with an agent dimension or none."""
+    sizes = {"pair": 2, "single": 1, "alone": None, "three": 3}
+    actors = {name: make_actor(SPACES["normal"], name, size) for name, size in sizes.items()}
+    groups = {name: () if size is None else (size,) for name, size in sizes.items()}
+    batch = make_batch(actors, groups, False, False)
+    loss = HAPPOLoss(actors, None, entropy_coeff=1.0, reduction="none")
+    entropies = [actor.get_dist(batch).entropy().reshape(*BATCH, -1) for actor in actors.values()]
+    torch.testing.assert_close(-loss(batch)["loss_entropy"], torch.cat(entropies, -1))

@@ -338,6 +338,101 @@ def test_deepcopied_updater_gives_the_same_numbers():
     assert same_state(updater.loss.state_dict(), twin.loss.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("kwargs", "fused"),
+    [
+        ({}, True),
+        ({"foreach": False}, None),
+        ({"fused": False}, False),
+        ({"lr": torch.tensor(1e-2)}, None),
+    ],
+)
+def test_adam_is_fused_unless_the_user_chose(kwargs, fused):
+    """Torch's fused kernel is the fastest for small networks; a choice of the user's stands."""
+    updater = make_updater(optimizer=partial(torch.optim.Adam, **{"lr": 1e-2, **kwargs}))
+    for step in updater._steps.values():
+        assert step.optimizer.param_groups[0]["fused"] is fused
+    updater(make_batch(updater.loss.actor_network))
+
+
+class Student(torch.distributions.Independent):
+    """A policy of which no divergence is known."""
+
+    def __init__(self, loc, scale):
+        super().__init__(torch.distributions.StudentT(3.0, loc, scale), 1)
+
+
+def test_a_divergence_that_is_not_known_is_estimated():
+    r"""By :math:`r - 1 - \log r` at the stored actions."""
+    actor = make_actor(distribution=Student).double()
+    updater = make_updater(actor, make_critic().double())
+    batch = make_batch(actor)
+    before = actor.get_dist(batch).log_prob(batch["agents", "action"]).detach()
+    metrics = updater(batch)
+    log_ratio = actor.get_dist(batch).log_prob(batch["agents", "action"]) - before
+    expected = (log_ratio.exp() - 1 - log_ratio).mean((0, 1))
+    for name, kl in zip(NAMES, expected, strict=True):
+        torch.testing.assert_close(metrics[name, "kl"], kl)
+
+
+class Shift(torch.nn.Module):
+    """A buffer that all agents share, such as the statistics of observations."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("shift", torch.zeros(5))
+
+    def forward(self, x):
+        return x + self.shift
+
+
+def test_buffers_of_the_joint_actor_are_those_of_the_agents():
+    """Written in place or replaced, they are what the next update uses."""
+    actor = make_actor()
+    actor.module[0].module.insert(0, Shift())
+    updater = make_updater(actor)
+    batch = make_batch(actor)
+    updater(batch)
+    actor.module[0].module[0].shift = torch.ones(5)
+    updater(batch)
+    for agent in updater.loss.agents:
+        (shift,) = (b for name, b in agent.actor.named_buffers() if name.endswith("shift"))
+        assert torch.equal(shift, torch.ones(5))
+
+
+def test_running_out_of_memory_is_said_as_such():
+    """It is no fault of the batch, and whoever catches it must be able to."""
+    updater = make_updater()
+    batch = make_batch(updater.loss.actor_network)
+
+    def fails(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    updater.loss.critic_network.register_forward_pre_hook(fails)
+    before = state_of(updater.loss)
+    with pytest.raises(torch.OutOfMemoryError):
+        updater(batch)
+    assert same_state(before, state_of(updater.loss))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_rewards_of_inactive_agents_do_not_count(shared):
+    """The agents that act must be paid the same; what the others are paid does not matter."""
+    updater = make_updater()
+    updater.loss.set_keys(reward=("agents", "reward"))
+    batch = make_batch(updater.loss.actor_network)
+    active = torch.rand(*batch.shape, N_AGENTS) < 0.5
+    paid = batch["next", "reward"].unsqueeze(-2).expand(*batch.shape, N_AGENTS, 1)
+    own = active if shared else ~active
+    batch["agents", "active"] = active
+    batch["next", "agents", "reward"] = torch.where(own.unsqueeze(-1), paid, torch.rand_like(paid))
+    if shared:
+        updater(batch)
+    else:
+        with pytest.raises(ValueError, match="differ between the agents"):
+            updater(batch)
+
+
 class Interrupted(BaseException):
     """Stands for Ctrl-C."""
 
@@ -346,7 +441,8 @@ class Interrupted(BaseException):
 @pytest.mark.parametrize("error", [RuntimeError, Interrupted])
 def test_an_interrupted_update_leaves_no_trace(where, error):
     """An error in the middle of a step puts parameters, optimisers and generators back."""
-    updater = make_updater(num_epochs=3)
+    scheduler = partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5)
+    updater = make_updater(num_epochs=3, scheduler=scheduler)
     batch = make_batch(updater.loss.actor_network)
     updater(batch)
     twin = copy.deepcopy(updater)

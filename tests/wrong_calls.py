@@ -14,10 +14,10 @@ import pytest
 import torch
 from recipe_helpers import tiny_config
 from team import N_AGENTS, make_actor, make_batch, make_critic
-from tensordict.nn import TensorDictModule, TensorDictSequential
+from tensordict.nn import AddStateIndependentNormalScale, TensorDictModule, TensorDictSequential
 from torch import nn
 from torch.distributions import Categorical
-from torchrl.modules import MultiAgentMLP, ProbabilisticActor
+from torchrl.modules import IndependentNormal, MultiAgentMLP, ProbabilisticActor
 
 from torchrl_happo import HAPPOLoss, HATRPOLoss, SequentialUpdater, train
 from torchrl_happo.envs import MatrixGame
@@ -268,6 +268,28 @@ def stack(**kwargs):
     settings = {"n_agent_inputs": 5, "n_agent_outputs": 3, "n_agents": N_AGENTS}
     defaults = {"centralized": False, "share_params": False, "num_cells": [8]}
     return MultiAgentMLP(**{**settings, **defaults, **kwargs})
+
+
+def flat_actor():
+    """An actor without an agent dimension."""
+    return categorical(nn.Linear(5, 3))
+
+
+def deviating():
+    """A stack of means with one standard deviation for all agents."""
+    scale = AddStateIndependentNormalScale(2)
+    keys = [("agents", "loc"), ("agents", "scale")]
+    return ProbabilisticActor(
+        TensorDictModule(
+            nn.Sequential(stack(n_agent_outputs=2), scale),
+            in_keys=[("agents", "observation")],
+            out_keys=keys,
+        ),
+        in_keys=keys,
+        out_keys=[("agents", "action")],
+        distribution_class=IndependentNormal,
+        return_log_prob=True,
+    )
 
 
 def critic_of(net, in_key=("agents", "observation"), out_key="state_value"):

@@ -22,6 +22,7 @@ from wrong_calls import (
     categorical,
     changed,
     critic_of,
+    deviating,
     elsewhere,
     hatrpo,
     loaded,
@@ -102,6 +103,12 @@ LOSSES = built([
     ("kl_split", lambda: hatrpo(kl_split="half"), ValueError, 'kl_split must be None, "equal"'),
     ("shares of more than all", lambda: hatrpo(kl_split=lambda agents: [1, 1, 1]), ValueError,
      r"kl_split returned \[1, 1, 1\]; it must return 3 positive shares"),
+    ("a share in place of shares", lambda: hatrpo(kl_split=lambda agents: 1.0), ValueError,
+     "kl_split returned 1.0; it must return 3"),
+    ("a weight of no critic", lambda: HAPPOLoss(make_actor(), None, critic_coeff=1.0), ValueError,
+     "there is no critic; pass one or leave it out"),
+    ("a deviation that agents share", lambda: loss(deviating()), ValueError,
+     r"one parameter module.*for all agents.*blocks=\['agents'\]"),
     ("a keyword of the other loss", lambda: hatrpo(clip_epsilon=0.2), TypeError, "'clip_epsilon'"),
 ])
 
@@ -129,17 +136,21 @@ UPDATERS = built([
     ("LBFGS", lambda: Team(optimizer=torch.optim.LBFGS), ValueError, "LBFGS .*pass another"),
     ("a schedule of a metric", lambda: Team(scheduler=ReduceLROnPlateau), ValueError,
      "ReduceLROnPlateau wants a metric"),
+    ("a factory of no schedule", lambda: Team(scheduler=lambda optimizer: None), TypeError,
+     "scheduler factory returned None; it must return"),
     ("num_epochs 0", lambda: Team(num_epochs=0), ValueError, "num_epochs .*at least 1, got 0"),
     ("num_epochs 1.5", lambda: Team(num_epochs=1.5), TypeError, "num_epochs .*whole .*got 1.5"),
     ("critic_epochs 0", lambda: Team(critic_epochs=0), ValueError, "critic_epochs .*got 0"),
     ("minibatch_size 0", lambda: Team(minibatch_size=0), ValueError, "minibatch_size .*got 0"),
     ("minibatch_size in words", lambda: Team(minibatch_size="7"), TypeError, "minibatch_.*'7'"),
     ("max_grad_norm below 0", lambda: Team(max_grad_norm=-1.0), ValueError, "positive .*got -1"),
+    ("max_grad_norm in words", lambda: Team(max_grad_norm="1"), TypeError, "above 0 .*got '1'"),
     ("target_kl NaN", lambda: Team(target_kl=NAN), ValueError, "target_kl must be positive"),
     ("target_kl with HATRPO", lambda: Team(loss=HATRPOLoss, target_kl=0.1), ValueError,
      "bounded by max_kl; leave target_kl out"),
     ("sequence_length 0", lambda: Team(sequence_length=0), ValueError, "sequence_length .*got 0"),
     ("seed in words", lambda: Team(seed="one"), TypeError, "seed must be a whole number"),
+    ("seed below 0", lambda: Team(seed=-1), ValueError, "at least 0 .*got -1"),
     ("an unknown order", lambda: Team(order="best"), ValueError, 'must be "random".*got .best'),
     ("an order with an unknown name", lambda: Team(order=["agents_0", "agents_1", "agents_9"]),
      ValueError, "must hold each of the agents .*once"),
@@ -201,6 +212,8 @@ BATCHES = called([
      "critic cannot read the batch .*incompatible"),
     ("a mask that does not fit", lambda batch: batch.set(
         ("agents", "active"), torch.ones(*STEPS, 3, 2).bool()), ValueError, "each agent at each"),
+    ("a mask of too few steps", lambda batch: batch.set(
+        ("collector", "mask"), torch.ones(*STEPS, 2).bool()), ValueError, "of each step whether"),
 ])
 
 TEAMS = trained([
@@ -272,6 +285,9 @@ STATES = loaded([
     ("a state without an optimiser", lambda state: state["steps"].update(agents_1={}), ValueError,
      r"'agents_1' holds \[\]"),
     ("a state of another optimiser", sgd, ValueError, "not from Adam"),
+    ("a state of an optimiser in words",
+     lambda state: state["steps"]["agents_1"].update(optimizer="adam"), ValueError,
+     "none of torch.optim; it is damaged"),
     ("a state of narrower moments", slimmer, ValueError, r"'exp_avg' has shape \[16, 1\]"),
     ("a state without generators", lambda state: state.update(generators=[]), ValueError,
      "2 random generators"),

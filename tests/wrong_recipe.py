@@ -5,10 +5,12 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+from team import make_actor, make_observations
 from tensordict import TensorDict
 from wrong_calls import (
     NAN,
     built,
+    flat_actor,
     game,
     play,
     resumed,
@@ -54,6 +56,10 @@ BUILDERS = built([
     ("no actors to join", lambda: joint_policy({}), ValueError, "no actors"),
     ("nothing to join", lambda: joint_policy({"a": None}), TypeError, "got None for group 'a'"),
     ("a list of no actors", lambda: ActorList([]), ValueError, "needs an actor for each agent"),
+    ("a list of two groups", lambda: ActorList([make_actor(group=name) for name in "ab"]),
+     ValueError, "must write their actions into one group"),
+    ("a list of too many actors", lambda: ActorList([flat_actor()] * 4)(make_observations()),
+     ValueError, r"has batch size \[4, 6, 3\], but there are 4 actors; it must be \[4, 6, 4\]"),
     ("a payoff in a list", lambda: MatrixGame([[1, 0], [0, 1]]), TypeError, "tensor .*got a list"),
     ("a payoff of unlike sizes", lambda: MatrixGame(torch.zeros(2, 3)), ValueError, r"\[2, 3\]"),
     ("a payoff of NaN", lambda: MatrixGame(torch.full((2, 2), NAN)), ValueError, "finite"),

@@ -296,7 +296,7 @@ class SequentialLossMixin(_Base):
                 )
             old.append(self._line_up(old_log_prob, tensordict))
             new.append(self._line_up(unit.log_prob(parameters, data), tensordict))
-            dists.append(unit.policy.distribution(parameters))
+            dists.append((unit.policy.distribution(parameters), tensordict.batch_dims))
         log_weight = (torch.cat(new, -1) - torch.cat(old, -1)).unsqueeze(-1)
         if log_weight.shape[-2] == 1 and log_weight.shape[:-2] == adv_shape:
             log_weight = log_weight.squeeze(-2)  # one agent, one advantage: as ClipPPOLoss
@@ -313,20 +313,18 @@ class SequentialLossMixin(_Base):
         return per_agent if per_agent.ndim > tensordict.batch_dims else per_agent.unsqueeze(-1)
 
     def _get_entropy(
-        self, dist: Distribution | list[Distribution], adv_shape: torch.Size
+        self, dist: Distribution | list[tuple[Distribution, int]], adv_shape: torch.Size
     ) -> Tensor | TensorDict:
         if not isinstance(dist, list):
             return super()._get_entropy(dist, adv_shape)
         if len(dist) == 1:
-            return super()._get_entropy(dist[0], adv_shape)
+            return super()._get_entropy(dist[0][0], adv_shape)
         entropies = []
-        for group_dist in dist:
-            entropy = super()._get_entropy(group_dist, adv_shape)
+        for group_dist, batch_dims in dist:
+            entropy = super()._get_entropy(group_dist, group_dist.batch_shape)
             if is_tensor_collection(entropy):
                 entropy = _sum_td_features(entropy)
-            entropies.append(
-                entropy if entropy.ndim > len(adv_shape) + 1 else entropy.unsqueeze(-2)
-            )
+            entropies.append(entropy if entropy.ndim > batch_dims + 1 else entropy.unsqueeze(-2))
         return torch.cat(entropies, -2)
 
     def _maybe_normalize_advantage(
