@@ -120,10 +120,8 @@ class TeamBatch:
 
     def acts(self, agent: Agent) -> bool:
         """Whether there is anything to update an agent with."""
-        if self.valid(agent) is None:
-            return True
         if self.learners.alone:
-            return self._kept(agent) is not None
+            return self.valid(agent) is None or self._kept(agent) is not None
         return self._acting_somewhere[self.loss.agents.index(agent)]
 
     def valid(self, agent: Agent) -> Tensor | None:
@@ -234,7 +232,9 @@ class TeamBatch:
     def has_values(self) -> bool:
         """Whether there is anything to fit the critic to, here or with another learner."""
         valid = self._counted()
-        return valid is None or bool(self.learners.maximum(valid.any().to(torch.int32)))
+        if self.learners.alone:
+            return valid is None or bool(valid.any())
+        return self.learners.most(1 if valid is None else int(valid.any())) > 0
 
     def _counted(self) -> Tensor | None:
         """Which of the critic's values count."""

@@ -10,8 +10,10 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -28,6 +30,7 @@ from torchrl_happo.recipe.interrupt import Interrupt
 from torchrl_happo.recipe.memory import keep_freed_memory
 from torchrl_happo.recipe.progress import ProgressDisplay
 from torchrl_happo.recipe.randomness import derive_seed, seed_everything
+from torchrl_happo.recipe.ranks import Ranks, part_of, restarts, world_size
 from torchrl_happo.recipe.records import Records, Row, episode_statistics, flatten
 from torchrl_happo.recipe.report import write_report
 
@@ -55,54 +58,118 @@ def run(config: TrainConfig, folder: Path) -> Path:
         KeyboardInterrupt: after a Ctrl-C, when the checkpoint has been written.
     """
     validate(config)
+    own = part_of(config, world_size())
     torch.set_num_threads(config.threads)
     keep_freed_memory()
-    seed_everything(derive_seed(config.seed))
-    learner = make_learner(config, make_env(config.task, num_envs=1, seed=0, device=config.device))
-    progress = Progress()
-    if config.resume is not None:
-        progress = checkpoint.restore(checkpoint.read(Path(config.resume)), learner.updater)
+    with Ranks(own.device, config.learner_timeout) as ranks:
+        return _run(config, own, folder, ranks)
 
-    folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(compose.to_dict(config), folder / "config.yaml")
-    checkpoints = Checkpoints(folder, config.checkpoint.keep)
+
+def _run(config: TrainConfig, own: TrainConfig, folder: Path, ranks: Ranks) -> Path:
+    """The run as one of its learners sees it, who has ``own`` part; the first one writes."""
+    seed_everything(derive_seed(config.seed))
+    env = make_env(own.task, num_envs=1, seed=0, device=own.device)
+    learner = make_learner(own, env, ranks.group)
+    progress = Progress()
+    stored = ranks.from_first(partial(_stored, config, folder))
+    if stored is not None:
+        progress = checkpoint.restore(stored, learner.updater)
+    # What several learners draw is their own; one alone draws the same with and without others.
+    own_seed = partial(derive_seed, config.seed, *([ranks.rank] if ranks.size > 1 else []))
+
     with (
-        closing(Records(config, folder, progress.training, progress.evaluation)) as records,
-        closing(ProgressDisplay(config, progress.frames)) as display,
-        closing(Evaluation(config)) as evaluate,
-        closing(Batches(config, learner.policy)) as batches,
+        closing(_Writing(config, folder, progress) if ranks.is_first else _Silence()) as writing,
+        closing(Batches(own, learner.policy)) as batches,
         Interrupt() as interrupt,
     ):
         if progress.iteration == 0 and config.evaluation.interval > 0:
-            records.add_evaluation({**progress.position, **evaluate(learner.policy)})
+            writing.evaluation(learner)
         fresh_start = True
         while progress.iteration < config.iterations:
             if fresh_start:
-                batches.restart(derive_seed(config.seed, progress.iteration))
-            row = _learn(batches, learner, progress)
-            records.add_training(row)
-            display.update(progress.frames, row["return"])
-
+                batches.restart(own_seed(progress.iteration))
+            row = _learn(batches, learner, progress, ranks)
+            writing.iteration(row)
             if _due(config.evaluation.interval, progress, config):
-                records.add_evaluation({**progress.position, **evaluate(learner.policy)})
+                writing.evaluation(learner)
 
-            fresh_start = interrupt.requested or _due(config.checkpoint.interval, progress, config)
+            stopping = ranks.any(interrupt.requested)
+            fresh_start = stopping or _due(config.checkpoint.interval, progress, config)
             if fresh_start:
-                checkpoints.save(config, learner.updater, progress)
-            if interrupt.requested:
+                writing.checkpoint(learner)
+            if stopping:
                 logger.info("Stopped and saved; go on with: resume=%s", folder)
                 raise KeyboardInterrupt
-
-    write_report(config, folder)
-    result = progress.evaluation[-1]
-    logger.info(
-        "Return %.4g +- %.2g (%d episodes after %d frames); everything is in %s",
-        *(result["return"], result["return_stderr"], result["episodes"], result["frames"], folder),
-    )
+    writing.report()
     return folder
 
 
-def _learn(batches: Batches, learner: Learner, progress: Progress) -> Row:
+def _stored(config: TrainConfig, folder: Path) -> dict[str, Any] | None:
+    """The checkpoint to go on from: of ``config.resume`` or, after a restart, of this very run."""
+    if restarts() and checkpoint.list_checkpoints(folder / checkpoint.FOLDER):
+        return checkpoint.read(folder)
+    return None if config.resume is None else checkpoint.read(Path(config.resume))
+
+
+class _Silence:
+    """What a learner writes that is not the first one: nothing."""
+
+    def iteration(self, row: Row) -> None:
+        """An iteration is over."""
+
+    def evaluation(self, learner: Learner) -> None:
+        """It is time for an evaluation."""
+
+    def checkpoint(self, learner: Learner) -> None:
+        """It is time for a checkpoint."""
+
+    def report(self) -> None:
+        """The run is over."""
+
+    def close(self) -> None:
+        """Closes what is open."""
+
+
+class _Writing(_Silence):
+    """Everything that a run leaves in its folder."""
+
+    def __init__(self, config: TrainConfig, folder: Path, progress: Progress) -> None:
+        self.config, self.folder, self.progress = config, folder, progress
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(compose.to_dict(config), folder / "config.yaml")
+        with ExitStack() as stack:
+            self.checkpoints = Checkpoints(folder, config.checkpoint.keep)
+            self.records = stack.enter_context(
+                closing(Records(config, folder, progress.training, progress.evaluation))
+            )
+            self.display = stack.enter_context(closing(ProgressDisplay(config, progress.frames)))
+            self.evaluate = stack.enter_context(closing(Evaluation(config)))
+            self._open = stack.pop_all()
+
+    def iteration(self, row: Row) -> None:
+        self.records.add_training(row)
+        self.display.update(self.progress.frames, row["return"])
+
+    def evaluation(self, learner: Learner) -> None:
+        self.records.add_evaluation({**self.progress.position, **self.evaluate(learner.policy)})
+
+    def checkpoint(self, learner: Learner) -> None:
+        self.checkpoints.save(self.config, learner.updater, self.progress)
+
+    def report(self) -> None:
+        write_report(self.config, self.folder)
+        result = self.progress.evaluation[-1]
+        logger.info(
+            "Return %.4g +- %.2g (%d episodes after %d frames); everything is in %s",
+            *(result["return"], result["return_stderr"], result["episodes"], result["frames"]),
+            self.folder,
+        )
+
+    def close(self) -> None:
+        self._open.close()
+
+
+def _learn(batches: Batches, learner: Learner, progress: Progress, ranks: Ranks) -> Row:
     """Collects a batch and learns from it; returns what there is to record about both."""
     start = time.perf_counter()
     batch = batches.next()
@@ -110,13 +177,14 @@ def _learn(batches: Batches, learner: Learner, progress: Progress) -> Row:
     metrics = flatten(learner.updater(batch))
     batches.policy_changed()
     updated = time.perf_counter()
+    frames = batch.numel() * ranks.size
     progress.iteration += 1
-    progress.frames += batch.numel()
+    progress.frames += frames
     progress.seconds += updated - start
     return {
         **progress.position,
-        **episode_statistics(batch),
-        "frames_per_second": batch.numel() / (updated - start),
+        **ranks.pooled(episode_statistics(batch)),
+        "frames_per_second": frames / (updated - start),
         "collect_seconds": collected - start,
         "update_seconds": updated - collected,
         **metrics,

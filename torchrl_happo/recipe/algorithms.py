@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, TypeAlias, cast
 
 import torch
+import torch.distributed as dist
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import nn
@@ -49,6 +50,9 @@ VALUE_NORMS: dict[str, type[ValueNorm]] = {
 }
 
 
+Group: TypeAlias = dist.ProcessGroup | None
+
+
 class Updater(Protocol):
     """What the recipe asks of an updater, whatever its algorithm."""
 
@@ -70,20 +74,23 @@ class Learner:
     updater: Updater
 
 
-def make_learner(config: TrainConfig, env: EnvBase) -> Learner:
+def make_learner(config: TrainConfig, env: EnvBase, process_group: Group = None) -> Learner:
     """Builds networks, loss and updater for an environment.
 
     Args:
         config (TrainConfig): the run.
         env (EnvBase): any environment of the task, for its specs.
+        process_group (ProcessGroup, optional): of several learners. Defaults to ``None``: alone.
     """
     for schema, build in _BUILDERS.items():
         if isinstance(config.algorithm, schema):
-            return build(config, env, config.algorithm)
+            return build(config, env, config.algorithm, process_group)
     raise ConfigError(f"The recipe does not know the algorithm {config.algorithm.name!r}.")
 
 
-def _make_happo(config: TrainConfig, env: EnvBase, settings: Happo) -> Learner:
+def _make_happo(
+    config: TrainConfig, env: EnvBase, settings: Happo, process_group: Group
+) -> Learner:
     actor = make_actor(env, **_policies(config.model))
     loss = HAPPOLoss(
         _by_group(env, actor),
@@ -93,10 +100,12 @@ def _make_happo(config: TrainConfig, env: EnvBase, settings: Happo) -> Learner:
         popart=settings.popart,
         **_critic_loss(settings, env),
     )
-    return _sequential(config, settings, actor, loss)
+    return _sequential(config, settings, actor, loss, process_group)
 
 
-def _make_hatrpo(config: TrainConfig, env: EnvBase, settings: Hatrpo) -> Learner:
+def _make_hatrpo(
+    config: TrainConfig, env: EnvBase, settings: Hatrpo, process_group: Group
+) -> Learner:
     actor = make_actor(env, **_policies(config.model))
     loss = HATRPOLoss(
         _by_group(env, actor),
@@ -109,11 +118,15 @@ def _make_hatrpo(config: TrainConfig, env: EnvBase, settings: Hatrpo) -> Learner
         popart=settings.popart,
         **_critic_loss(settings, env),
     )
-    return _sequential(config, settings, actor, loss)
+    return _sequential(config, settings, actor, loss, process_group)
 
 
 def _sequential(
-    config: TrainConfig, settings: Happo | Hatrpo, actor: Any, loss: SequentialLossMixin
+    config: TrainConfig,
+    settings: Happo | Hatrpo,
+    actor: Any,
+    loss: SequentialLossMixin,
+    process_group: Group,
 ) -> Learner:
     loss.make_value_estimator(ValueEstimators.MAGAE, gamma=settings.gamma, lmbda=settings.lmbda)
     updater = SequentialUpdater(
@@ -127,13 +140,17 @@ def _sequential(
         target_kl=settings.target_kl if isinstance(settings, Happo) else None,
         sequence_length=getattr(config.model, "sequence_length", None),
         seed=config.seed,
+        process_group=process_group,
     )
     # Its memory then goes on from one batch to the next.
     critic = loss.critic_network if has_memory(loss.critic_network) else None
     return Learner(joint_policy(actor, critic), updater)
 
 
-def _make_baseline(config: TrainConfig, env: EnvBase, settings: Mappo | Ippo) -> Learner:
+def _make_baseline(
+    config: TrainConfig, env: EnvBase, settings: Mappo | Ippo, process_group: Group
+) -> Learner:
+    assert process_group is None  # see ranks.part_of
     centralized = isinstance(settings, Mappo)
     loss_class = MAPPOLoss if centralized else IPPOLoss
     share = settings.share_params
@@ -262,7 +279,7 @@ def _by_group(env: EnvBase, actor: Any) -> dict[str, Any]:
     return actor if isinstance(actor, dict) else {read_groups(env, "observation")[0].name: actor}
 
 
-_BUILDERS: dict[type[AlgorithmConfig], Callable[[TrainConfig, EnvBase, Any], Learner]] = {
+_BUILDERS: dict[type[AlgorithmConfig], Callable[[TrainConfig, EnvBase, Any, Group], Learner]] = {
     Happo: _make_happo,
     Hatrpo: _make_hatrpo,
     Mappo: _make_baseline,

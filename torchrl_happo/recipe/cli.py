@@ -12,6 +12,7 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -19,6 +20,7 @@ from torchrl_happo.recipe import checkpoint, compose
 from torchrl_happo.recipe.checkpoint import CheckpointError
 from torchrl_happo.recipe.collection import WorkerError
 from torchrl_happo.recipe.config import ConfigError, TrainConfig
+from torchrl_happo.recipe.ranks import LearnerError, world_rank, world_size
 
 REFUSED = 2
 INTERRUPTED = 130
@@ -49,10 +51,14 @@ def command_line(run: Callable[[TrainConfig, Path], Path]) -> int:
         logging.getLogger("torchrl").setLevel(logging.WARNING)
         hydra_config = HydraConfig.get()
         try:
+            if hydra_config.mode == RunMode.MULTIRUN and world_size() > 1:
+                raise ConfigError("torchrun trains one run: leave out -m, or leave out torchrun.")
             config = _load(composed, list(hydra_config.overrides.task))
             run(config, Path(hydra_config.runtime.output_dir))
-        except (ConfigError, CheckpointError, WorkerError) as error:
+        except (ConfigError, CheckpointError) as error:
             raise SystemExit(_refuse(str(error))) from error
+        except (LearnerError, WorkerError) as error:
+            raise SystemExit(_say(str(error))) from error
         except OSError as error:
             if error.errno not in UNWRITABLE:
                 raise
@@ -67,6 +73,8 @@ def command_line(run: Callable[[TrainConfig, Path], Path]) -> int:
     compose.register()
     # By default Hydra prints an error and ends the process; this makes it hand the error over.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    if world_rank() > 0:
+        sys.argv += ["hydra/job_logging=none", "hydra/hydra_logging=none"]
     try:
         job()
     except (HydraException, MissingConfigException, OmegaConfBaseException) as error:
@@ -85,5 +93,11 @@ def _load(composed: DictConfig, overrides: list[str]) -> TrainConfig:
 
 
 def _refuse(sentence: str) -> int:
-    sys.stderr.write(sentence + "\n")
+    """Says what all learners of a run find wrong, once."""
+    return _say(sentence if world_rank() == 0 else "")
+
+
+def _say(sentence: str) -> int:
+    if sentence:
+        sys.stderr.write(sentence + "\n")
     return REFUSED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from difflib import get_close_matches
@@ -22,6 +23,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from torchrl_happo.recipe import config as schema
 from torchrl_happo.recipe.config import ConfigError, TrainConfig, validate
+from torchrl_happo.recipe.ranks import launch_time
 from torchrl_happo.recipe.tasks import TASKS
 
 CONFIG_MODULE = "torchrl_happo.conf"
@@ -30,6 +32,7 @@ CONFIG_MODULE = "torchrl_happo.conf"
 CHANGEABLE = {
     "checkpoint",
     "evaluation",
+    "learner_timeout",
     "logger",
     "progress",
     "render",
@@ -71,6 +74,7 @@ def register() -> None:
             store.store(group=folder, name=name, node=node)
     OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
     OmegaConf.register_new_resolver("family", _family, replace=True)
+    OmegaConf.register_new_resolver("launched", _launched, replace=True, use_cache=True)
 
 
 def compose_config(*overrides: str) -> TrainConfig:
@@ -224,6 +228,11 @@ def _siblings(key: str, cause: OmegaConfBaseException) -> list[str]:
 def _run_folder(resume: str | None, new: str) -> str:
     """Where a run writes: a folder that is resumed goes on, everything else starts a new one."""
     return str(resume) if resume and Path(resume).is_dir() else new
+
+
+def _launched(pattern: str) -> str:
+    """When the run was launched."""
+    return time.strftime(pattern, launch_time())
 
 
 def _family(task: str) -> str:

@@ -310,6 +310,8 @@ class TrainConfig:
     steps_per_batch: int = count()
     """Steps of each environment in a batch: a batch is ``num_envs * steps_per_batch`` frames."""
     device: str = MISSING
+    learner_timeout: float = number(above=0)
+    """Seconds after which a learner of several that cannot be reached counts as ended."""
     threads: int = count()
     """Threads of torch. With another busy process on the machine more than one can stall."""
     logger: str = choice(*LOGGERS)
