@@ -8,8 +8,8 @@ The contestants update the same team on the same data:
 - ``floor``: forward and backward of the same networks alone, no losses, no optimiser;
 - ``plain``: HAPPO written by hand in plain torch, an honest yardstick;
 - ``mappo``: TorchRL's ``MAPPOLoss`` with unshared networks and one Adam;
-- ``happo``: this library, and ``happo-compiled`` where ``SequentialUpdater`` can compile;
-- ``hatrpo``: this library's trust region; ``hatrpo-fifth`` with a fifth of the samples in the
+- ``happo``: this library, and ``happo-compiled`` with ``SequentialUpdater(compile=True)``;
+- ``hatrpo``: this library's trust region; ``hatrpo-compiled``; ``hatrpo-fifth`` with a fifth of the samples in the
   Fisher matrix; ``hatrpo-double``: the same with eleven Fisher-vector products by double backward
   through a new graph each time, as the reference implementation does.
 
@@ -294,7 +294,9 @@ def contestants(args: argparse.Namespace, n_agents: int, samples: int, hidden: i
         "plain": plain(batch, minibatch, hidden, args.discrete),
         "mappo": mappo(batch, minibatch, *team()),
         "happo": ours(HAPPOLoss),
+        "happo-compiled": ours(HAPPOLoss, updater={"compile": True}),
         "hatrpo": ours(HATRPOLoss),
+        "hatrpo-compiled": ours(HATRPOLoss, updater={"compile": True}),
         "hatrpo-fifth": ours(HATRPOLoss, fisher_fraction=0.2),
         "hatrpo-double": double_backward(sequential(HATRPOLoss, minibatch, *team()), batch),
     }
@@ -318,14 +320,20 @@ def measure(updates: dict[str, Update], repetitions: int, device: str) -> dict[s
     return times
 
 
-NAMES = ["floor", "plain", "mappo", "happo", "hatrpo", "hatrpo-fifth", "hatrpo-double"]
+NAMES = [
+    *("floor", "plain", "mappo", "happo", "happo-compiled"),
+    *("hatrpo", "hatrpo-compiled", "hatrpo-fifth", "hatrpo-double"),
+]
 RATIOS = [
     ("happo", "plain"),
     ("happo", "floor"),
     ("happo", "mappo"),
+    ("happo-compiled", "floor"),
+    ("happo-compiled", "happo"),
     ("hatrpo", "happo"),
     ("hatrpo-fifth", "happo"),
-    ("hatrpo-double", "hatrpo"),
+    ("hatrpo", "hatrpo-double"),
+    ("hatrpo-compiled", "hatrpo-double"),
 ]
 
 

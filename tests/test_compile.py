@@ -115,6 +115,36 @@ def test_happo_with_other_actions(distribution):
     assert backend.graphs == 2
 
 
+@pytest.mark.parametrize(
+    ("loss_kwargs", "kwargs"),
+    [
+        ({}, {}),
+        ({"fisher_fraction": 0.4}, {}),
+        ({"line_search": "batched"}, {}),
+        ({"blocks": ["agents"]}, {}),
+        ({"distribution": TanhNormal}, {}),
+        ({"distribution": Categorical}, {}),
+    ],
+    ids=["normal", "fraction", "batched", "block", "tanh", "categorical"],
+)
+def test_hatrpo_is_that_of_eager(loss_kwargs, kwargs):
+    """Three updates leave the same parameters, and report the same; masks and all."""
+    loss_kwargs = {"max_kl": 0.02, **loss_kwargs}
+    distribution = loss_kwargs.pop("distribution", IndependentNormal)
+    eager, compiled, backend, batch = twins(
+        HATRPOLoss, distribution, loss_kwargs=loss_kwargs, **kwargs
+    )
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        batch["agents", "active"] = torch.rand(*batch.shape, 3, generator=generator) < 0.7
+        expected, metrics = eager(batch), compiled(batch)
+        torch.testing.assert_close(metrics.to_dict(), expected.to_dict(), rtol=1e-7, atol=1e-9)
+    assert_equal(eager, compiled, tolerance=1e-9)
+    # Of the agents: what is computed once, the Fisher-vector product, a trial. And the critic.
+    assert backend.graphs == 4
+    assert metrics["agents_0" if "agents_0" in metrics.keys() else "agents", "step_fraction"] > 0
+
+
 def test_no_recompilation():
     """A hundred updates: random order, a ragged last minibatch, agents that come and go."""
     eager, compiled, backend, batch = twins(num_epochs=1)

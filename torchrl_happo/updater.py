@@ -224,7 +224,11 @@ class SequentialUpdater:
 
         self._agent_steps = {
             agent.name: loss.make_agent_step(
-                agent, first_order, target_kl=target_kl, learners=self.learners
+                agent,
+                first_order,
+                target_kl=target_kl,
+                learners=self.learners,
+                compiler=compiler,
             )
             for agent in loss.agents
         }

@@ -33,6 +33,7 @@ from torchrl_happo.memory import StepwiseCritic, has_memory
 from torchrl_happo.objectives.functional import count
 from torchrl_happo.objectives.value_norm import RealValues, update_value_norm
 from torchrl_happo.optim.first_order import FirstOrderStep, InnerStep
+from torchrl_happo.optim.graphs import GraphCompiler
 from torchrl_happo.validation.arguments import check_keys
 from torchrl_happo.validation.batch import check_agent_keys, check_team_shape
 from torchrl_happo.validation.team import check_separate, check_value_key
@@ -194,6 +195,7 @@ class SequentialLossMixin(_Base):
         *,
         target_kl: float | None,
         learners: Learners,
+        compiler: GraphCompiler | None,
     ) -> InnerStep:
         """The inner step of one agent.
 
@@ -203,6 +205,7 @@ class SequentialLossMixin(_Base):
                 optimiser's settings filled in; it still wants the objective and the parameters.
             target_kl (float, optional): where to stop early, if the step can.
             learners (Learners): who take the step together; already in ``first_order``.
+            compiler (GraphCompiler, optional): compiles the step; already in ``first_order``.
         """
 
     def agent_weight(self, agent: Agent, data: TensorDictBase) -> Tensor | float:

@@ -26,6 +26,7 @@ from torchrl_happo.objectives.common import (
 )
 from torchrl_happo.objectives.functional import clipped_surrogate, masked_mean
 from torchrl_happo.optim.first_order import FirstOrderStep
+from torchrl_happo.optim.graphs import GraphCompiler
 from torchrl_happo.validation.arguments import (
     check_clip_epsilon,
     check_counts,
@@ -260,6 +261,7 @@ class HAPPOLoss(SequentialLossMixin, ClipPPOLoss):
         *,
         target_kl: float | None,
         learners: Learners,
+        compiler: GraphCompiler | None,
     ) -> FirstOrderStep:
         """Epochs of the agent's own optimiser on :meth:`agent_loss`."""
         stop = None if target_kl is None else partial(self._passes_kl, agent, target_kl, learners)

@@ -26,6 +26,7 @@ from torchrl_happo.objectives.common import (
 )
 from torchrl_happo.objectives.functional import masked_mean, surrogate
 from torchrl_happo.optim.first_order import FirstOrderStep
+from torchrl_happo.optim.graphs import GraphCompiler
 from torchrl_happo.optim.second_order import TrustRegionStep
 from torchrl_happo.optim.trust_region import TrustRegion
 from torchrl_happo.validation.arguments import check_counts, check_critic, check_numbers
@@ -223,6 +224,7 @@ class HATRPOLoss(SequentialLossMixin, PPOLoss):
         *,
         target_kl: float | None,
         learners: Learners,
+        compiler: GraphCompiler | None,
     ) -> TrustRegionStep:
         """One trust-region step on the whole batch."""
         if target_kl is not None:
@@ -243,6 +245,10 @@ class HATRPOLoss(SequentialLossMixin, PPOLoss):
             valid_key=VALID,
             generator=generator,
             learners=learners,
+            compiler=compiler,
+            networks=[agent.actor],
+            owner=self,
+            template=agent.template,
         )
 
 

@@ -10,13 +10,15 @@ same graph and share the compiled code: what tells them apart, parameters and da
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
-__all__ = ["GraphCompiler", "TensorFunction", "trace"]
+__all__ = ["GraphCompiler", "TensorFunction", "split", "trace"]
+
+Compiled = TypeVar("Compiled")
 
 #: A function of tensors alone. It may change them in place.
 TensorFunction: TypeAlias = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
@@ -51,7 +53,7 @@ class GraphCompiler:
             chosen = self.options.get("options", {})
             self.options["options"] = {"fallback_random": True, **chosen}
         self._compiled: dict[Hashable, Callable[..., tuple[Tensor, ...]]] = {}
-        self._functions: dict[Hashable, TensorFunction] = {}
+        self._made: dict[Hashable, Any] = {}
 
     @property
     def num_graphs(self) -> int:
@@ -75,8 +77,7 @@ class GraphCompiler:
 
         Keyword Args:
             batched (sequence of bool): whether the first dimension of a tensor counts the items
-                of a batch. All these have the same number of them, at least 2, which may be
-                another at each call.
+                of a batch, whose number may be another at each call, but at least 2.
             key (hashable, optional): functions with the same key are the same, and only the first
                 of them is traced. Defaults to ``None``: this one is like no other.
 
@@ -86,19 +87,23 @@ class GraphCompiler:
         Raises:
             ValueError: if what the function does depends on the number of items.
         """
-        if key is not None and key in self._functions:
-            return self._functions[key]
-        compiled = self.compile_graph(trace(function, tensors, batched), batched)
-        if key is not None:
-            self._functions[key] = compiled
-        return compiled
+        return self.remember(key, lambda: self.compile_graph(trace(function, tensors, batched)))
 
-    def compile_graph(self, graph: GraphModule, batched: Sequence[bool]) -> TensorFunction:
+    def remember(self, key: Hashable, make: Callable[[], Compiled]) -> Compiled:
+        """What ``make`` returned for this key before, or returns now; ``None`` is no key."""
+        if key is None:
+            return make()
+        if key not in self._made:
+            self._made[key] = make()
+        made: Compiled = self._made[key]
+        return made
+
+    def compile_graph(self, graph: GraphModule) -> TensorFunction:
         """Compiles a graph of :func:`trace`, which is modified (see :meth:`__call__`)."""
         used = _drop_unused_arguments(graph)
         constants = _lift_constants(graph)
-        kinds = tuple(_kind(node.meta["val"]) for node in graph.graph.find_nodes(op="placeholder"))
-        key = (graph.code, kinds)
+        kinds = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
+        key = (graph.code, tuple(map(_describe, kinds)))
         if key not in self._compiled:
             self._compiled[key] = torch.compile(graph, fullgraph=True, **self.options)
         compiled = self._compiled[key]
@@ -106,17 +111,31 @@ class GraphCompiler:
 
         def call(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
             nonlocal is_first
-            arguments = [tensors[index] for index in used]
+            arguments = [*(tensors[index] for index in used), *constants]
             if is_first:
-                arguments = [argument.detach() for argument in arguments]
-                for index, argument in zip(used, arguments, strict=True):
-                    if batched[index]:
-                        torch._dynamo.mark_dynamic(argument, 0)
+                arguments = [
+                    _mark_symbols(argument, kind)
+                    for argument, kind in zip(arguments, kinds, strict=True)
+                ]
                 is_first = False
             with torch.no_grad():
-                return compiled(*arguments, *constants)
+                return compiled(*arguments)
 
         return call
+
+
+def _mark_symbols(tensor: Tensor, kind: Tensor) -> Tensor:
+    """Tells the compiler which sizes may change; the mark is on another object than the tensor."""
+    marked = tensor.detach()
+    for dim, size in enumerate(kind.shape):
+        if isinstance(size, torch.SymInt):
+            torch._dynamo.mark_dynamic(marked, dim)
+    return marked
+
+
+def _describe(kind: Tensor) -> tuple[Any, ...]:
+    """What compiled code takes for granted about an argument; a batch's size is a symbol."""
+    return (str(tuple(kind.shape)), kind.dtype, kind.device, kind.layout)
 
 
 def _drop_unused_arguments(graph: GraphModule) -> list[int]:
@@ -148,11 +167,6 @@ def _lift_constants(graph: GraphModule) -> list[Tensor]:
         delattr(graph, name)
     graph.recompile()
     return list(constants.values())
-
-
-def _kind(tensor: Tensor) -> tuple[Any, ...]:
-    """What a compiled graph takes for granted about an argument; a batch's size is a symbol."""
-    return (str(tuple(tensor.shape)), tensor.dtype, tensor.device, tensor.layout)
 
 
 def trace(
@@ -209,3 +223,105 @@ def trace(
         raise ValueError(f"its code depends on the number of items: {shapes.guards[0].expr}")
     graph.graph.eliminate_dead_code()
     return graph
+
+
+def split(graph: GraphModule, *, argument: int, outputs: int) -> tuple[GraphModule, GraphModule]:
+    """Cuts a graph into what does not depend on one of its arguments, and the rest.
+
+    Args:
+        graph (GraphModule): of :func:`trace`.
+
+    Keyword Args:
+        argument (int): position of the argument.
+        outputs (int): number of outputs, the first ones, that do not depend on it.
+
+    Returns:
+        a graph from the same arguments to these outputs and the tensors that the rest needs, and
+        one from all arguments and these tensors to the remaining outputs.
+
+    Raises:
+        ValueError: if one of the first outputs depends on the argument.
+
+    Example:
+        >>> import torch
+        >>> from torchrl_happo.optim.graphs import split, trace
+        >>> def function(tensors):
+        ...     x, y = tensors
+        ...     z = y.sin()
+        ...     return z.sum(), x * z
+        >>> graph = trace(function, [torch.ones(2), torch.ones(2)], [False, False])
+        >>> once, each_time = split(graph, argument=0, outputs=1)
+        >>> total, z = once(torch.ones(2), torch.zeros(2))
+        >>> each_time(torch.ones(2), torch.zeros(2), z)
+        (tensor([0., 0.]),)
+    """
+    nodes = list(graph.graph.nodes)
+    arguments = [node for node in nodes if node.op == "placeholder"]
+    returned = nodes[-1].args[0]
+    first, rest = returned[:outputs], returned[outputs:]
+    dependent = _dependent(nodes, arguments[argument])
+    if dependent.intersection(first):
+        raise ValueError(f"one of the first {outputs} outputs depends on argument {argument}")
+
+    saved: dict[Node, None] = {}
+
+    def visit(node: Node) -> None:
+        """Finds what to save: tensors that cost something, the last ones before the rest."""
+        if node in dependent or _is_free(node):
+            for parent in node.all_input_nodes:
+                visit(parent)
+        elif node.op != "placeholder":
+            saved[node] = None
+
+    for node in reversed(nodes):
+        if node in dependent and node.op == "call_function":
+            visit(node)
+    once = _extract(graph, arguments, [*first, *saved])
+    return once, _extract(graph, [*arguments, *saved], list(rest))
+
+
+def _dependent(nodes: Sequence[Node], argument: Node) -> set[Node]:
+    """Everything that must be computed again when an argument changes."""
+    dependent: set[Node] = set()
+    again = {argument}
+    while not again <= dependent:
+        dependent |= again
+        for node in nodes:
+            if dependent.intersection(node.all_input_nodes):
+                dependent.add(node)
+        # What is written to in place must be there anew each time.
+        again = {node.all_input_nodes[0] for node in dependent if _writes(node)}
+    return dependent
+
+
+def _writes(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def _is_free(node: Node) -> bool:
+    """Whether a node costs nothing: sizes, constants, views."""
+    if node.op == "placeholder":
+        return False
+    is_tensor = isinstance(node.meta.get("val"), Tensor)
+    return node.op == "get_attr" or not is_tensor or getattr(node.target, "is_view", False)
+
+
+def _extract(graph: GraphModule, inputs: Sequence[Node], outputs: Sequence[Node]) -> GraphModule:
+    """The part of a graph that leads from some nodes to others."""
+    part = Graph()
+    copies: dict[Node, Node] = {}
+    for node in inputs:
+        copies[node] = part.placeholder(node.name)
+        copies[node].meta = dict(node.meta)
+    needed, stack = set(), list(outputs)
+    while stack:
+        node = stack.pop()
+        if node not in needed and node not in copies:
+            needed.add(node)
+            stack += node.all_input_nodes
+    for node in graph.graph.nodes:
+        if node in needed:
+            copies[node] = part.node_copy(node, lambda parent: copies[parent])
+    part.output(tuple(copies[node] for node in outputs))
+    return GraphModule(graph, part)

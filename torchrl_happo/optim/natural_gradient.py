@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeAlias
 
@@ -68,7 +69,8 @@ def fisher_vector_product(
     """
     outputs = distribution_parameters(dist)
     shape = dist.batch_shape[:batch_ndim]
-    count = shape.numel() if valid is None else valid.sum().clamp_min(1)
+    # Not numel(), which would make a number of a symbol.
+    count = math.prod(shape) if valid is None else valid.sum().clamp_min(1)
     with torch.enable_grad():
         cotangents = [torch.zeros_like(output, requires_grad=True) for output in outputs]
         pullback = gradient(outputs, parameters.values(), cotangents, create_graph=True)

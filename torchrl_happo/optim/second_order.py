@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +12,21 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from torchrl_happo.learners import Learners
-from torchrl_happo.optim.trust_region import TrustRegion, trust_region_step
+from torchrl_happo.optim.compiled_model import CompiledModel
+from torchrl_happo.optim.graphs import GraphCompiler
+from torchrl_happo.optim.natural_gradient import flatten, unflatten
+from torchrl_happo.optim.trust_region import (
+    TrustRegion,
+    TrustRegionResult,
+    draw_rows,
+    step_within_trust_region,
+    trust_region_step,
+)
+from torchrl_happo.validation.arguments import first_line
 
 __all__ = ["TrustRegionStep"]
+
+logger = logging.getLogger(__name__)
 
 
 class TrustRegionStep:
@@ -29,6 +42,14 @@ class TrustRegionStep:
         valid_key (str): entry of the data that marks the valid samples, if there is one.
         generator (torch.Generator, optional): draws the samples of the Fisher matrix.
         learners (Learners, optional): who take the step together. Defaults to ``None``: alone.
+        compiler (GraphCompiler, optional): compiles surrogate, gradient, Fisher-vector product
+            and the line search's trials. Defaults to ``None``: nothing is compiled.
+        networks (sequence of nn.Module): for the compiler, the modules whose parameters and
+            buffers the policy reads. Defaults to ``()``.
+        owner (nn.Module, optional): for the compiler, a module whose own settings and buffers the
+            surrogate reads. Defaults to ``None``.
+        template (nn.Module, optional): for the compiler, stands for the code of the policy: steps
+            with the same one differ in their tensors alone. Defaults to ``None``.
 
     Example:
         >>> weight = nn.Parameter(torch.zeros(()))
@@ -53,6 +74,10 @@ class TrustRegionStep:
         valid_key: str = "valid",
         generator: torch.Generator | None = None,
         learners: Learners | None = None,
+        compiler: GraphCompiler | None = None,
+        networks: Sequence[nn.Module] = (),
+        owner: nn.Module | None = None,
+        template: nn.Module | None = None,
     ) -> None:
         self.distribution = distribution
         self.surrogate = surrogate
@@ -61,6 +86,11 @@ class TrustRegionStep:
         self.valid_key = valid_key
         self.generator = generator
         self.learners = Learners() if learners is None else learners
+        self._compiled = None
+        if compiler is not None:
+            self._compiled = CompiledModel(
+                self, networks=networks, owner=owner, compiler=compiler, template=template
+            )
 
     def __call__(self, data: TensorDictBase) -> TensorDict:
         """Takes the step, or none at all.
@@ -74,21 +104,7 @@ class TrustRegionStep:
             the surrogate, ``curvature``, ``cg_residual`` (relative), ``grad_norm``.
         """
         parameters = dict(self.named_parameters())
-        valid = data.get(self.valid_key, None)
-
-        def policy(values: Mapping[str, Tensor], rows: Tensor | None) -> Distribution:
-            return self.distribution(values, data if rows is None else data[rows])
-
-        moved, result = trust_region_step(
-            policy,
-            lambda dist: self.surrogate(dist, data),
-            parameters,
-            self.settings,
-            valid=valid,
-            batch_ndim=data.batch_dims if valid is None else valid.ndim,
-            generator=self.generator,
-            average=self.learners.mean,
-        )
+        moved, result = self._compiled_step(data) or self._step(data)
         with torch.no_grad():
             for name, parameter in parameters.items():
                 if parameter.requires_grad:
@@ -105,6 +121,53 @@ class TrustRegionStep:
                 "grad_norm": result.gradient_norm,
             }
         )
+
+    def _step(self, data: TensorDictBase) -> tuple[dict[str, Tensor], TrustRegionResult]:
+        valid = data.get(self.valid_key, None)
+
+        def policy(values: Mapping[str, Tensor], rows: Tensor | None) -> Distribution:
+            return self.distribution(values, data if rows is None else data[rows])
+
+        return trust_region_step(
+            policy,
+            lambda dist: self.surrogate(dist, data),
+            dict(self.named_parameters()),
+            self.settings,
+            valid=valid,
+            batch_ndim=data.batch_dims if valid is None else valid.ndim,
+            generator=self.generator,
+            average=self.learners.mean,
+        )
+
+    def _compiled_step(
+        self, data: TensorDictBase
+    ) -> tuple[dict[str, Tensor], TrustRegionResult] | None:
+        """The same step from a compiled model of the policy; ``None`` if that cannot be had."""
+        if self._compiled is None or len(data) < 2:
+            return None
+        trained = {n: p.detach() for n, p in self.named_parameters() if p.requires_grad}
+        theta = flatten(trained.values())
+        before = self.state_dict()
+        try:
+            model, evaluate = self._compiled.at(theta, data, self._rows(data))
+        except Exception as error:
+            self._compiled = None
+            self.load_state_dict(before)
+            logger.warning(
+                "A step is not compiled, and slower than it could be: %s", first_line(error)
+            )
+            return None
+        moved, result = step_within_trust_region(
+            theta, model, evaluate, self.settings, average=self.learners.mean
+        )
+        return unflatten(moved, trained), result
+
+    def _rows(self, data: TensorDictBase) -> Tensor | None:
+        """Rows for the Fisher matrix; ``None``: all."""
+        if self.settings.fisher_fraction == 1:
+            return None
+        valid = data.get(self.valid_key, None)
+        return draw_rows(len(data), valid, self.settings.fisher_fraction, self.generator)
 
     def rebind(self) -> None:
         """Nothing is held that could go stale."""

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from torchrl_happo.distributions import distribution_parameters, kl_divergence
+from torchrl_happo.distributions import kl_divergence
 from torchrl_happo.learners import Average, own_mean
 from torchrl_happo.optim.line_search import (
     Evaluate,
@@ -255,7 +255,7 @@ def trust_region_step(
         surrogate = surrogate_fn(old)
     sample, counted = old, valid
     if settings.fisher_fraction < 1:
-        rows = _draw_rows(old, valid, settings.fisher_fraction, generator)
+        rows = draw_rows(old.batch_shape[0], valid, settings.fisher_fraction, generator)
         sample, counted = differentiable_policy(rows), None if valid is None else valid[rows]
     model = LocalModel(
         surrogate.detach(),
@@ -389,15 +389,15 @@ def step_length(x: Tensor, product: Tensor, max_kl: float) -> tuple[Tensor, Tens
     return torch.where(usable, length, 0), usable
 
 
-def _draw_rows(
-    dist: Distribution, valid: Tensor | None, share: float, generator: torch.Generator | None
+def draw_rows(
+    num_rows: int, valid: Tensor | None, share: float, generator: torch.Generator | None
 ) -> Tensor:
     """Indices of a random share of the rows, those with a valid sample first."""
-    num_rows = dist.batch_shape[0]
-    device = distribution_parameters(dist)[0].device
+    device = None if generator is None else generator.device
     priority = torch.rand(num_rows, generator=generator, device=device)
     if valid is not None:
-        priority = priority - valid.reshape(num_rows, -1).any(1).to(priority.dtype)
+        has_valid = valid.reshape(num_rows, -1).any(1)
+        priority = priority.to(valid.device) - has_valid.to(priority.dtype)
     return priority.argsort()[: max(1, round(share * num_rows))]
 
 
