@@ -214,7 +214,7 @@ class FirstOrderStep:
         """
         for minibatch in self.minibatches(data):
             num_rounds -= 1
-            yield minibatch, self.weight(minibatch)
+            yield minibatch, 1.0 if self.learners.alone else self.weight(minibatch)
         for _ in range(num_rounds):
             yield minibatch, 0.0
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
+import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, is_tensor_collection
 from torch import Tensor, nn
 
@@ -19,14 +19,13 @@ __all__ = ["data_keys", "data_layout", "data_of", "network_tensors", "network_wi
 
 
 def network_tensors(network: nn.Module) -> list[Tensor]:
-    """All parameters and buffers of a network, in a fixed order.
+    """All parameters and buffers of a network, in a fixed order, each once.
 
     Example:
         >>> [tuple(tensor.shape) for tensor in network_tensors(nn.Linear(2, 1))]
-        [(1,), (1, 2)]
+        [(1, 2), (1,)]
     """
-    named = TensorDict.from_module(network).flatten_keys(".")
-    return [named.get(name) for name in sorted(named.keys())]
+    return [*network.parameters(), *network.buffers()]
 
 
 @contextmanager
@@ -40,17 +39,13 @@ def network_with(network: nn.Module, tensors: Sequence[Tensor]) -> Iterator[None
     Example:
         >>> import torch
         >>> net = nn.Linear(2, 1)
-        >>> with network_with(net, [torch.ones(1), torch.zeros(1, 2)]):
+        >>> with network_with(net, [torch.zeros(1, 2), torch.ones(1)]):
         ...     net(torch.zeros(2))
         tensor([1.])
     """
+    replacement = {id(t): other for t, other in zip(network_tensors(network), tensors, strict=True)}
     own = TensorDict.from_module(network)
-    others = dict(zip(sorted(own.flatten_keys(".").keys()), tensors, strict=True))
-
-    def replaced(path: str | tuple[str, ...], _: Tensor) -> Tensor:
-        return others[path if isinstance(path, str) else ".".join(path)]
-
-    other = own.named_apply(replaced, nested_keys=True)
+    other = own.apply(lambda tensor: replacement[id(tensor)])
     with restored_slots([network]):
         swapped = other.to_module(network, preserve_module_state=False)
         swapped.__enter__()
@@ -62,8 +57,8 @@ def network_with(network: nn.Module, tensors: Sequence[Tensor]) -> Iterator[None
 
 
 def data_keys(data: TensorDictBase) -> list[NestedKey]:
-    """The keys of all tensors in ``data``, in a fixed order."""
-    return sorted(data.keys(include_nested=True, leaves_only=True), key=str)
+    """The keys of all tensors in ``data``, in its own order."""
+    return list(data.keys(include_nested=True, leaves_only=True))
 
 
 def data_layout(data: TensorDictBase) -> Hashable:
@@ -75,10 +70,11 @@ def data_layout(data: TensorDictBase) -> Hashable:
         >>> data_layout(one) == data_layout(two)
         True
     """
-    return tuple(
+    leaves = tuple(
         (key, value.shape[1:], value.dtype, value.device)
-        for key, value in ((key, data.get(key)) for key in data_keys(data))
-    ), _batch_sizes(data)
+        for key, value in data.items(include_nested=True, leaves_only=True)
+    )
+    return leaves, tuple(_batch_sizes(data))
 
 
 def data_of(tensors: Sequence[Tensor], like: TensorDictBase) -> TensorDict:
@@ -105,11 +101,11 @@ def data_of(tensors: Sequence[Tensor], like: TensorDictBase) -> TensorDict:
     return data
 
 
-def _batch_sizes(data: TensorDictBase) -> tuple[tuple[NestedKey, Any], ...]:
+def _batch_sizes(data: TensorDictBase) -> Iterator[tuple[NestedKey, torch.Size]]:
     """The batch sizes of nested tensordicts, but for the number of items."""
-    keys = data.keys(include_nested=True, is_leaf=is_tensor_collection)
-    nested = ((key, data.get(key)) for key in sorted(keys, key=str))
-    return tuple((k, v.batch_size[1:]) for k, v in nested if is_tensor_collection(v))
+    for key, value in data.items(include_nested=True):
+        if is_tensor_collection(value):
+            yield key, value.batch_size[1:]
 
 
 def settings(modules: Sequence[nn.Module]) -> Hashable:
