@@ -9,9 +9,9 @@ The contestants update the same team on the same data:
 - ``plain``: HAPPO written by hand in plain torch, an honest yardstick;
 - ``mappo``: TorchRL's ``MAPPOLoss`` with unshared networks and one Adam;
 - ``happo``: this library, and ``happo-compiled`` with ``SequentialUpdater(compile=True)``;
-- ``hatrpo``: this library's trust region, and ``hatrpo-compiled``; ``hatrpo-fifth`` with a fifth of
-  the samples in the Fisher matrix; ``hatrpo-double``: the same with eleven Fisher-vector products by
-  double backward through a new graph each time, as the reference implementation does.
+- ``hatrpo``: this library's trust region, and ``hatrpo-compiled``; ``hatrpo-fifth`` with a fifth
+  of the samples in the Fisher matrix; ``hatrpo-double``: the same with eleven Fisher-vector
+  products by double backward through a new graph each time, as the reference implementation does.
 
 One thread unless told otherwise. Times are medians over the repetitions, of the process's CPU time
 on the CPU (the machine may be shared) and of the wall clock on a GPU; look at the ratios.

@@ -153,9 +153,10 @@ def test_no_recompilation(loss_class, graphs):
     for _ in range(100):
         active = torch.rand(*batch.shape, 3, generator=generator) < 0.7
         batch["agents", "active"] = active
+        compiled.load_state_dict(eager.state_dict())  # rounding adds up to another line search
         eager(batch)
         compiled(batch)
-    assert_equal(eager, compiled, tolerance=1e-7)
+        assert_equal(eager, compiled, tolerance=1e-9)
     assert backend.graphs == graphs
     compiler = compiled._critic_step._compiled.compiler
     assert compiler.num_graphs == graphs

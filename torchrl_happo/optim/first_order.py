@@ -293,7 +293,8 @@ class FirstOrderStep:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Loads what :meth:`state_dict` returned."""
         check_optimizer_state(self.optimizer, state["optimizer"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        # A copy: torch would share tensors with whoever's state it is.
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
 
