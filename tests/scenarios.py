@@ -27,6 +27,7 @@ from torchrl.modules import (
 
 from torchrl_happo import ActorList, SequentialUpdater
 from torchrl_happo.networks import CentralizedMLP
+from torchrl_happo.recurrent import add_memory
 
 DISTRIBUTIONS = {
     "tanh": TanhNormal,
@@ -228,9 +229,20 @@ class Scenario:
         loss_kwargs (dict): of the loss. ``value_norm`` is a class.
         updater_kwargs (dict): of the updater. ``replay_buffer`` says whether there is one.
         per_agent_critic (bool): whether the critic of a single group has a value for each agent.
+        critic_memory (str, optional): kind of the critic's memory, in place of values for each.
     """
 
-    def __init__(self, loss_class, groups, data, loss_kwargs, updater_kwargs, *, per_agent_critic):
+    def __init__(
+        self,
+        loss_class,
+        groups,
+        data,
+        loss_kwargs,
+        updater_kwargs,
+        *,
+        per_agent_critic,
+        critic_memory=None,
+    ):
         loss_kwargs, updater_kwargs = dict(loss_kwargs), dict(updater_kwargs)
         if loss_kwargs["value_norm"] is not None:
             loss_kwargs["value_norm"] = loss_kwargs["value_norm"](shape=1)
@@ -250,8 +262,9 @@ class Scenario:
         self.actor = TensorDictSequential(*actors)
         self.alone = len(groups) == 1
         per_agent = per_agent_critic and self.alone and groups[0].n_agents is not None
+        per_agent = per_agent and critic_memory is None
         self.value_shape = [groups[0].n_agents, 1] if per_agent else [1]
-        self.critic = self._critic(per_agent).to(data.dtype)
+        self.critic = self._critic(per_agent, critic_memory).to(data.dtype)
         self.loss = loss_class(
             actors[0] if self.alone else dict(zip([g.name for g in groups], actors, strict=True)),
             self.critic,
@@ -264,7 +277,7 @@ class Scenario:
     def _is_block(group):
         return group.block and group.name is not None
 
-    def _critic(self, per_agent):
+    def _critic(self, per_agent, memory):
         keys = [group.key("observation") for group in self.groups]
         if per_agent:
             net = MultiAgentMLP(
@@ -279,16 +292,29 @@ class Scenario:
         net = CentralizedMLP(
             [1 if group.n_agents is None else 2 for group in self.groups],
             in_features=sum(group.obs_dim * (group.n_agents or 1) for group in self.groups),
-            out_features=1,
+            out_features=1 if memory is None else 8,
             num_cells=[8],
         )
-        return TensorDictModule(net, keys, ["state_value"])
+        if memory is None:
+            return TensorDictModule(net, keys, ["state_value"])
+        return add_memory(
+            net,
+            nn.Linear(4, 1),
+            in_keys=keys,
+            n_features=8,
+            cell=memory,
+            hidden_size=4,
+            activation_class=nn.Tanh,
+            out_key="state_value",
+            device=None,
+        )
 
     def batch(self):
         """What a collector would return, with actions of the present policies."""
         data, shape = self.data, self.data.shape
         batch = TensorDict({"next": self._observe()}, shape).update(self._observe())
         done = torch.rand(*shape, 1) < 0.2
+        batch["is_init"] = torch.rand(*shape, 1) < 0.2
         batch["next"].update(
             {
                 "reward": data.reward_scale * torch.randn(*shape, 1),

@@ -316,14 +316,19 @@ class SequentialUpdater:
             report = self._update_agent(agent, team, undo)
             report["position"] = torch.tensor(float(position))
             metrics[agent.name] = report
-        if self._critic_step is not None and team.has_values():
-            undo.append(partial(self._critic_step.restore, self._critic_step.snapshot()))
+        if self._critic_step is not None:
+            metrics["critic"] = self._update_critic(self._critic_step, team, undo)
+        return metrics
+
+    def _update_critic(self, step: InnerStep, team: TeamBatch, undo: list[Undo]) -> TensorDict:
+        """The fit of the critic, and of the statistics of its values."""
+        report = TensorDict()
+        if team.has_values():
+            undo.append(partial(step.restore, step.snapshot()))
             if self.loss.value_norm is not None:
                 undo.append(self.loss.update_value_norm(team.valid_returns()))
-            report = self._run("critic", self._critic_step, team.critic_view(), undo)
-            report["explained_variance"] = team.explained_variance()
-            metrics["critic"] = report
-        return metrics
+            report = self._run("critic", step, team.critic_view(), undo)
+        return report.set("explained_variance", team.explained_variance())
 
     def _common_order(self, batch: TensorDictBase) -> list[Agent]:
         """The order of this update: the first learner's, and its random numbers with it."""
