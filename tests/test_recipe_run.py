@@ -228,7 +228,7 @@ class TestCommandLine:
     def test_sweeps(self, monkeypatch, tmp_path):
         """``-m`` runs every combination, each in its own folder."""
         assert self.call(monkeypatch, tmp_path, "-m", "algorithm=happo,mappo", "seed=0,1") == 0
-        assert len(list(tmp_path.glob("multirun/*/vmas/balance/*/seed_*/metrics.csv"))) == 4
+        assert len(list(tmp_path.glob("multirun/vmas/balance/*/*/seed_*/metrics.csv"))) == 4
 
     def test_resumes_in_place(self, monkeypatch, tmp_path):
         """``resume=FOLDER`` goes on in that folder with the stored task and algorithm."""

@@ -21,6 +21,9 @@ from torchrl_happo.recipe.checkpoint import CheckpointError
 from torchrl_happo.recipe.collection import WorkerError
 from torchrl_happo.recipe.config import ConfigError, TrainConfig
 from torchrl_happo.recipe.ranks import LearnerError, world_rank, world_size
+from torchrl_happo.recipe.sweep import remaining
+
+logger = logging.getLogger(__name__)
 
 REFUSED = 2
 INTERRUPTED = 130
@@ -54,7 +57,12 @@ def command_line(run: Callable[[TrainConfig, Path], Path]) -> int:
             if hydra_config.mode == RunMode.MULTIRUN and world_size() > 1:
                 raise ConfigError("torchrun trains one run: leave out -m, or leave out torchrun.")
             config = _load(composed, list(hydra_config.overrides.task))
-            run(config, Path(hydra_config.runtime.output_dir))
+            folder = Path(hydra_config.runtime.output_dir)
+            left = remaining(config, folder) if hydra_config.mode == RunMode.MULTIRUN else config
+            if left is None:
+                logger.info("Finished before: %s", folder)
+            else:
+                run(left, folder)
         except (ConfigError, CheckpointError) as error:
             raise SystemExit(_refuse(str(error))) from error
         except (LearnerError, WorkerError) as error:
@@ -62,10 +70,10 @@ def command_line(run: Callable[[TrainConfig, Path], Path]) -> int:
         except OSError as error:
             if error.errno not in UNWRITABLE:
                 raise
-            folder = hydra_config.runtime.output_dir
+            place = hydra_config.runtime.output_dir
             raise SystemExit(
                 _refuse(
-                    f"The run cannot write into {folder} ({error.strerror}): what was saved before "
+                    f"The run cannot write into {place} ({error.strerror}): what was saved before "
                     "is intact, make room and resume from it."
                 )
             ) from error

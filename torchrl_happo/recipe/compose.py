@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import time
 from collections.abc import Iterable, Mapping
@@ -27,6 +28,8 @@ from torchrl_happo.recipe.ranks import launch_time
 from torchrl_happo.recipe.tasks import TASKS
 
 CONFIG_MODULE = "torchrl_happo.conf"
+
+LONGEST_FOLDER = 100
 
 # What a resumed run may set anew without becoming another run.
 CHANGEABLE = {
@@ -74,6 +77,7 @@ def register() -> None:
             store.store(group=folder, name=name, node=node)
     OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
     OmegaConf.register_new_resolver("family", _family, replace=True)
+    OmegaConf.register_new_resolver("settings_folder", settings_folder, replace=True)
     OmegaConf.register_new_resolver("launched", _launched, replace=True, use_cache=True)
 
 
@@ -233,6 +237,20 @@ def _run_folder(resume: str | None, new: str) -> str:
 def _launched(pattern: str) -> str:
     """When the run was launched."""
     return time.strftime(pattern, launch_time())
+
+
+def settings_folder(overrides: str) -> str:
+    """The name of a folder for what was asked for beyond task, algorithm and seed.
+
+    Examples:
+        >>> settings_folder("algorithm.lr=0.001,model=gru")
+        'algorithm.lr=0.001,model=gru'
+        >>> settings_folder("")
+        'default'
+    """
+    if len(overrides) > LONGEST_FOLDER:
+        return f"settings-{hashlib.sha256(overrides.encode()).hexdigest()[:10]}"
+    return overrides.replace("/", "_") or "default"
 
 
 def _family(task: str) -> str:
