@@ -153,3 +153,18 @@ def test_a_copied_checkpoint_needs_no_folder(saved, tmp_path):
     folder, _ = saved
     copy = shutil.copy(folder / checkpoint.FOLDER / "00000001.pt", tmp_path / "elsewhere.pt")
     assert checkpoint.read(tmp_path / copy)["progress"]["iteration"] == 1
+
+
+def test_ctrl_c_while_a_checkpoint_is_written(saved, config, monkeypatch):
+    """The half that was written is removed, and the checkpoint before is the last one."""
+    folder, updater = saved
+    save = torch.save
+
+    def interrupted(content, file):
+        save(content, file)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Checkpoints(folder, keep=5).save(config, updater, Progress(3))
+    assert files(folder) == ["00000001.pt", "00000002.pt"]

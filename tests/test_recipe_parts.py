@@ -178,6 +178,21 @@ class TestReport:
             assert film.n_frames == 4
 
 
+def test_progress_on_a_terminal_is_a_bar(monkeypatch, capsys, caplog):
+    """It shows how far the run is and the last return, and no lines are logged beside it."""
+    config = tiny_config("progress=true")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    caplog.set_level("INFO")
+    display = ProgressDisplay(config, 0)
+    display.update(24, 1.5)
+    display.update(48, float("nan"))
+    display.close()
+    shown = capsys.readouterr().err
+    assert "happo vmas/balance" in shown
+    assert "return 1.5" in shown
+    assert not caplog.records
+
+
 def test_progress_lines_are_few_and_end_with_the_last(monkeypatch, caplog):
     """Without a terminal there is a line now and then, and one for the last iteration."""
     config = tiny_config("progress=true")

@@ -230,6 +230,27 @@ class TestCommandLine:
         assert self.call(monkeypatch, tmp_path, "-m", "algorithm=happo,mappo", "seed=0,1") == 0
         assert len(list(tmp_path.glob("multirun/vmas/balance/*/*/seed_*/metrics.csv"))) == 4
 
+    def test_ctrl_c_has_the_exit_code_of_ctrl_c(self, monkeypatch, tmp_path):
+        """The shell, and whoever runs a sweep, can tell it from a failure."""
+
+        def interrupted(config, folder):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(train, "run", interrupted)
+        assert self.call(monkeypatch, tmp_path) == 130
+
+    def test_an_error_of_the_system_that_is_not_about_writing_is_not_hidden(
+        self, monkeypatch, tmp_path
+    ):
+        """Only a disk that takes nothing more gets a sentence of ours."""
+
+        def broken(config, folder):
+            raise ConnectionError("no simulator answers")
+
+        monkeypatch.setattr(train, "run", broken)
+        with pytest.raises(ConnectionError, match="no simulator answers"):
+            self.call(monkeypatch, tmp_path)
+
     def test_resumes_in_place(self, monkeypatch, tmp_path):
         """``resume=FOLDER`` goes on in that folder with the stored task and algorithm."""
         run = train.run(tiny_config("algorithm=mappo", "task=vmas/wheel"), tmp_path / "run")
