@@ -149,6 +149,26 @@ def test_a_rolled_out_critic_remembers_the_batch_before(cell):
     assert differs.tolist() == [True, True] + [False] * 8
 
 
+@pytest.mark.parametrize("cell", CELLS)
+def test_in_a_loop_of_ones_own(cell):
+    """With the states of a rolled-out critic in the data, the loss needs no updater.
+
+    Its estimator then gives the values and advantages that the updater would.
+    """
+    team = Team(cell, rolled_out=True)
+    (batch,) = team.batches()
+    loss = HAPPOLoss(team.actors, team.critic)
+    expected = TeamBatch(loss, batch).critic_batch
+    with torch.no_grad():
+        loss.value_estimator(batch)
+    for key in ("state_value", ("next", "state_value"), "advantage", "value_target"):
+        torch.testing.assert_close(batch[key], expected[key], rtol=1e-4, atol=1e-5)
+    with set_recurrent_mode(True):
+        losses = loss(batch)
+    losses["loss_critic"].backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in team.critic.parameters())
+
+
 @pytest.mark.parametrize(("memory", "rolled_out"), [(None, False), ("gru", True)])
 @pytest.mark.parametrize("loss_class", [HAPPOLoss, HATRPOLoss])
 @pytest.mark.parametrize("cell", CELLS)

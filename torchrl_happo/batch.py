@@ -97,7 +97,7 @@ class TeamBatch:
                 batch = batch.copy()
                 write_states(critic, batch)
             if not has(batch, keys.advantage):
-                # The policy may have rolled the critic out; its values are of no use here.
+                # A policy may have written values, too; those of now are wanted.
                 batch = cut_at_padding(self.loss, batch).exclude(keys.value)
                 self.loss.value_estimator(batch)
                 made = [keys.advantage, keys.value_target, keys.value, "shifted_valid"]

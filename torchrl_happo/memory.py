@@ -11,13 +11,21 @@ from __future__ import annotations
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from tensordict.utils import expand_as_right, unravel_key
 from torch import Tensor, nn
 from torchrl.data import Unbounded
 from torchrl.modules import GRUModule, LSTMModule, set_recurrent_mode
 
-__all__ = ["INIT", "StepwiseCritic", "has_memory", "state_specs", "write_states"]
+__all__ = [
+    "INIT",
+    "StepwiseCritic",
+    "has_memory",
+    "memory_of",
+    "next_key",
+    "state_specs",
+    "write_states",
+]
 
 #: Where :class:`~torchrl.envs.InitTracker` says that an episode begins.
 INIT = "is_init"
@@ -47,6 +55,13 @@ def state_specs(network: nn.Module) -> dict[NestedKey, Unbounded]:
             keys = primers.keys(True, True)
             states.update({unravel_key(key): primers[key] for key in keys})
     return states
+
+
+def memory_of(critic: TensorDictModuleBase) -> TensorDictModuleBase:
+    """What of a critic has to be rolled out to keep its states: all but the layers behind them."""
+    if not isinstance(critic, TensorDictSequential):
+        return critic
+    return critic.select_subsequence(out_keys=[next_key(key) for key in state_specs(critic)])
 
 
 class StepwiseCritic(TensorDictModuleBase):
@@ -104,3 +119,8 @@ def write_states(critic: TensorDictModuleBase, batch: TensorDictBase) -> None:
             after.append(state)
     batch.update(torch.stack(before, -1).reshape(batch.batch_size))
     batch.get("next").update(torch.stack(after, -1).reshape(batch.batch_size))
+
+
+def next_key(key: NestedKey) -> NestedKey:
+    """Where the same entry of the next step lies."""
+    return ("next", key) if isinstance(key, str) else ("next", *key)

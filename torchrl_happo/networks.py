@@ -21,6 +21,7 @@ from torchrl_happo.critics import CentralizedMLP, make_critic
 from torchrl_happo.heads import ParameterHead
 from torchrl_happo.initialization import init_orthogonal
 from torchrl_happo.layer_norm import LayerNormMLP, MultiAgentLayerNormMLP
+from torchrl_happo.memory import memory_of
 from torchrl_happo.recurrent import CELLS, make_recurrent_actor, memory_transforms
 from torchrl_happo.specs import ActionHead, Group, read_action_head, read_groups, select_groups
 from torchrl_happo.validation.arguments import check_counts
@@ -207,7 +208,7 @@ def joint_policy(
         raise ValueError("joint_policy got no actors; pass the actor of each group.")
     if critic is not None:
         check_critic(critic)
-        policies.append(critic)
+        policies.append(memory_of(critic))
     if len(policies) == 1 and not isinstance(actors, Mapping):
         return policies[0]
     return TensorDictSequential(*policies)

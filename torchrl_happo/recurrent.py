@@ -21,7 +21,7 @@ from torchrl_happo.actor_list import ActorList
 from torchrl_happo.heads import ParameterHead
 from torchrl_happo.initialization import init_orthogonal
 from torchrl_happo.layer_norm import LayerNormMLP
-from torchrl_happo.memory import state_specs
+from torchrl_happo.memory import next_key, state_specs
 from torchrl_happo.specs import ActionHead, Group
 
 __all__ = ["CELLS", "add_memory", "make_recurrent_actor", "memory_transforms"]
@@ -150,7 +150,7 @@ def make_recurrent_actor(
             input_size=num_cells[-1] if num_cells else group.n_inputs,
             hidden_size=hidden_size,
             in_keys=[embedding if num_cells else group.observation, *map(group.key, states)],
-            out_keys=[memory, *(_next(group.key(state)) for state in states)],
+            out_keys=[memory, *(next_key(group.key(state)) for state in states)],
             device=device,
         )
         output: nn.Module = nn.Linear(hidden_size, parameters.n_outputs, device=device)
@@ -218,7 +218,7 @@ def add_memory(
             input_size=n_features,
             hidden_size=hidden_size,
             in_keys=[embedding, *own],
-            out_keys=[output, *map(_next, own)],
+            out_keys=[output, *map(next_key, own)],
             device=device,
         )
         init_orthogonal(memory, activation_class)
@@ -246,7 +246,3 @@ class _Stack(nn.Module):
 
     def forward(self, *rows: Tensor) -> Tensor:
         return self.net(torch.stack(rows, -2))
-
-
-def _next(key: NestedKey) -> NestedKey:
-    return ("next", key) if isinstance(key, str) else ("next", *key)
