@@ -274,3 +274,20 @@ class TestCommandLine:
             code = error.code
         assert code == 2
         assert capsys.readouterr().err == words + "\n"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler needs a C++ compiler")
+def test_compiled_run(tmp_path):
+    """``algorithm.compile`` and ``collector.compile_policy`` change speed, not what is learned."""
+    rows = []
+    for compiled in ("false", "true"):
+        config = tiny_config(
+            f"algorithm.compile={compiled}", f"collector.compile_policy={compiled}"
+        )
+        folder = train.run(config, tmp_path / compiled)
+        rows.append(table(folder / "metrics.csv"))
+    assert [row.keys() for row in rows[0]] == [row.keys() for row in rows[1]]
+    # The first batch is the same but for rounding, on which each action afterwards depends.
+    for name in ("critic/loss", "agents_0/entropy"):
+        assert float(rows[1][0][name]) == pytest.approx(float(rows[0][0][name]), rel=1e-3)

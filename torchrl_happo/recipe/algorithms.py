@@ -139,6 +139,7 @@ def _sequential(
         order=settings.order,
         target_kl=settings.target_kl if isinstance(settings, Happo) else None,
         sequence_length=getattr(config.model, "sequence_length", None),
+        compile=settings.compile,
         seed=config.seed,
         process_group=process_group,
     )

@@ -50,11 +50,13 @@ def make_collector(config: TrainConfig, policy: TensorDictModuleBase, seed: int)
 
 def _make_single(config: TrainConfig, policy: TensorDictModuleBase, seed: int) -> BaseCollector:
     make = _env_maker(config, policy, config.num_envs)
+    assert isinstance(config.collector, SingleCollector)
     return Collector(
         make(seed=seed),
         policy,
         total_frames=-1,
         device=config.device,
+        compile_policy=config.collector.compile_policy,
         **_common(config),
     )
 

@@ -159,6 +159,9 @@ class CollectorConfig:
 class SingleCollector(CollectorConfig):
     """TorchRL's ``Collector``: the environments step in the training process."""
 
+    compile_policy: bool = MISSING
+    """Whether the policy that acts is compiled (``torch.compile``)."""
+
 
 @dataclass
 class WorkersCollector(CollectorConfig):
@@ -255,6 +258,8 @@ class SequentialConfig(AlgorithmConfig):
     """Passes of the critic over the batch; ``null``: ``num_epochs``."""
     popart: bool = MISSING
     """Whether the critic's last layer is rescaled when the statistics move."""
+    compile: bool = MISSING
+    """Whether the update is compiled (``torch.compile``), once for agents with alike networks."""
 
 
 @dataclass
