@@ -12,7 +12,7 @@ from team import N_AGENTS, make_actor, make_batch, make_critic, same_state, stat
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
-from torchrl.modules import PopArtValueNorm, RunningValueNorm
+from torchrl.modules import PercentileValueNorm, PopArtValueNorm, RunningValueNorm
 
 from torchrl_happo import HAPPOLoss, HATRPOLoss, SequentialUpdater
 
@@ -84,6 +84,20 @@ def test_popart_keeps_the_values():
         loss.update_value_norm(torch.randn(50, 1).double() * 400 - 1000)
         after = values(batch.copy())["agents", "state_value"]
     torch.testing.assert_close(after, before, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("norm", [PopArtValueNorm, RunningValueNorm, PercentileValueNorm])
+def test_the_first_statistics_leave_the_critic_alone(norm):
+    """There are no values to keep yet, and at their scale of nearly zero no gradient would pass."""
+    updater = make_updater(norm(shape=1), popart=True)
+    before = copy.deepcopy(updater.loss.critic_network.state_dict())
+    restore = updater.loss.update_value_norm(torch.randn(50, 1) * 40 - 60)
+    assert same_state(before, updater.loss.critic_network.state_dict())
+    restore()
+    assert same_state(before, updater.loss.critic_network.state_dict())
+    for _ in range(2):
+        updater.loss.update_value_norm(torch.randn(50, 1) * 40 - 60)
+    assert not same_state(before, updater.loss.critic_network.state_dict())
 
 
 def test_popart_wants_a_linear_last_layer():

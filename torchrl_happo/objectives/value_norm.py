@@ -71,6 +71,10 @@ def update_value_norm(
         w \leftarrow \frac{\sigma}{\sigma'} w, \qquad
         b \leftarrow \frac{\sigma b + \mu - \mu'}{\sigma'}.
 
+    The first batch is an exception: a critic that has never been fitted stands for no values worth
+    keeping, and at their scale, which is next to zero while there are no statistics, its last layer
+    would all but vanish.
+
     Args:
         value_norm (ValueNorm): the statistics; modified.
         value_target (Tensor): the valid returns of the batch, ``[num_returns, 1]``. Where there is
@@ -94,8 +98,10 @@ def update_value_norm(
     if last:
         mean, scale = value_norm.denormalize(zero)[0], value_norm.scale()
         weight, bias = last
-        weight.mul_(old_scale / scale)
-        bias.mul_(old_scale).add_(old_mean - mean).div_(scale)
+        # All of them are zero until something is taken in.
+        known = torch.stack([statistic.any() for statistic in before.values()]).any()
+        weight.mul_(torch.where(known, old_scale / scale, torch.ones_like(scale)))
+        bias.copy_(torch.where(known, (bias * old_scale + old_mean - mean) / scale, bias))
 
     @torch.no_grad()
     def restore() -> None:
