@@ -254,3 +254,17 @@ def test_default_backend():
     for updater in updaters:
         updater(batch)
     assert_equal(*updaters, tolerance=1e-6)
+
+
+def test_cudagraphs_without_a_device(caplog):
+    """One warning, and the update runs as it would without."""
+    torch.manual_seed(0)
+    actor, critic = make_actor(), make_critic()
+    batch = make_batch(actor)
+    updaters = []
+    for options in ({}, {"cudagraphs": True}):
+        loss = HAPPOLoss(*copy.deepcopy((actor, critic)), entropy_coeff=0.0)
+        updaters.append(SequentialUpdater(loss, num_epochs=2, **options))
+        updaters[-1](batch)
+    assert_equal(*updaters, tolerance=0)
+    assert [record.message.split()[0] for record in caplog.records] == ["cudagraphs=True"]

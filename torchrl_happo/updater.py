@@ -119,6 +119,8 @@ class SequentialUpdater:
             device. Defaults to ``None``: yes on the CPU, only at the first batch elsewhere.
         compile (bool or mapping): whether to compile the inner steps, once for all agents of one
             architecture; or keyword arguments of :func:`torch.compile`. Defaults to ``False``.
+        cudagraphs (bool): whether to replay the inner steps from CUDA graphs, compiled or not.
+            Without a CUDA device they run as they are, with one warning. Defaults to ``False``.
         seed (int): seed of the order and of the minibatches. Defaults to ``0``.
         process_group (ProcessGroup, optional): the processes that train this team together, each
             with batches of its own, e.g. ``torch.distributed.group.WORLD``. They begin with the
@@ -168,6 +170,7 @@ class SequentialUpdater:
         standardize_advantage: bool = True,
         check_finite: bool | None = None,
         compile: bool | Mapping[str, Any] = False,
+        cudagraphs: bool = False,
         seed: int = 0,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
@@ -200,9 +203,7 @@ class SequentialUpdater:
         if loss.critic_network is not None:
             _ = loss.value_estimator  # its coefficients are part of the state from the start
 
-        compiler = None
-        if compile is not False:
-            compiler = GraphCompiler(None if compile is True else compile)
+        compiler = _make_compiler(compile, cudagraphs, device)
 
         def minibatches(size: int | None) -> MinibatchSampler:
             if replay_buffer is not None:
@@ -451,3 +452,20 @@ class SequentialUpdater:
         for generator, value in zip(self._generators, state["generators"], strict=True):
             generator.set_state(value)
         self.num_updates = state["num_updates"]
+
+
+def _make_compiler(
+    compile: bool | Mapping[str, Any], cudagraphs: bool, device: torch.device
+) -> GraphCompiler | None:
+    if cudagraphs and device.type != "cuda":
+        logger.warning(
+            "cudagraphs=True needs networks on a CUDA device, but these are on %r; the update runs "
+            "without.",
+            str(device),
+        )
+        cudagraphs = False
+    if compile is False and not cudagraphs:
+        return None
+    if isinstance(compile, bool):
+        return GraphCompiler({} if compile else {"backend": "eager"}, cudagraphs=cudagraphs)
+    return GraphCompiler(compile, cudagraphs=cudagraphs)

@@ -92,6 +92,7 @@ class CompiledStep:
         self.compiler = compiler
         self.template = self.networks if template is None else template
         self._gave_up = False
+        self._rates: list[Tensor] = []
 
     @property
     def _is_whole(self) -> bool:
@@ -130,7 +131,7 @@ class CompiledStep:
         """The step for minibatches like this one, until parameters or optimiser are replaced."""
         networks = network_tensors(self.networks)
         state = [tensor for state in self._states for tensor in state.values()]
-        rates = [_as_scalar(group["lr"], group["params"][0]) for group in self._groups]
+        rates = self._learning_rates()
         fixed = [tensor.detach() for tensor in (*networks, *state, *rates)]
         keys = data_keys(minibatch)
         batch = [minibatch.get(key) for key in keys]
@@ -141,13 +142,24 @@ class CompiledStep:
             key=(self.template, data_layout(minibatch), self._settings()),
         )
 
+        function = self.compiler.bind(function, fixed)
+
         def step(minibatch: TensorDictBase, weight: Tensor | float) -> tuple[Tensor, Tensor]:
-            loss, *rest = function([*fixed, *map(minibatch.get, keys)])
+            loss, *rest = function(list(map(minibatch.get, keys)))
             if self._is_whole:
                 return loss, rest[0]
             return self.eager.descend(loss, rest, weight)
 
         return step
+
+    def _learning_rates(self) -> list[Tensor]:
+        """One of each group, always in the same place."""
+        like = [group["params"][0] for group in self._groups]
+        if [(r.device, r.dtype) for r in self._rates] != [(p.device, p.dtype) for p in like]:
+            self._rates = [p.new_zeros(()) for p in like]
+        for rate, group in zip(self._rates, self._groups, strict=True):
+            rate.fill_(group["lr"])
+        return self._rates
 
     @property
     def _states(self) -> list[dict[str, Tensor]]:
@@ -248,7 +260,3 @@ def _adam_step(
     )
     for state, step in zip(states, steps, strict=True):
         state["step"].copy_(step)
-
-
-def _as_scalar(value: float | Tensor, like: Tensor) -> Tensor:
-    return torch.as_tensor(value, dtype=like.dtype, device=like.device)

@@ -43,12 +43,14 @@ class Compilable(Protocol):
 
 
 class _Functions(NamedTuple):
-    """What is compiled for one layout of the data; each takes a list of tensors.
+    """What is compiled for one layout of the data.
+
+    Each takes a list: the networks' tensors, a vector, the data, perhaps the Fisher matrix's rows.
 
     Attributes:
         at_point (callable): surrogate, gradient, and what the Fisher-vector product needs besides.
-        product (callable): the product, from a vector, the other tensors and what was needed.
-        trial (callable): surrogate and divergence, from a vector of parameters and the others.
+        product (callable): the product with a vector, which also takes what was needed.
+        trial (callable): surrogate and divergence at a vector of parameters.
     """
 
     at_point: TensorFunction
@@ -111,13 +113,14 @@ class CompiledModel:
             (rows is None, *self._key(data)),
             lambda: self._compile(data, theta, networks, batch, has_rows=rows is not None),
         )
-        surrogate, slope, *saved = functions.at_point([theta, *networks, *batch])
+        at_point, product, trial = (self.compiler.bind(f, networks) for f in functions)
+        surrogate, slope, *saved = at_point([theta, *batch])
 
         def fisher_product(vector: Tensor) -> Tensor:
-            return functions.product([vector, *networks, *batch, *saved])[0]
+            return product([vector, *batch, *saved])[0]
 
         def evaluate(flat: Tensor) -> tuple[Tensor, Tensor]:
-            surrogate, kl = functions.trial([flat, *networks, *batch])
+            surrogate, kl = trial([flat, *batch])
             return surrogate, kl
 
         counts = [self._num_samples(part) for part in (data, data if rows is None else data[rows])]
@@ -145,14 +148,15 @@ class CompiledModel:
         named = dict(self.step.named_parameters())
         trained = {name: own[id(p)] for name, p in named.items() if p.requires_grad}
 
-        def unpack(tensors: Sequence[Tensor]) -> tuple[list[Tensor], TensorDictBase, Tensor | None]:
-            parts, rest = list(tensors[: len(own)]), list(tensors[len(own) :])
+        def unpack(
+            tensors: Sequence[Tensor],
+        ) -> tuple[list[Tensor], Tensor, TensorDictBase, Tensor | None]:
+            parts, (vector, *rest) = list(tensors[: len(own)]), tensors[len(own) :]
             rows = rest.pop() if has_rows else None
-            return parts, data_of(rest, like), rows
+            return parts, vector, data_of(rest, like), rows
 
         def local(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-            vector = tensors[0]
-            parts, data, rows = unpack(tensors[1:])
+            parts, vector, data, rows = unpack(tensors)
             leaves = {name: parts[i].detach().requires_grad_() for name, i in trained.items()}
             valid, batch_ndim = self._samples(data)
             with torch.enable_grad(), network_with(self.networks, parts), linearizable():
@@ -165,8 +169,7 @@ class CompiledModel:
             return surrogate.detach(), slope, fisher(vector)
 
         def trial(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-            flat = tensors[0]
-            parts, data, _ = unpack(tensors[1:])
+            parts, flat, data, _ = unpack(tensors)
             present = {name: parts[i] for name, i in trained.items()}
             valid, batch_ndim = self._samples(data)
             with network_with(self.networks, parts):
@@ -175,9 +178,10 @@ class CompiledModel:
             kl = kl_divergence(old, new, batch_ndim=batch_ndim)
             return self.step.surrogate(new, data), mean_divergence(kl, valid)
 
-        tensors = [theta, *networks, *batch]
-        batched = [False] * (1 + len(networks)) + [True] * len(batch)
-        once, each_time = split(trace(local, tensors, batched), argument=0, outputs=2)
+        tensors = [*networks, theta, *batch]
+        batched = [False] * (len(networks) + 1) + [True] * len(batch)
+        graph = trace(local, tensors, batched)
+        once, each_time = split(graph, argument=len(networks), outputs=2)
         functions = _Functions(
             self.compiler.compile_graph(once),
             self.compiler.compile_graph(each_time),

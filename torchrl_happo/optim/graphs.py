@@ -10,18 +10,17 @@ same graph and share the compiled code: what tells them apart, parameters and da
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from torchrl_happo.optim.cuda_graphs import GraphReplay, TensorFunction
+
 __all__ = ["GraphCompiler", "TensorFunction", "split", "trace"]
 
 Compiled = TypeVar("Compiled")
-
-#: A function of tensors alone. It may change them in place.
-TensorFunction: TypeAlias = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
 
 
 class GraphCompiler:
@@ -30,6 +29,8 @@ class GraphCompiler:
     Args:
         options (mapping, optional): keyword arguments of :func:`torch.compile`. With its default
             backend, random numbers are those of eager torch.
+        cudagraphs (bool): whether bound functions (:meth:`bind`) are replayed from CUDA graphs.
+            Defaults to ``False``.
 
     Example:
         >>> import torch
@@ -47,13 +48,17 @@ class GraphCompiler:
         1
     """
 
-    def __init__(self, options: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, options: Mapping[str, Any] | None = None, *, cudagraphs: bool = False
+    ) -> None:
         self.options = {"backend": "inductor", **(options or {})}
         if self.options["backend"] == "inductor" and "mode" not in self.options:
             chosen = self.options.get("options", {})
             self.options["options"] = {"fallback_random": True, **chosen}
         self._compiled: dict[Hashable, Callable[..., tuple[Tensor, ...]]] = {}
         self._made: dict[Hashable, Any] = {}
+        self.cudagraphs = cudagraphs
+        self._replays: dict[Hashable, GraphReplay] = {}
 
     @property
     def num_graphs(self) -> int:
@@ -97,6 +102,29 @@ class GraphCompiler:
             self._made[key] = make()
         made: Compiled = self._made[key]
         return made
+
+    def bind(self, function: TensorFunction, fixed: Sequence[Tensor]) -> TensorFunction:
+        """Gives a function those of its arguments that stay where they are in memory.
+
+        Args:
+            function (callable): of a list of tensors; from :meth:`__call__` or
+                :meth:`compile_graph`.
+            fixed (sequence of Tensor): the first ones.
+
+        Returns:
+            callable: from a list of the others to the same results.
+        """
+        if not self.cudagraphs:
+            return lambda varying: function([*fixed, *varying])
+        place = tuple(tensor.data_ptr() for tensor in fixed)
+
+        def replay(varying: Sequence[Tensor]) -> tuple[Tensor, ...]:
+            key = (function, place, tuple(tensor.shape for tensor in varying))
+            if key not in self._replays:
+                self._replays[key] = GraphReplay(function, fixed, varying)
+            return self._replays[key](varying)
+
+        return replay
 
     def compile_graph(self, graph: GraphModule) -> TensorFunction:
         """Compiles a graph of :func:`trace`, which is modified (see :meth:`__call__`)."""

@@ -141,8 +141,9 @@ def batched_line_search(
 
 
 def _fractions(theta: Tensor, backtrack_factor: float, max_backtracks: int) -> Tensor:
-    fractions = [backtrack_factor**k for k in range(max_backtracks)]
-    return torch.tensor(fractions, dtype=theta.dtype, device=theta.device)
+    # Made on the device: a list would have to be copied there, and waited for.
+    powers = torch.arange(max_backtracks, dtype=torch.float64, device=theta.device)
+    return (backtrack_factor**powers).to(theta.dtype)
 
 
 def _is_acceptable(
