@@ -7,8 +7,8 @@ from functools import partial
 
 import pytest
 import torch
-from tensordict import TensorDict
 from team import make_actor, make_batch, make_critic
+from tensordict import TensorDict
 from torchrl.modules import IndependentNormal, TanhNormal
 
 from torchrl_happo import HAPPOLoss, HATRPOLoss, SequentialUpdater
