@@ -124,11 +124,16 @@ SUITES = {
             # every seed is evaluated with the same one.
             "vmas/simple_speaker_listener": [
                 *("task=vmas/simple_speaker_listener", "evaluation.seed=${seed}"),
-                *("num_envs=20", "steps_per_batch=600", "evaluation.interval=5"),
+                *("num_envs=20", "steps_per_batch=600"),
             ],
         },
         algorithms={name: ALGORITHMS[name] for name in ("happo", "mappo-unshared", "hatrpo")},
-        overrides=["total_frames=100000", "render=false", "progress=false"],
+        overrides=[
+            "total_frames=100000",
+            "evaluation.interval=10",
+            "render=false",
+            "progress=false",
+        ],
     ),
 }
 
