@@ -1,14 +1,25 @@
 """Frames per second of collecting and of whole training iterations, in one interleaved run.
 
     python benchmarks/throughput.py --json benchmarks/results/throughput.json
+    python benchmarks/throughput.py --task vmas/simple_spread --num-envs 128 --steps 128 \
+        --hidden 64 64 --epochs 4 --minibatch 4096 --json benchmarks/results/throughput_spread.json
 
-Whole iterations: HAPPO, HATRPO and TorchRL's MAPPO with one network per agent, all through the
-recipe at its benchmark settings (60 environments x 100 steps, [128, 128], 10 epochs, minibatches of
-1500), take turns, iteration by iteration.
-Collecting: the actor of ``make_actor`` and one built by hand from ``MultiAgentMLP``, as TorchRL's
-script has it, take turns on the same kind of environment.
+Collecting, iteration by iteration in turn:
 
-Times are CPU times of the process, medians over the iterations; one thread.
+- ``raw``: the simulator's own ``step`` and the same networks in plain torch, tensors kept in lists;
+- ``torchrl``: TorchRL's collector with the ``MultiAgentMLP`` actor of its MAPPO script;
+- ``ours``: TorchRL's collector with the actor of ``make_actor``; ``ours-compiled`` with
+  ``compile_policy=True``.
+
+Whole iterations:
+
+- ``mappo-unshared``: TorchRL's MAPPO with one network per agent;
+- ``happo``, ``hatrpo``: this library through its recipe; ``-compiled`` with
+  ``algorithm.compile=true`` and ``collector.compile_policy=true``;
+- ``plain``: HAPPO in plain torch (``update_cost.py``) after a ``raw`` collection.
+
+Times are CPU times of the process on the CPU and of the wall clock on a GPU, medians over the
+iterations; one thread unless told otherwise.
 """
 
 from __future__ import annotations
@@ -17,11 +28,11 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from tensordict import TensorDictBase
+import update_cost
 from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import nn
 from torchrl.collectors import Collector
@@ -31,17 +42,24 @@ from torchrl.modules import MultiAgentMLP, ProbabilisticActor, TanhNormal
 from torchrl_happo import make_actor
 from torchrl_happo.recipe.algorithms import make_learner
 from torchrl_happo.recipe.compose import compose_config
+from torchrl_happo.recipe.config import TrainConfig
 from torchrl_happo.recipe.environments import make_env
 
+COMPILED = ["algorithm.compile=true", "collector.compile_policy=true"]
 LEARNERS = {
     "mappo-unshared": ["algorithm=mappo", "algorithm.share_params=false"],
     "happo": ["algorithm=happo"],
+    "happo-compiled": ["algorithm=happo", *COMPILED],
     "hatrpo": ["algorithm=hatrpo"],
+    "hatrpo-compiled": ["algorithm=hatrpo", *COMPILED],
 }
+RATIOS = [("happo", "mappo-unshared"), ("hatrpo", "mappo-unshared"), ("happo-compiled", "happo")]
+
+Times = dict[str, list[float]]
 
 
-def torchrl_actor(env: EnvBase) -> ProbabilisticActor:
-    """The unshared actor of TorchRL's MAPPO script, [128, 128] and tanh."""
+def torchrl_actor(env: EnvBase, hidden: list[int]) -> ProbabilisticActor:
+    """The unshared actor of TorchRL's MAPPO script."""
     (group,) = env.group_map
     n_agents = len(env.group_map[group])
     obs_dim = env.observation_spec[group, "observation"].shape[-1]
@@ -52,9 +70,9 @@ def torchrl_actor(env: EnvBase) -> ProbabilisticActor:
         n_agents=n_agents,
         centralized=False,
         share_params=False,
-        depth=2,
-        num_cells=128,
+        num_cells=hidden,
         activation_class=nn.Tanh,
+        device=env.device,
     )
     keys = [(group, "loc"), (group, "scale")]
     return ProbabilisticActor(
@@ -71,57 +89,191 @@ def torchrl_actor(env: EnvBase) -> ProbabilisticActor:
     )
 
 
-def batches(env: EnvBase, policy: nn.Module, frames: int) -> Iterator[TensorDictBase]:
+def raw_batches(env: EnvBase, hidden: list[int], steps: int, episode: int) -> Iterator[tuple]:
+    """The simulator's own steps, and the same networks without any framework."""
+    net = torchrl_actor(env, hidden).module[0].module  # MultiAgentMLP, NormalParamExtractor
+    simulator = env.base_env._env
+    (group,) = env.group_map
+    space = env.full_action_spec_unbatched[group, "action"].space
+    half, middle = (space.high - space.low) / 2, (space.high + space.low) / 2
+    with torch.no_grad():
+        observation, age = simulator.reset(), 0
+    while True:
+        batch = []
+        with torch.no_grad():
+            for _ in range(steps):
+                x = torch.stack(observation, 1)
+                loc, scale = net(x)
+                preimage = loc + scale * torch.randn_like(loc)
+                squashed = preimage.tanh()
+                log_prob = -0.5 * ((preimage - loc) / scale).square() - scale.log() - 0.9189
+                log_det = (half * (1 - squashed.square()) + 1e-6).log()
+                action = middle + half * squashed
+                observation, reward, done, _ = simulator.step(list(action.unbind(1)))
+                log_prob = (log_prob - log_det).sum(-1)
+                batch.append((x, action, log_prob, torch.stack(reward, 1), done))
+                age += 1
+                if age == episode:
+                    observation, age = simulator.reset(), 0
+            yield tuple(torch.stack(column, 1) for column in zip(*batch, strict=True))
+
+
+def batches(env: EnvBase, policy: nn.Module, frames: int, *, compiled: bool) -> Iterator:
     """An endless collector's batches."""
-    collector = Collector(
-        env,
-        policy,
-        frames_per_batch=frames,
-        total_frames=-1,
-        auto_register_policy_transforms=False,
+    return iter(
+        Collector(
+            env,
+            policy,
+            frames_per_batch=frames,
+            total_frames=-1,
+            auto_register_policy_transforms=False,
+            compile_policy=compiled,
+        )
     )
-    return iter(collector)
 
 
-def collecting(task: str, num_envs: int, repetitions: int) -> dict[str, list[float]]:
-    """Seconds per batch of both actors."""
-    config = compose_config(f"task={task}", f"num_envs={num_envs}")
-    frames = config.num_envs * config.steps_per_batch
-    streams = {}
-    for name, build in {"torchrl": torchrl_actor, "make_actor": make_actor}.items():
-        env = make_env(config.task, num_envs=config.num_envs, seed=0, device="cpu")
-        streams[name] = batches(env, build(env), frames)
-    times: dict[str, list[float]] = {name: [] for name in streams}
-    for repetition in range(repetitions + 1):
-        for name, stream in streams.items():
-            start = time.process_time()
-            next(stream)
-            if repetition:
-                times[name].append(time.process_time() - start)
+class Clock:
+    """CPU time on the CPU, the wall clock on a GPU that has finished."""
+
+    def __init__(self, device: str) -> None:
+        self.is_cpu = device == "cpu"
+
+    def __call__(self) -> float:
+        """Seconds."""
+        if self.is_cpu:
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def in_turn(contestants: dict[str, Callable[[], object]], repetitions: int, clock: Clock) -> Times:
+    """Seconds of each contestant, after two turns that warm up and compile."""
+    times: Times = {name: [] for name in contestants}
+    for repetition in range(-2, repetitions):
+        for name, run in contestants.items():
+            start = clock()
+            run()
+            if repetition >= 0:
+                times[name].append(clock() - start)
     return times
 
 
-def iterations(task: str, num_envs: int, repetitions: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of collecting and of updating per iteration, for each learner."""
-    runs = {}
-    for name, overrides in LEARNERS.items():
-        config = compose_config(f"task={task}", f"num_envs={num_envs}", *overrides)
-        torch.manual_seed(0)
-        env = make_env(config.task, num_envs=config.num_envs, seed=0, device="cpu")
-        learner = make_learner(config, env)
-        frames = config.num_envs * config.steps_per_batch
-        runs[name] = learner, batches(env, learner.policy, frames)
-    times: dict = {name: {"collect": [], "update": []} for name in runs}
-    for repetition in range(repetitions + 1):
-        for name, (learner, stream) in runs.items():
-            start = time.process_time()
-            batch = next(stream)
-            collected = time.process_time()
-            learner.updater(batch)
-            if repetition:
-                times[name]["collect"].append(collected - start)
-                times[name]["update"].append(time.process_time() - collected)
-    return times
+class Benchmark:
+    """One task at one number of environments."""
+
+    def __init__(self, args: argparse.Namespace, num_envs: int) -> None:
+        self.args = args
+        self.num_envs = num_envs
+        self.frames = num_envs * args.steps
+        self.clock = Clock(args.device)
+
+    def config(self, *overrides: str) -> TrainConfig:
+        """The recipe's configuration."""
+        args = self.args
+        return compose_config(
+            f"task={args.task}",
+            f"num_envs={self.num_envs}",
+            f"steps_per_batch={args.steps}",
+            f"model.num_cells={args.hidden}",
+            f"device={args.device}",
+            *overrides,
+            f"algorithm.num_epochs={args.epochs}",
+            f"algorithm.minibatch_size={args.minibatch}",
+        )
+
+    def env(self) -> EnvBase:
+        """The recipe's environment."""
+        config = self.config()
+        return make_env(config.task, num_envs=self.num_envs, seed=0, device=self.args.device)
+
+    def collecting(self) -> Times:
+        """Seconds per batch."""
+        args = self.args
+        episode = self.config().task.max_steps
+        streams = {"raw": raw_batches(self.env(), args.hidden, args.steps, episode)}
+        for name, compiled in (("torchrl", False), ("ours", False), ("ours-compiled", True)):
+            env = self.env()
+            if name == "torchrl":
+                policy = torchrl_actor(env, args.hidden)
+            else:
+                policy = make_actor(env, num_cells=args.hidden)
+            streams[name] = batches(env, policy, self.frames, compiled=compiled)
+        runs = {name: stream.__next__ for name, stream in streams.items()}
+        return in_turn(runs, args.repetitions, self.clock)
+
+    def iterations(self) -> dict[str, Times]:
+        """Seconds of collecting and of updating per iteration, for each learner."""
+        runs: dict[str, tuple[Callable, Callable]] = {}
+        for name, overrides in LEARNERS.items():
+            if name not in self.args.learners:
+                continue
+            config = self.config(*overrides)
+            torch.manual_seed(0)
+            env = self.env()
+            learner = make_learner(config, env)
+            compiled = name.endswith("-compiled")
+            stream = batches(env, learner.policy, self.frames, compiled=compiled)
+            runs[name] = stream.__next__, learner.updater
+        if "plain" in self.args.learners:
+            runs["plain"] = self.plain()
+        times: dict[str, Times] = {name: {"collect": [], "update": []} for name in runs}
+        for repetition in range(-2, self.args.repetitions):
+            for name, (collect, update) in runs.items():
+                start = self.clock()
+                batch = collect()
+                collected = self.clock()
+                with torch.enable_grad():  # the bare simulator leaves gradients switched off
+                    update(batch)
+                updated = self.clock()
+                if repetition >= 0:
+                    times[name]["collect"].append(collected - start)
+                    times[name]["update"].append(updated - collected)
+        return times
+
+    def plain(self) -> tuple[Callable, Callable]:
+        """The plain-torch loop; its update is that of ``update_cost`` on one such batch."""
+        args, env = self.args, self.env()
+        (group,) = env.group_map
+        episode = self.config().task.max_steps
+        collect = raw_batches(env, args.hidden, args.steps, episode).__next__
+        with torch.no_grad():
+            policy = torchrl_actor(env, args.hidden)
+            batch = env.rollout(args.steps, policy, break_when_any_done=False)
+        batch = batch.rename_key_(group, "agents") if group != "agents" else batch
+        agents = batch["agents"]
+        # The yardstick's own sizes and normal policy: only the time matters here.
+        update_cost.OBS_DIM = agents["observation"].shape[-1]
+        update_cost.ACT_DIM = agents["action"].shape[-1]
+        update_cost.EPOCHS = args.epochs
+        update = update_cost.plain(batch, args.minibatch, args.hidden[0], discrete=False)
+        return collect, lambda batch: update()
+
+
+def medians(times: Times) -> dict[str, float]:
+    """The median of each list."""
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def report(benchmark: Benchmark, collect: Times, whole: dict[str, Times]) -> dict[str, float]:
+    """Prints a table; returns the ratios of times."""
+    frames, num_envs = benchmark.frames, benchmark.num_envs
+    print(f"{benchmark.args.task}, {num_envs} environments x {benchmark.args.steps} steps")
+    seconds = medians(collect)
+    for name, value in seconds.items():
+        share = seconds["raw"] / value
+        print(f"  collect {name:<16}{frames / value:10.0f} frames/s   ({share:.2f} of raw)")
+    totals = {}
+    for name, parts in whole.items():
+        each = medians(parts)
+        totals[name] = sum(each.values())
+        text = ", ".join(f"{part} {1e3 * value:.0f} ms" for part, value in each.items())
+        print(f"  whole   {name:<16}{frames / totals[name]:10.0f} frames/s   ({text})")
+    ratios = {f"collect {name}/raw": value / seconds["raw"] for name, value in seconds.items()}
+    for a, b in RATIOS:
+        if a in totals and b in totals:
+            ratios[f"{a}/{b}"] = totals[a] / totals[b]
+    print("  " + "   ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items()))
+    return ratios
 
 
 def main() -> None:
@@ -129,37 +281,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    names = [*LEARNERS, "plain"]
     parser.add_argument("--task", default="vmas/navigation")
-    parser.add_argument("--num-envs", type=int, default=60)
-    parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--num-envs", type=int, nargs="+", default=[60])
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--hidden", type=int, nargs="+", default=[128, 128])
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--minibatch", type=int, default=1500)
+    parser.add_argument("--learners", nargs="*", default=names, choices=names)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    frames = args.num_envs * 100
-
-    collect = collecting(args.task, args.num_envs, args.repetitions)
-    print(f"collecting, {args.task}, {args.num_envs} environments")
-    for name, values in collect.items():
-        print(f"  {name:<16}{frames / statistics.median(values):10.0f} frames/s")
-    ratio = statistics.median(collect["make_actor"]) / statistics.median(collect["torchrl"])
-    print(f"  time of make_actor / torchrl: {ratio:.2f}")
-
-    whole = iterations(args.task, args.num_envs, args.repetitions)
-    print("whole iterations")
-    totals = {}
-    for name, parts in whole.items():
-        medians = {part: statistics.median(values) for part, values in parts.items()}
-        totals[name] = sum(medians.values())
-        each = ", ".join(f"{part} {1e3 * seconds:.0f} ms" for part, seconds in medians.items())
-        print(f"  {name:<16}{frames / totals[name]:10.0f} frames/s   ({each})")
-    for name in ("happo", "hatrpo"):
-        print(f"  time of {name} / mappo-unshared: {totals[name] / totals['mappo-unshared']:.2f}")
+    torch.set_num_threads(args.threads)
+    rows = []
+    for num_envs in args.num_envs:
+        benchmark = Benchmark(args, num_envs)
+        collect = benchmark.collecting()
+        whole = benchmark.iterations()
+        ratios = report(benchmark, collect, whole)
+        size = {"task": args.task, "num_envs": num_envs, "steps": args.steps}
+        rows.append({**size, "collect": collect, "iterations": whole, "ratios": ratios})
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        about = {"task": args.task, "num_envs": args.num_envs, "torch": torch.__version__}
-        args.json.write_text(
-            json.dumps({"about": about, "collect": collect, "iterations": whole}, indent=1)
-        )
+        about = {"torch": torch.__version__, **update_cost.about(args)}
+        args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

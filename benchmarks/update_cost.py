@@ -1,14 +1,17 @@
 """What one update costs, side by side in one interleaved run.
 
-    python benchmarks/update_cost.py                                  # the reference size
-    python benchmarks/update_cost.py --samples 400 4000 --agents 3 --json results/update_cost.json
+    python benchmarks/update_cost.py --json benchmarks/results/update_cost.json
+    python benchmarks/update_cost.py --agents 2 4 8 16 32 --samples 400 4000 60000 \
+        --json benchmarks/results/update_cost_sizes.json --plot benchmarks/results/update_cost.png
+    python benchmarks/update_cost.py --memory --samples 60000
 
 The contestants update the same team on the same data:
 
 - ``floor``: forward and backward of the same networks alone, no losses, no optimiser;
 - ``plain``: HAPPO written by hand in plain torch, an honest yardstick;
 - ``mappo``: TorchRL's ``MAPPOLoss`` with unshared networks and one Adam;
-- ``happo``: this library, and ``happo-compiled`` with ``SequentialUpdater(compile=True)``;
+- ``happo``: this library, and ``happo-compiled`` with ``SequentialUpdater(compile=True)``
+  (and ``cudagraphs=True`` on a GPU);
 - ``hatrpo``: this library's trust region, and ``hatrpo-compiled``; ``hatrpo-fifth`` with a fifth
   of the samples in the Fisher matrix; ``hatrpo-double``: the same with eleven Fisher-vector
   products by double backward through a new graph each time, as the reference implementation does.
@@ -22,10 +25,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
+import resource
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -289,24 +295,90 @@ def contestants(args: argparse.Namespace, n_agents: int, samples: int, hidden: i
     def ours(loss_class: type, **kwargs: object) -> Update:
         return partial(sequential(loss_class, minibatch, *team(), **kwargs), batch)
 
+    faster = {"compile": True, "cudagraphs": args.device != "cpu"}
     updates = {
         "floor": floor(batch, minibatch, hidden, args.discrete),
         "plain": plain(batch, minibatch, hidden, args.discrete),
         "mappo": mappo(batch, minibatch, *team()),
         "happo": ours(HAPPOLoss),
-        "happo-compiled": ours(HAPPOLoss, updater={"compile": True}),
+        "happo-compiled": ours(HAPPOLoss, updater=faster),
         "hatrpo": ours(HATRPOLoss),
-        "hatrpo-compiled": ours(HATRPOLoss, updater={"compile": True}),
+        "hatrpo-compiled": ours(HATRPOLoss, updater=faster),
         "hatrpo-fifth": ours(HATRPOLoss, fisher_fraction=0.2),
         "hatrpo-double": double_backward(sequential(HATRPOLoss, minibatch, *team()), batch),
     }
     return {name: update for name, update in updates.items() if name in args.only}
 
 
+def about(args: argparse.Namespace) -> dict[str, object]:
+    """What the figures of a run depend on."""
+    name = torch.cuda.get_device_name() if args.device != "cpu" else "cpu"
+    return {"torch": torch.__version__, "threads": args.threads, "device": name}
+
+
+def peak_memory(args: argparse.Namespace, samples: int) -> dict[str, float]:
+    """MiB that the process grows by during three updates, each contestant in one of its own."""
+    grown = {}
+    for name in ("mappo", "happo", "hatrpo"):
+        context = multiprocessing.get_context("spawn")
+        receiver, sender = context.Pipe(duplex=False)
+        child = context.Process(target=_grow, args=(args, samples, name, sender))
+        child.start()
+        grown[name] = receiver.recv()
+        child.join()
+    return grown
+
+
+def _grow(args: argparse.Namespace, samples: int, name: str, sender: Connection) -> None:
+    torch.set_num_threads(args.threads)
+    args.only = [name]
+    small = contestants(args, args.agents[0], 200, args.hidden[0])[name]
+    small()  # what is only loaded once
+    update = contestants(args, args.agents[0], samples, args.hidden[0])[name]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(3):
+        update()
+    sender.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Times against the number of agents and of samples."""
+    import matplotlib as mpl
+    import matplotlib.ticker
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.4))
+    most = max(row["samples"] for row in rows if row["samples"] <= 4000)
+    few = min(row["agents"] for row in rows)
+    for ax, across, kept in (
+        (axes[0], "agents", ("samples", most)),
+        (axes[1], "samples", ("agents", few)),
+    ):
+        chosen = sorted((r for r in rows if r[kept[0]] == kept[1]), key=lambda r: r[across])
+        for name in NAMES:
+            points = [
+                (r[across], statistics.median(r["ms"][name])) for r in chosen if name in r["ms"]
+            ]
+            if points:
+                ax.plot(*zip(*points, strict=True), marker="o", ms=3, lw=1.2, label=name)
+        ax.set(xscale="log", yscale="log", xlabel=across, ylabel="ms per update")
+        sizes = [row[across] for row in chosen]
+        ax.set_xticks(sizes, [str(size) for size in sizes], minor=False)
+        ax.xaxis.set_minor_locator(mpl.ticker.NullLocator())
+        ax.set_title(f"{kept[1]} {kept[0]}", fontsize=9)
+        ax.grid(alpha=0.3, which="both")
+    axes[0].legend(fontsize=7)
+    fig.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=110)
+
+
 def measure(updates: dict[str, Update], repetitions: int, device: str) -> dict[str, list[float]]:
-    """Milliseconds of each update, in turn, after a warm-up."""
+    """Milliseconds of each update, in turn, after two that warm up and compile."""
     times: dict[str, list[float]] = {name: [] for name in updates}
-    for repetition in range(repetitions + 1):
+    for repetition in range(-2, repetitions):
         for name, update in updates.items():
             if device != "cpu":
                 torch.cuda.synchronize()
@@ -315,7 +387,7 @@ def measure(updates: dict[str, Update], repetitions: int, device: str) -> dict[s
             update()
             if device != "cpu":
                 torch.cuda.synchronize()
-            if repetition:
+            if repetition >= 0:
                 times[name].append(1e3 * (clock() - start))
     return times
 
@@ -352,9 +424,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path, help="figure of the times against the sizes")
+    parser.add_argument("--memory", action="store_true", help="peak memory in place of times")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    if args.memory:
+        for samples in args.samples:
+            grown = peak_memory(args, samples)
+            text = ", ".join(f"{name} {mib:.0f} MiB" for name, mib in grown.items())
+            print(f"{samples} samples: {text}; happo/mappo {grown['happo'] / grown['mappo']:.2f}")
+        return
     rows = []
     for n_agents in args.agents:
         for samples in args.samples:
@@ -375,9 +455,10 @@ def main() -> None:
                 print("  " + "   ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items()))
                 rows.append({**size, "discrete": args.discrete, "ms": times, "ratios": ratios})
     if args.json:
-        about = {"torch": torch.__version__, "threads": args.threads, "device": args.device}
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1))
+        args.json.write_text(json.dumps({"about": about(args), "rows": rows}, indent=1))
+    if args.plot:
+        plot(rows, args.plot)
 
 
 if __name__ == "__main__":

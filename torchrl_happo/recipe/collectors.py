@@ -57,6 +57,7 @@ def _make_single(config: TrainConfig, policy: TensorDictModuleBase, seed: int) -
         total_frames=-1,
         device=config.device,
         compile_policy=config.collector.compile_policy,
+        track_traj_ids=False,  # nobody asks for them, and they take time at each step
         **_common(config),
     )
 
