@@ -24,7 +24,7 @@ from torchrl_happo.recipe.checkpoint import Checkpoints, Progress
 from torchrl_happo.recipe.cli import command_line
 from torchrl_happo.recipe.collection import Batches
 from torchrl_happo.recipe.config import TrainConfig, validate
-from torchrl_happo.recipe.environments import make_env
+from torchrl_happo.recipe.environments import check_device, make_env
 from torchrl_happo.recipe.evaluation import Evaluation
 from torchrl_happo.recipe.interrupt import Interrupt
 from torchrl_happo.recipe.memory import keep_freed_memory
@@ -61,6 +61,7 @@ def run(config: TrainConfig, folder: Path) -> Path:
     own = part_of(config, world_size())
     torch.set_num_threads(config.threads)
     keep_freed_memory()
+    check_device(own.device)
     with Ranks(own.device, config.learner_timeout) as ranks:
         return _run(config, own, folder, ranks)
 
