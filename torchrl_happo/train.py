@@ -75,7 +75,7 @@ def _run(config: TrainConfig, own: TrainConfig, folder: Path, ranks: Ranks) -> P
     stored = ranks.from_first(partial(_stored, config, folder))
     if stored is not None:
         progress = checkpoint.restore(stored, learner.updater)
-    # What several learners draw is their own; one alone draws the same with and without others.
+    # Several learners draw numbers of their own.
     own_seed = partial(derive_seed, config.seed, *([ranks.rank] if ranks.size > 1 else []))
 
     with (

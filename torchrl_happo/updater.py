@@ -125,7 +125,8 @@ class SequentialUpdater:
         process_group (ProcessGroup, optional): the processes that train this team together, each
             with batches of its own, e.g. ``torch.distributed.group.WORLD``. They begin with the
             networks of the first one and take each step on the data of all: the result is that of
-            one process with the whole batch. ``minibatch_size`` is each one's own. Defaults to
+            one process with the whole batch. ``minibatch_size`` is each one's own. Whether all
+            accept their batches is read back from the device, twice for each agent. Defaults to
             ``None``: this process alone.
 
     Raises:

@@ -170,7 +170,9 @@ class WorkersCollector(CollectorConfig):
     num_workers: int = count()
     sync: bool = MISSING
     """Whether a batch is collected by all workers at once, with the newest policy. Otherwise it is
-    one worker's, with the policy of when that worker began, and the others go on meanwhile."""
+    one worker's, with the policy of when that worker began, and the others go on meanwhile. The
+    ratio of the loss then starts from the log-probabilities that are stored with the actions; that
+    of the factor, from the policy just before an agent's update, as always."""
 
 
 @dataclass

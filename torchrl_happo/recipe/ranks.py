@@ -152,7 +152,7 @@ class Ranks:
         if self.size > 1:
             if threading.current_thread() is threading.main_thread():
                 # The launcher ends all when one has ended; there is a sentence to say before.
-                self._on_terminate = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                self._on_terminate = signal.signal(signal.SIGTERM, lambda number, frame: None)
             on_gpu = self.device.type == "cuda"
             if on_gpu:
                 torch.cuda.set_device(self.device)
