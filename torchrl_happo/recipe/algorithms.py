@@ -44,9 +44,9 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "silu": nn.SiLU,
 }
 
-VALUE_NORMS: dict[str, type[ValueNorm]] = {
-    "popart_ema": PopArtValueNorm,
-    "running": RunningValueNorm,
+VALUE_NORMS: dict[str, Callable[[AlgorithmConfig], ValueNorm]] = {
+    "popart_ema": lambda settings: PopArtValueNorm(shape=1, beta=settings.value_norm_decay),
+    "running": lambda settings: RunningValueNorm(shape=1),
 }
 
 
@@ -256,7 +256,7 @@ def _make_critic(config: TrainConfig, env: EnvBase) -> TensorDictModule | Tensor
 def _critic_loss(settings: AlgorithmConfig, env: EnvBase) -> dict[str, Any]:
     norm = None
     if settings.value_norm is not None:
-        norm = VALUE_NORMS[settings.value_norm](shape=1).to(env.device)
+        norm = VALUE_NORMS[settings.value_norm](settings).to(env.device)
     return {
         "loss_critic_type": settings.loss_critic_type,
         "critic_coeff": settings.critic_coeff,

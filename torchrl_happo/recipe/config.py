@@ -233,6 +233,8 @@ class AlgorithmConfig:
     ``null``: as far as it will."""
     value_norm: str | None = choice("popart_ema", "running")
     """Statistics by which the critic's values are normalised; ``null``: they are not."""
+    value_norm_decay: float = number(above=0, below=1)
+    """What remains, at an update of ``popart_ema``, of the statistics before it."""
     num_epochs: int = count()
     minibatch_size: int | None = count()
     """Frames (a frame is one step of one environment, with all its agents); ``null``: a batch."""
