@@ -32,6 +32,7 @@ REFERENCE = (
     "algorithm.critic_coeff=0.5",
     "algorithm.clip_value=0.2",
     "algorithm.value_norm=popart_ema",
+    "algorithm.value_norm_decay=0.9",
 )
 GRU = ("model=gru", "model.hidden_size=5", "model.sequence_length=3")
 CRITIC = ("critic.model=lstm", "critic.hidden_size=4")
@@ -185,6 +186,7 @@ def test_the_references_settings_reach_every_algorithm(algorithm):
         assert any(isinstance(module, nn.LayerNorm) for module in network.modules())
     assert (loss.loss_critic_type, loss.critic_coeff.item()) == ("l2", 0.5)
     assert loss.clip_value.item() == pytest.approx(0.2)
+    assert loss.value_norm.beta == 0.9
     assert optimizer.param_groups[0]["eps"] == 1e-5
     rates = []
     for _ in range(3):  # the iterations of this run
