@@ -134,14 +134,17 @@ class CompiledStep:
         rates = self._learning_rates()
         fixed = [tensor.detach() for tensor in (*networks, *state, *rates)]
         keys = data_keys(minibatch)
-        batch = [minibatch.get(key) for key in keys]
-        function = self.compiler(
-            self._as_function(minibatch),
-            [*fixed, *batch],
-            batched=[False] * len(fixed) + [True] * len(batch),
-            key=(self.template, data_layout(minibatch), self._settings()),
-        )
 
+        def make() -> TensorFunction:
+            batch = [minibatch.get(key) for key in keys]
+            return self.compiler(
+                self._as_function(minibatch),
+                [*fixed, *batch],
+                batched=[False] * len(fixed) + [True] * len(batch),
+            )
+
+        key = (self.template, data_layout(minibatch), self._settings())
+        function = self.compiler.remember(key, make)
         function = self.compiler.bind(function, fixed)
 
         def step(minibatch: TensorDictBase, weight: Tensor | float) -> tuple[Tensor, Tensor]:

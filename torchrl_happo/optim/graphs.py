@@ -66,12 +66,7 @@ class GraphCompiler:
         return len(self._compiled)
 
     def __call__(
-        self,
-        function: TensorFunction,
-        tensors: Sequence[Tensor],
-        *,
-        batched: Sequence[bool],
-        key: Hashable = None,
+        self, function: TensorFunction, tensors: Sequence[Tensor], *, batched: Sequence[bool]
     ) -> TensorFunction:
         """Compiles a function that is to be called without gradients.
 
@@ -83,8 +78,6 @@ class GraphCompiler:
         Keyword Args:
             batched (sequence of bool): whether the first dimension of a tensor counts the items
                 of a batch, whose number may be another at each call, but at least 2.
-            key (hashable, optional): functions with the same key are the same, and only the first
-                of them is traced. Defaults to ``None``: this one is like no other.
 
         Returns:
             callable: the same function.
@@ -92,12 +85,10 @@ class GraphCompiler:
         Raises:
             ValueError: if what the function does depends on the number of items.
         """
-        return self.remember(key, lambda: self.compile_graph(trace(function, tensors, batched)))
+        return self.compile_graph(trace(function, tensors, batched))
 
     def remember(self, key: Hashable, make: Callable[[], Compiled]) -> Compiled:
-        """What ``make`` returned for this key before, or returns now; ``None`` is no key."""
-        if key is None:
-            return make()
+        """What ``make`` returned for this key before, or returns now."""
         if key not in self._made:
             self._made[key] = make()
         made: Compiled = self._made[key]
