@@ -20,11 +20,15 @@ from torchrl_happo.optim.line_search import batched_line_search, sequential_line
     max_backtracks=st.integers(1, 8),
     accept_ratio=st.floats(0.0, 0.9),
     trouble=st.sampled_from(["none", "nan surrogate", "inf surrogate", "nan kl"]),
+    others=st.sampled_from([0.0, 0.5]),
 )
 def test_line_searches_agree_with_the_definition(
-    seed, max_kl, backtrack_factor, max_backtracks, accept_ratio, trouble
+    seed, max_kl, backtrack_factor, max_backtracks, accept_ratio, trouble, others
 ):
-    """Both accept the first fraction that satisfies the three conditions, or none."""
+    """Both accept the first fraction that satisfies the three conditions, or none.
+
+    ``others`` is what other learners add to the surrogate and to the divergence.
+    """
     generator = torch.Generator().manual_seed(seed)
     g, curve, theta, step = torch.randn(4, 3, generator=generator, dtype=torch.float64)
     before = torch.randn((), generator=generator, dtype=torch.float64)
@@ -43,7 +47,11 @@ def test_line_searches_agree_with_the_definition(
             kl = torch.where(troubled, math.nan, kl)
         return surrogate, kl
 
+    def common(values):
+        return [value + others for value in values]
+
     settings = {
+        "common": common,
         "max_kl": max_kl,
         "backtrack_factor": backtrack_factor,
         "max_backtracks": max_backtracks,
@@ -56,7 +64,7 @@ def test_line_searches_agree_with_the_definition(
     ]
     for k in range(max_backtracks):
         fraction = backtrack_factor**k
-        surrogate, kl = evaluate(theta + fraction * step)
+        surrogate, kl = common(evaluate(theta + fraction * step))
         gain = surrogate - before
         enough = gain > 0 and gain > accept_ratio * fraction * expected and expected > 0
         accepted = bool(kl < max_kl and enough and surrogate.isfinite())

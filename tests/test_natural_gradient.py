@@ -128,6 +128,17 @@ def test_fisher_product_of_parameters_that_do_nothing_is_zero():
     assert fisher_vector_product(constant, {"unused": unused})(torch.ones(2)).tolist() == [0, 0]
 
 
+def test_fisher_product_needs_no_surrounding_gradient_mode():
+    """Made and used under ``torch.no_grad()``, it is the same."""
+    logits = torch.randn(5, 3, requires_grad=True)
+    dist, v = torch.distributions.Categorical(logits=logits), torch.randn(15)
+    expected = fisher_vector_product(dist, {"logits": logits})(v)
+    with torch.no_grad():
+        got = fisher_vector_product(dist, {"logits": logits})(v)
+    assert expected.any()
+    assert torch.equal(got, expected)
+
+
 def test_fisher_product_ignores_what_is_not_valid():
     """Samples that do not count may even hold NaN."""
     loc = torch.zeros(2, requires_grad=True)
