@@ -159,6 +159,48 @@ def test_step_has_the_quadratic_divergence_asked_for(size, seed, max_kl):
     torch.testing.assert_close((step @ a @ step / 2).item(), max_kl, rtol=1e-10, atol=0)
 
 
+def test_step_needs_no_surrounding_gradient_mode():
+    """Taken under ``torch.no_grad()``, as by a caller that only moves numbers, it is the same."""
+    problem = make_problem()
+    expected, _ = trust_region_step(*problem)
+    with torch.no_grad():
+        new, result = trust_region_step(*problem)
+    assert result.success
+    assert all(torch.equal(new[name], expected[name]) for name in new)
+
+
+def test_dimensions_of_the_action_are_no_samples():
+    """A normal distribution for each dimension, with ``batch_ndim``, is one for all of them."""
+    distribution_fn, surrogate_fn, params = make_problem()
+
+    def bare(values, rows):
+        return distribution_fn(values, rows).base_dist
+
+    new, result = trust_region_step(distribution_fn, surrogate_fn, params)
+    other, expected = trust_region_step(
+        bare, lambda dist: surrogate_fn(D.Independent(dist, 1)), params, batch_ndim=1
+    )
+    assert result.success
+    for name in new:
+        torch.testing.assert_close(other[name], new[name], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(torch.stack(expected[2:]), torch.stack(result[2:]))
+
+
+def test_reported_residual():
+    """The residual of conjugate gradient after one iteration, relative to the gradient's norm."""
+    distribution_fn, surrogate_fn, params = make_problem()
+    settings = TrustRegion(cg_iterations=1, damping=0.3)
+    _, result = trust_region_step(distribution_fn, surrogate_fn, params, settings)
+    dist = distribution_fn(params, None)
+    g = flatten(gradient([surrogate_fn(dist)], params.values())).detach()
+    fisher = fisher_vector_product(dist, params)
+    x, _ = conjugate_gradient(lambda v: fisher(v) + 0.3 * v, g, num_iterations=1)
+    residual = g - (fisher(x) + 0.3 * x)
+    torch.testing.assert_close(result.cg_residual, residual.norm() / g.norm())
+    torch.testing.assert_close(result.gradient_norm, g.norm())
+    torch.testing.assert_close(result.curvature, x.dot(fisher(x) + 0.3 * x))
+
+
 def test_only_valid_samples_shape_the_step():
     """The step equals that on the valid samples alone."""
     torch.manual_seed(0)

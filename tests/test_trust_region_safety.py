@@ -47,6 +47,26 @@ def test_a_gradient_that_is_zero_or_not_finite_moves_nothing(line_search, scale)
     assert result.gradient_norm == 0 or not result.gradient_norm.isfinite()
 
 
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_one_entry_of_a_gradient_that_is_not_finite_is_enough(number):
+    """No step along the entries that happen to be finite."""
+    params = {name: torch.zeros(3, requires_grad=True) for name in ("loc", "other")}
+
+    def surrogate_fn(dist):
+        broken = torch.zeros(3)
+        broken[1] = number
+        mean = dist.mean * 1.0
+        if mean.requires_grad:  # not in the line search
+            mean.register_hook(lambda gradient: gradient + broken)
+        return mean.sum()
+
+    new, result = trust_region_step(
+        lambda values, rows: D.Normal(values["loc"] + values["other"], 1.0), surrogate_fn, params
+    )
+    assert_unmoved(new, params, result)
+    assert not result.gradient_norm.isfinite()
+
+
 @pytest.mark.parametrize("line_search", LINE_SEARCHES)
 def test_a_surrogate_without_a_graph_moves_nothing(line_search):
     """As a loss of zero valid samples may be."""
@@ -185,3 +205,24 @@ def test_settings_out_of_range_are_refused(setting, value):
     """The error names the setting and what it got."""
     with pytest.raises(ValueError, match=f"^{setting} must be .*got {value!r}"):
         TrustRegion(**{setting: value})
+
+
+def test_settings_at_the_edge_of_their_range_are_taken():
+    """One iteration, one try, no damping, no tolerance, any improvement, all samples."""
+    settings = TrustRegion(
+        damping=0.0,
+        cg_iterations=1,
+        cg_tolerance=0.0,
+        max_backtracks=1,
+        accept_ratio=0.0,
+        fisher_fraction=1.0,
+    )
+    distribution_fn, surrogate_fn, params = make_problem()
+    _, result = trust_region_step(distribution_fn, surrogate_fn, params, settings)
+    assert result.curvature > 0
+
+
+def test_settings_cannot_be_changed_behind_the_checks():
+    """The agents of a team may share them."""
+    with pytest.raises(AttributeError):
+        TrustRegion().max_kl = -1.0

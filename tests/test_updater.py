@@ -173,6 +173,31 @@ def test_random_order_is_seeded_and_changes():
     assert len(set(lines[0])) == 6
 
 
+def test_number_of_epochs_and_of_steps():
+    """As many epochs as asked for, of the agents and of the critic, each of four minibatches."""
+    updater = make_updater(num_epochs=3, critic_epochs=2)
+    steps = dict.fromkeys(updater._steps, 0)
+    for name, step in updater._steps.items():
+
+        def counted(*_, name=name):
+            steps[name] += 1
+
+        step.optimizer.register_step_post_hook(counted)
+    metrics = updater(make_batch(updater.loss.actor_network))
+    assert steps == {**dict.fromkeys(NAMES, 3 * 4), "critic": 2 * 4}
+    assert [metrics[name, "epochs"].item() for name in steps] == [3, 3, 3, 2]
+
+
+def test_parameters_that_the_loss_does_not_use_stay():
+    """A network may hold more than its output depends on."""
+    critic = make_critic()
+    critic.module.spare = torch.nn.Linear(2, 2)
+    updater = make_updater(critic=critic)
+    before = state_of(critic.module.spare)
+    updater(make_batch(updater.loss.actor_network))
+    assert same_state(before, state_of(critic.module.spare))
+
+
 def test_every_sample_is_used_each_epoch():
     """A remainder makes a smaller last minibatch; no sample is dropped."""
     updater = make_updater(minibatch_size=7, num_epochs=1)
