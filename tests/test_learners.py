@@ -233,6 +233,7 @@ CASES = {
     "chunks": {"sequence_length": 3, "masks": ("agents",)},
     "popart": {"norm": "popart"},
     "order": {"order": "fixed"},
+    "compiled": {"compile": {"backend": "eager"}, "masks": ("agents",)},
     "early stop": {"target_kl": 1e-5, "num_epochs": 8},
 }
 
