@@ -210,3 +210,24 @@ def test_forward_without_the_old_distribution():
     output = loss(batch.exclude(("agents", "loc"), ("agents", "scale")))
     assert set(expected.keys()) - set(output.keys()) == {"kl"}
     torch.testing.assert_close(output["loss_objective"], expected["loss_objective"])
+
+
+@pytest.mark.parametrize("blocks", [(), ("agents",)])
+def test_a_mask_that_hides_nothing_changes_nothing(blocks):
+    """A block's divergence is a mean over its members, whether somebody may be inactive or not."""
+    actor = make_actor().double()
+    batch = make_batch(actor)
+    ends = []
+    for masked in (False, True):
+        networks = copy.deepcopy(actor), make_critic().double()
+        data = batch.clone()
+        if masked:
+            data["agents", "active"] = torch.ones(*batch.shape, N_AGENTS, dtype=torch.bool)
+        torch.manual_seed(0)
+        for parameter in networks[1].parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        updater = SequentialUpdater(HATRPOLoss(*networks, max_kl=0.02, blocks=blocks))
+        metrics = updater(data)
+        ends.append([*networks[0].parameters(), *metrics.values(True, True)])
+    for one, other in zip(*ends, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)

@@ -183,6 +183,13 @@ class Agent:
         rows = data.get(self.group).batch_size[data.batch_dims :]
         return int(self.num_members > 1 or rows.numel() > 1)
 
+    def sample_shape(self, data: TensorDictBase) -> torch.Size:
+        """Shape of this unit's log-probabilities: ``[*B]``, or ``[*B, n_members]`` for a block."""
+        if not self.member_dims(data):
+            return data.batch_size
+        rows = data.get(self.group).batch_size[data.batch_dims :]
+        return torch.Size([*data.batch_size, max(self.num_members, rows.numel())])
+
 
 def split_actor(
     actor: ProbabilisticTensorDictSequential | ActorList,

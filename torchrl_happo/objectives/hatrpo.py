@@ -243,6 +243,7 @@ class HATRPOLoss(SequentialLossMixin, PPOLoss):
             agent.named_parameters,
             settings=settings,
             valid_key=VALID,
+            sample_shape=agent.sample_shape,
             generator=generator,
             learners=learners,
             compiler=compiler,

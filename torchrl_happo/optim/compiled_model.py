@@ -40,6 +40,7 @@ class Compilable(Protocol):
     surrogate: Callable[[Distribution, TensorDictBase], Tensor]
     named_parameters: Callable[[], Iterable[tuple[str, nn.Parameter]]]
     valid_key: str
+    sample_shape: Callable[[TensorDictBase], torch.Size]
 
 
 class _Functions(NamedTuple):
@@ -128,7 +129,7 @@ class CompiledModel:
 
     def _num_samples(self, data: TensorDictBase) -> Tensor | float:
         valid, _ = self._samples(data)
-        return data.numel() if valid is None else valid.sum()
+        return float(self.step.sample_shape(data).numel()) if valid is None else valid.sum()
 
     def _key(self, data: TensorDictBase) -> tuple[Hashable, ...]:
         owner: list[nn.Module] = [] if self.owner is None else [self.owner]
@@ -194,5 +195,4 @@ class CompiledModel:
 
     def _samples(self, data: TensorDictBase) -> tuple[Tensor | None, int]:
         """Which entries count, and how many leading dimensions they have."""
-        valid = data.get(self.step.valid_key, None)
-        return valid, data.batch_dims if valid is None else valid.ndim
+        return data.get(self.step.valid_key, None), len(self.step.sample_shape(data))

@@ -40,6 +40,8 @@ class TrustRegionStep:
     Keyword Args:
         settings (TrustRegion): bound, damping, iterations, line search.
         valid_key (str): entry of the data that marks the valid samples, if there is one.
+        sample_shape (callable): from the data to the leading dimensions of the distribution that
+            count samples, over which divergences are averaged. Defaults to the batch size.
         generator (torch.Generator, optional): draws the samples of the Fisher matrix.
         learners (Learners, optional): who take the step together. Defaults to ``None``: alone.
         compiler (GraphCompiler, optional): compiles surrogate, gradient, Fisher-vector product
@@ -72,6 +74,7 @@ class TrustRegionStep:
         *,
         settings: TrustRegion,
         valid_key: str = "valid",
+        sample_shape: Callable[[TensorDictBase], torch.Size] = lambda data: data.batch_size,
         generator: torch.Generator | None = None,
         learners: Learners | None = None,
         compiler: GraphCompiler | None = None,
@@ -84,6 +87,7 @@ class TrustRegionStep:
         self.named_parameters = parameters
         self.settings = settings
         self.valid_key = valid_key
+        self.sample_shape = sample_shape
         self.generator = generator
         self.learners = Learners() if learners is None else learners
         self._compiled = None
@@ -134,7 +138,7 @@ class TrustRegionStep:
             dict(self.named_parameters()),
             self.settings,
             valid=valid,
-            batch_ndim=data.batch_dims if valid is None else valid.ndim,
+            batch_ndim=len(self.sample_shape(data)),
             generator=self.generator,
             average=self.learners.mean,
         )
