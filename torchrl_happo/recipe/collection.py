@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.collectors import BaseCollector
-from torchrl.collectors.distributed import DistributedCollector
+from torchrl.collectors.distributed import DistributedCollector, RayCollector
 
 from torchrl_happo.recipe.collectors import make_collector
 from torchrl_happo.recipe.config import TrainConfig
@@ -67,11 +68,11 @@ class Batches:
             WorkerError: if a worker process has ended.
         """
         if self._collector is not None:
-            self._watched(self._collector.update_policy_weights_)
+            self._watched(self._collector.update_policy_weights_, self._ping_actors())
 
-    def _watched(self, function: Callable[[], Any]) -> Any:
+    def _watched(self, function: Callable[[], Any], pings: Sequence[Any] = ()) -> Any:
         """Calls a function that needs the workers, which TorchRL may wait for without end."""
-        if not self._workers:
+        if not self._workers and not pings:
             return _named(function)
         self._check_workers()
         call = _Call(function)
@@ -79,10 +80,17 @@ class Batches:
         while call.is_alive():
             call.join(timeout=1.0)
             self._check_workers()
+            _check_pings(pings)
         if call.error is not None:
             self._check_workers()
             raise call.error
         return call.result
+
+    def _ping_actors(self) -> list[Any]:
+        """Asks the actors of Ray, where there are any, for a sign of life."""
+        if not isinstance(self._collector, RayCollector):
+            return []
+        return [actor.__ray_ready__.remote() for actor in self._collector.remote_collectors]
 
     @property
     def _workers(self) -> list[Any]:
@@ -124,6 +132,15 @@ def _named(function: Callable[[], Any]) -> Any:
             f"An actor of Ray that collects has ended ({first_line(error)}): resume from the last "
             "checkpoint."
         ) from error
+
+
+def _check_pings(pings: Sequence[Any]) -> None:
+    """Raises if an actor has ended in place of answering."""
+    if pings:
+        import ray
+
+        answered, _ = ray.wait(list(pings), num_returns=len(pings), timeout=0)
+        _named(partial(ray.get, answered))
 
 
 class _Call(threading.Thread):
