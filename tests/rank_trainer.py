@@ -13,17 +13,17 @@ from pathlib import Path
 
 from torchrl_happo import SequentialUpdater, train
 
-KILLED = Path(sys.argv.pop(1)).parent / "killed"
 update = SequentialUpdater.__call__
 
 
-def kill_in_the_third(self, batch):
-    if self.learners.rank == 1 and self.num_updates == 2 and not KILLED.exists():
-        KILLED.touch()
+def kill_in_the_third(killed, self, batch):
+    if self.learners.rank == 1 and self.num_updates == 2 and not killed.exists():
+        killed.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return update(self, batch)
 
 
 if __name__ == "__main__":
-    SequentialUpdater.__call__ = kill_in_the_third
+    killed = Path(sys.argv.pop(1)).parent / "killed"
+    SequentialUpdater.__call__ = lambda self, batch: kill_in_the_third(killed, self, batch)
     sys.exit(train.main())
