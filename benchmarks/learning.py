@@ -124,7 +124,7 @@ SUITES = {
             # every seed is evaluated with the same one.
             "vmas/simple_speaker_listener": [
                 *("task=vmas/simple_speaker_listener", "evaluation.seed=${seed}"),
-                *("num_envs=20", "steps_per_batch=600"),
+                *("num_envs=20", "steps_per_batch=600", "total_frames=600000"),
             ],
         },
         algorithms={name: ALGORITHMS[name] for name in ("happo", "mappo-unshared", "hatrpo")},
@@ -141,9 +141,8 @@ SUITES = {
 def command(suite: Suite, task: str, algorithm: str, seed: int, folder: Path) -> list[str]:
     """The recipe's command line for one run."""
     return [
-        *(sys.executable, "-m", "torchrl_happo.train", *suite.tasks[task], f"seed={seed}"),
-        *suite.algorithms[algorithm],
-        *suite.overrides,
+        *(sys.executable, "-m", "torchrl_happo.train", *suite.overrides),
+        *(*suite.tasks[task], f"seed={seed}", *suite.algorithms[algorithm]),
         f"hydra.run.dir={folder}",
     ]
 
