@@ -266,6 +266,13 @@ def _short(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
+def _at_common_frames(seeds: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The frames at which all seeds were evaluated, and their returns there, a row for each."""
+    frames = sorted(set.intersection(*({*rows[:, 0]} for rows in seeds)))
+    returns = [[dict(rows[:, :2])[frame] for frame in frames] for rows in seeds]
+    return np.array(frames), np.array(returns)
+
+
 def figure(name: str) -> Path:
     """Curves of all tasks, one pair of axes each."""
     mpl.use("Agg")
@@ -279,11 +286,10 @@ def figure(name: str) -> Path:
     colors = {a: f"C{i}" for i, a in enumerate(SUITES[name].algorithms)}
     for ax, task in zip(axes[0], tasks, strict=True):
         for algorithm, seeds in curves[task].items():
-            length = min(len(rows) for rows in seeds.values())
-            frames = next(iter(seeds.values()))[:length, 0] / 1000
-            returns = np.stack([rows[:length, 1] for rows in seeds.values()])
+            frames, returns = _at_common_frames(list(seeds.values()))
             middle, low, high = _interquartile_mean(returns)
             label = f"{algorithm} ({len(returns)} seed{'s' if len(returns) > 1 else ''})"
+            frames = frames / 1000
             ax.plot(frames, middle, color=colors[algorithm], label=label, lw=1.5)
             ax.fill_between(frames, low, high, color=colors[algorithm], alpha=0.2, lw=0)
         for (where, algorithm, when), values in SUITES[name].reference.items():
