@@ -18,7 +18,8 @@ def use():
         torch.ones(2**21).add(1)
 use()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-use()
+for _ in range(50):
+    use()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
@@ -31,5 +32,5 @@ def test_freed_memory_is_used_again():
         for keep in (True, False)
     ]
     pages = 2**23 // resource.getpagesize()
-    assert faults[0] < pages / 10
-    assert faults[0] < faults[1] / 10 or faults[1] == 0
+    # The heap may still grow by some of them, once; it does not go on to do so.
+    assert faults[0] <= 4 * pages + faults[1] / 10
