@@ -23,7 +23,7 @@ from torchrl_happo.recipe.algorithms import Learner, make_learner
 from torchrl_happo.recipe.checkpoint import Checkpoints, Progress
 from torchrl_happo.recipe.cli import command_line
 from torchrl_happo.recipe.collection import Batches
-from torchrl_happo.recipe.config import TrainConfig, validate
+from torchrl_happo.recipe.config import TrainConfig
 from torchrl_happo.recipe.environments import check_device, make_env
 from torchrl_happo.recipe.evaluation import Evaluation
 from torchrl_happo.recipe.interrupt import Interrupt
@@ -33,6 +33,7 @@ from torchrl_happo.recipe.randomness import derive_seed, seed_everything
 from torchrl_happo.recipe.ranks import Ranks, part_of, restarts, world_size
 from torchrl_happo.recipe.records import Records, Row, episode_statistics, flatten
 from torchrl_happo.recipe.report import write_report
+from torchrl_happo.recipe.validation import validate
 
 logger = logging.getLogger(__name__)
 

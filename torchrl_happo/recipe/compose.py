@@ -23,9 +23,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from torchrl_happo.recipe import config as schema
-from torchrl_happo.recipe.config import ConfigError, TrainConfig, validate
+from torchrl_happo.recipe.config import ConfigError, TrainConfig
 from torchrl_happo.recipe.ranks import launch_time
 from torchrl_happo.recipe.tasks import TASKS
+from torchrl_happo.recipe.validation import validate
 
 CONFIG_MODULE = "torchrl_happo.conf"
 
