@@ -16,8 +16,7 @@ def keep_freed_memory() -> None:
 
     An update allocates activations of some megabytes and frees them again, thousands of times.
     By default glibc hands blocks of that size back to the kernel, which clears every page before
-    it gives it out anew: up to 40 % of the time of an update. Does nothing where there is no
-    glibc.
+    it gives it out anew. Does nothing where there is no glibc.
     """
     if not sys.platform.startswith("linux"):
         return
