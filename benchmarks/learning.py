@@ -25,13 +25,14 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
 from scipy import stats
+
+from torchrl_happo.recipe.tables import cell, listed, short
 
 logger = logging.getLogger("learning")
 
@@ -241,7 +242,7 @@ def table(name: str) -> str:
             lines.append(f"| {task}{when} | " + " | ".join(cells) + " |")
         theirs = [suite.reference.get((task, a, frames), []) for a in algorithms]
         if any(theirs):
-            cells = [f"{np.mean(v):.4g} ({_listed(v)})" if v else "-" for v in theirs]
+            cells = [f"{short(float(np.mean(v)))} ({listed(v)})" if v else "-" for v in theirs]
             lines.append(f"| *reference implementation{when}* | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -249,21 +250,8 @@ def table(name: str) -> str:
 def _cell(seeds: dict[int, np.ndarray], frames: int | None) -> str:
     """The seeds' evaluations after ``frames`` steps, or their last ones."""
     rows = [seed[-1:] if frames is None else seed[seed[:, 0] == frames] for seed in seeds.values()]
-    there = np.array([row[0] for row in rows if len(row)])
-    if not len(there):
-        return "-"
-    values = there[:, 1]
-    error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else there[0, 2]
-    return f"{_short(values.mean())} ± {error:.2g} ({_listed(values)})"
-
-
-def _listed(values: Sequence[float]) -> str:
-    return ", ".join(map(_short, values))
-
-
-def _short(value: float) -> str:
-    """Three digits, or all of those before the point."""
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    there = [row[0] for row in rows if len(row)]
+    return cell([row[1] for row in there], [row[2] for row in there])
 
 
 def _at_common_frames(seeds: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -94,7 +94,7 @@ def test_the_folder_of_another_run(tmp_path):
 
 
 def test_the_summary_counts_right():
-    """Mean and standard error over the seeds; of one seed the error of its episodes."""
+    """Mean and standard error over the seeds; of one seed that of its episodes; whole numbers."""
 
     def run(label, seed, final):
         rows = [{"return": 0.0, "return_stderr": 1.0}, {"return": final, "return_stderr": 0.25}]
@@ -102,7 +102,9 @@ def test_the_summary_counts_right():
 
     runs = [run("happo", 0, 1.0), run("happo", 1, 3.0), run("mappo", 0, 2.0)]
     runs.append(replace(runs[0], task="c/d"))
+    runs += [replace(run("happo", seed, 2700.0 + 100 * seed), task="e/f") for seed in (0, 1)]
     assert summarize(runs).splitlines()[2:] == [
         "| a/b | 2 ± 1 (1, 3) | 2 ± 0.25 (2) |",
         "| c/d | 1 ± 0.25 (1) | - |",
+        "| e/f | 2750 ± 50 (2700, 2800) | - |",
     ]

@@ -33,6 +33,7 @@ from torchrl_happo.recipe.randomness import derive_seed, seed_everything
 from torchrl_happo.recipe.ranks import Ranks, part_of, restarts, world_size
 from torchrl_happo.recipe.records import Records, Row, episode_statistics, flatten
 from torchrl_happo.recipe.report import write_report
+from torchrl_happo.recipe.tables import short
 from torchrl_happo.recipe.validation import validate
 
 logger = logging.getLogger(__name__)
@@ -162,8 +163,9 @@ class _Writing(_Silence):
         write_report(self.config, self.folder)
         result = self.progress.evaluation[-1]
         logger.info(
-            "Return %.4g +- %.2g (%d episodes after %d frames); everything is in %s",
-            *(result["return"], result["return_stderr"], result["episodes"], result["frames"]),
+            "Return %s +- %s (%d episodes after %d frames); everything is in %s",
+            *(short(result["return"], 4), short(result["return_stderr"], 2)),
+            *(result["episodes"], result["frames"]),
             self.folder,
         )
 

@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from torchrl_happo.recipe.config import TrainConfig
+from torchrl_happo.recipe.tables import short
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class ProgressDisplay:
         if not math.isnan(episode_return):
             self._return = episode_return
         if self._bar is not None:
-            self._bar.set_postfix_str(f"return {self._return:.3g}", refresh=False)
+            self._bar.set_postfix_str(f"return {short(self._return)}", refresh=False)
             self._bar.update(frames - self.frames)
         self.frames = frames
         now = time.perf_counter()
@@ -56,8 +57,8 @@ class ProgressDisplay:
             rate = (frames - self._first_frames) / (now - self._start)
             left = int((self.total - frames) / rate)
             logger.info(
-                "%d of %d frames, return %.3g, %d frames/s, %d:%02d left",
-                *(frames, self.total, self._return, rate, left // 60, left % 60),
+                "%d of %d frames, return %s, %d frames/s, %d:%02d left",
+                *(frames, self.total, short(self._return), rate, left // 60, left % 60),
             )
 
     def close(self) -> None:

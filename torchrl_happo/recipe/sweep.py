@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import csv
 import logging
-import math
 import statistics
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from torchrl_happo.recipe import checkpoint
 from torchrl_happo.recipe.compose import CHANGEABLE
 from torchrl_happo.recipe.config import ConfigError, TrainConfig
 from torchrl_happo.recipe.records import EVALUATION, Row, read_table
+from torchrl_happo.recipe.tables import cell, standard_error
 
 logger = logging.getLogger(__name__)
 
@@ -118,23 +118,10 @@ def summarize(runs: list[Run]) -> str:
     lines = ["| task | " + " | ".join(labels) + " |", "|---" * (len(labels) + 1) + "|"]
     cells = _by_task_and_label(runs)
     for task in tasks:
-        line = [_cell([run.rows[-1] for run in cells[task, label]]) for label in labels]
+        finals = [[run.rows[-1] for run in cells[task, label]] for label in labels]
+        line = [cell([r["return"] for r in f], [r["return_stderr"] for r in f]) for f in finals]
         lines.append(f"| {task} | " + " | ".join(line) + " |")
     return "\n".join(lines)
-
-
-def _cell(finals: list[Row]) -> str:
-    if not finals:
-        return "-"
-    returns = [row["return"] for row in finals]
-    error = finals[0]["return_stderr"] if len(finals) == 1 else _stderr(returns)
-    each = ", ".join(f"{value:.3g}" for value in returns)
-    return f"{statistics.fmean(returns):.3g} ± {error:.2g} ({each})"
-
-
-def _stderr(values: list[float]) -> float:
-    """Standard error of a mean; 0 for a single value."""
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
 def _names(runs: list[Run]) -> tuple[list[str], list[str]]:
@@ -161,7 +148,7 @@ def _draw(runs: list[Run], path: Path) -> None:
             frames = [rows[0]["frames"] for rows in points]
             returns = [[row["return"] for row in rows] for rows in points]
             middle = [statistics.fmean(values) for values in returns]
-            errors = [_stderr(values) for values in returns]
+            errors = [standard_error(values) for values in returns]
             low = [m - e for m, e in zip(middle, errors, strict=True)]
             high = [m + e for m, e in zip(middle, errors, strict=True)]
             axes.plot(frames, middle, color=f"C{color}", marker="o", markersize=3, label=label)
