@@ -69,6 +69,10 @@ ALGORITHMS = {
     "mappo-unshared": ["algorithm=mappo", "algorithm.share_params=false"],
     "ippo": ["algorithm=ippo", "algorithm.share_params=true"],
 }
+COMPILED = {
+    **ALGORITHMS,
+    **{name: [*ALGORITHMS[name], "algorithm.compile=true"] for name in ("happo", "hatrpo")},
+}
 CHEETAH = "mujoco/halfcheetah_2x3"
 SUITES = {
     "vmas": Suite(
@@ -85,7 +89,7 @@ SUITES = {
             "mujoco/ant_4x2": ["task=mujoco/ant_4x2", "total_frames=1000000"],
             "mujoco/walker2d_2x3": ["task=mujoco/walker2d_2x3", "total_frames=1000000"],
         },
-        algorithms={name: ALGORITHMS[name] for name in ("happo", "hatrpo", "mappo-unshared")},
+        algorithms={name: COMPILED[name] for name in ("happo", "hatrpo", "mappo-unshared")},
         overrides=["progress=false"],
         milestones=(500_000, 1_000_000, 2_000_000),
         # HARL on EnvPool's HalfCheetah-v4, with its tuned settings: means of 40 episodes.
@@ -101,7 +105,7 @@ SUITES = {
     ),
     "mujoco_long": Suite(
         tasks={CHEETAH: [f"task={CHEETAH}", "total_frames=10000000"]},
-        algorithms={"happo": ALGORITHMS["happo"]},
+        algorithms={"happo": COMPILED["happo"]},
         overrides=["progress=false"],
         seeds=(0,),
         milestones=(2_000_000, 5_000_000, 10_000_000),
