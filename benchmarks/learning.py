@@ -73,6 +73,8 @@ COMPILED = {
     **ALGORITHMS,
     **{name: [*ALGORITHMS[name], "algorithm.compile=true"] for name in ("happo", "hatrpo")},
 }
+# At a checkpoint the environments begin anew: how often that is belongs to the command of a run.
+SELDOM = ["progress=false", "checkpoint.interval=50"]
 CHEETAH = "mujoco/halfcheetah_2x3"
 SUITES = {
     "vmas": Suite(
@@ -90,7 +92,7 @@ SUITES = {
             "mujoco/walker2d_2x3": ["task=mujoco/walker2d_2x3", "total_frames=1000000"],
         },
         algorithms={name: COMPILED[name] for name in ("happo", "hatrpo", "mappo-unshared")},
-        overrides=["progress=false"],
+        overrides=SELDOM,
         milestones=(500_000, 1_000_000, 2_000_000),
         # HARL on EnvPool's HalfCheetah-v4, with its tuned settings: means of 40 episodes.
         reference={
@@ -106,7 +108,7 @@ SUITES = {
     "mujoco_long": Suite(
         tasks={CHEETAH: [f"task={CHEETAH}", "total_frames=10000000"]},
         algorithms={"happo": COMPILED["happo"]},
-        overrides=["progress=false"],
+        overrides=SELDOM,
         seeds=(0,),
         milestones=(2_000_000, 5_000_000, 10_000_000),
     ),
@@ -116,8 +118,8 @@ SUITES = {
             for name in ("simple_spread", "simple_reference")
             for suffix, words in (("", []), ("_discrete", ["task.continuous_actions=false"]))
         },
-        algorithms={name: ALGORITHMS[name] for name in ("happo", "hatrpo", "mappo", "ippo")},
-        overrides=["progress=false"],
+        algorithms={name: COMPILED[name] for name in ("happo", "hatrpo", "mappo", "ippo")},
+        overrides=SELDOM,
     ),
     "speaker_listener": Suite(
         tasks={
