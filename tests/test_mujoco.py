@@ -127,14 +127,13 @@ def test_actions_are_clamped_where_they_act_and_paid_for_as_they_are():
 @pytest.mark.parametrize(
     ("robot", "name", "settings"),
     [
-        ("HalfCheetah", "2x3", {}),
-        ("Hopper", "3x1", {"nearest": 1, "bounded_actions": True}),
-        ("Humanoid", "9|8", {}),
+        *((robot, name, {}) for robot, name in TEAMS),
+        *((robot, name, {"nearest": 1, "bounded_actions": True}) for robot, name in TEAMS),
         ("Walker2d", [[0, 1], [2, 3, 4], [5]], {"version": "v4"}),
     ],
 )
 def test_specs(robot, name, settings):
-    """Float32 throughout, and what the specs promise is what the data are."""
+    """Of every team: float32 throughout, and what the specs promise is what the data are."""
     env = make_mujoco(robot, name, num_envs=3, seed=0, **settings)
     check_env_specs(env)
     data = env.rollout(2)
