@@ -17,9 +17,23 @@ from torchrl_happo.envs import BatchedPettingZooEnv, Rounds
 from torchrl_happo.networks import joint_policy
 
 pytest.importorskip("mpe2")
-from mpe2 import simple_reference_v3, simple_speaker_listener_v4, simple_spread_v3
+from mpe2 import (
+    collect_treasure_v1,
+    simple_formation_v1,
+    simple_line_v1,
+    simple_reference_v3,
+    simple_speaker_listener_v4,
+    simple_spread_v3,
+)
 
-TASKS = [simple_spread_v3, simple_reference_v3, simple_speaker_listener_v4]
+TASKS = [
+    simple_spread_v3,
+    simple_reference_v3,
+    simple_speaker_listener_v4,
+    simple_formation_v1,
+    simple_line_v1,
+    collect_treasure_v1,
+]
 PER_AGENT = MarlGroupMapType.ONE_GROUP_PER_AGENT
 
 
@@ -37,15 +51,17 @@ def test_specs(module, continuous):
     single = PettingZooWrapper(
         module.parallel_env(continuous_actions=continuous), categorical_actions=True
     )
-    assert env.group_map == single.group_map
-    for group in env.group_map:
+    for (group, agents), (name, same) in zip(
+        env.group_map.items(), single.group_map.items(), strict=True
+    ):
+        assert (group, agents) == ("collectors" if name == "collector" else name, same)
         for ours, theirs, leaf in (
             (env.full_action_spec, single.full_action_spec, "action"),
             (env.full_observation_spec, single.full_observation_spec, "observation"),
             (env.full_reward_spec, single.full_reward_spec, "reward"),
         ):
-            assert ours[group, leaf].shape == (3, *theirs[group, leaf].shape)
-            assert ours[group, leaf].dtype == theirs[group, leaf].dtype
+            assert ours[group, leaf].shape == (3, *theirs[name, leaf].shape)
+            assert ours[group, leaf].dtype == theirs[name, leaf].dtype
         spec = env.full_action_spec[group, "action"]
         assert isinstance(spec, Categorical) is not continuous
 
@@ -152,6 +168,9 @@ def test_group_maps():
     groups = {"pair": ["agent_2", "agent_0"], "one": ["agent_1"]}
     data = build(group_map=groups).rollout(2)
     assert data["pair", "observation"].shape == (3, 2, 2, 18)
+    collector = {"collector": groups["pair"], "one": groups["one"]}
+    with pytest.raises(ValueError, match="'collector', under which TorchRL's collectors"):
+        build(group_map=collector)
     with pytest.raises(ValueError, match="hold each of"):
         build(group_map={"pair": ["agent_0", "agent_1"]})
     with pytest.raises(ValueError, match=r"unlike spaces.*ONE_GROUP_PER_AGENT"):

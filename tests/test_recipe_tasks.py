@@ -35,6 +35,14 @@ def test_every_cooperative_scenario_is_a_task():
     assert scenarios - tasks == set().union(*LEFT_OUT.values())
 
 
+def test_every_cooperative_particle_environment_is_a_task():
+    """Those that mpe2 has and the recipe has not are competitive, or have one agent."""
+    mpe2 = pytest.importorskip("mpe2.all_modules").mpe_environments
+    environments = {name.removeprefix("mpe/").rpartition("_")[0] for name in mpe2}
+    tasks = {name.removeprefix("pettingzoo/") for name in TASKS if name.startswith("pettingzoo/")}
+    assert environments - tasks == LEFT_OUT["teams of learners compete"] | {"simple"}
+
+
 @pytest.mark.parametrize("task", sorted(TASKS))
 def test_a_task_trains(task):
     """It knows every option of its file, pays one team reward, and two updates are finite."""

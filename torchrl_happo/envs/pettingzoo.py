@@ -14,6 +14,7 @@ from torchrl.envs import EnvBase, MarlGroupMapType
 __all__ = ["BatchedPettingZooEnv"]
 
 _LARGEST_SEED = 2**31
+_COLLECTOR = "collector"
 
 
 class BatchedPettingZooEnv(EnvBase):
@@ -42,15 +43,16 @@ class BatchedPettingZooEnv(EnvBase):
         num_envs (int): number of copies. Defaults to ``1``.
         group_map (MarlGroupMapType or dict of str to list of str, optional): which agents make
             a group, as in :class:`~torchrl.envs.PettingZooWrapper`. Defaults to ``None``: those
-            with the same name but for the number after it.
+            with the same name but for the number after it, under that name (``"collectors"`` for
+            ``"collector"``, where TorchRL's collectors keep entries of their own).
         seed (int, optional): from which each copy gets a seed of its own. Defaults to ``None``:
             drawn from torch's global generator.
         device (torch.device or str, optional): of the data. Defaults to ``"cpu"``.
         **kwargs: arguments of ``make``.
 
     Raises:
-        ValueError: if the agents of a group have unlike spaces, an observation is no vector, or
-            an action neither a vector nor discrete.
+        ValueError: if the agents of a group have unlike spaces, an observation is no vector, an
+            action neither a vector nor discrete, or a group's name is ``"collector"``.
         RuntimeError: at a step that ends for some agents only.
 
     Examples:
@@ -205,11 +207,17 @@ def _group(
         groups = {group: list(members) for group, members in group_map.items()}
         if sorted(agent for members in groups.values() for agent in members) != sorted(agents):
             raise ValueError(f"The group_map {groups} has to hold each of {agents} once.")
+        if _COLLECTOR in groups:
+            raise ValueError(
+                f"The group_map has a group {_COLLECTOR!r}, under which TorchRL's collectors keep "
+                "entries of their own; choose another name."
+            )
         return groups
     groups = {}
     for agent in agents:
         name, _, number = agent.rpartition("_")
-        groups.setdefault(name if name and number.isdigit() else agent, []).append(agent)
+        group = name if name and number.isdigit() else agent
+        groups.setdefault(f"{group}s" if group == _COLLECTOR else group, []).append(agent)
     return groups
 
 

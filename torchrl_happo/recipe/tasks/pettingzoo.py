@@ -14,6 +14,31 @@ from torchrl_happo.recipe.config import PettingZooTask
 
 
 @dataclass
+class CollectTreasure(PettingZooTask):
+    """Collectors bring treasures to the deposits of their kind, which move as well."""
+
+    num_collectors: int = MISSING
+    num_deposits: int = MISSING
+    num_treasures: int = MISSING
+
+
+@dataclass
+class SimpleFormation(PettingZooTask):
+    """Agents stand in a circle around a landmark."""
+
+    N: int = MISSING
+    terminate_on_success: bool = MISSING
+
+
+@dataclass
+class SimpleLine(PettingZooTask):
+    """Agents stand in a line between two landmarks."""
+
+    N: int = MISSING
+    terminate_on_success: bool = MISSING
+
+
+@dataclass
 class SimpleReference(PettingZooTask):
     """Two agents tell each other where to go."""
 
