@@ -26,6 +26,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import matplotlib as mpl
@@ -315,16 +316,13 @@ def figure(name: str) -> Path:
 
 def _interquartile_mean(returns: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Interquartile mean over the seeds (rows) and its 95 % bootstrap confidence interval."""
-
-    def iqm(x: np.ndarray, axis: int = -1) -> np.ndarray:
-        return stats.trim_mean(x, 0.25, axis=axis)
-
+    iqm = partial(stats.trim_mean, proportiontocut=0.25)
     middle = iqm(returns, axis=0)
     if len(returns) < 2:
         return middle, middle, middle
-    generator = np.random.default_rng(0)
-    draws = generator.integers(len(returns), size=(2000, len(returns)))
-    low, high = np.quantile(iqm(returns[draws], axis=1), [0.025, 0.975], axis=0)
+    low, high = stats.bootstrap(
+        (returns,), iqm, axis=0, n_resamples=2000, method="percentile", rng=np.random.default_rng(0)
+    ).confidence_interval
     return middle, low, high
 
 
