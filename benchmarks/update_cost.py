@@ -1,8 +1,8 @@
 """What one update costs, side by side in one interleaved run.
 
     python benchmarks/update_cost.py --json benchmarks/results/update_cost.json
-    python benchmarks/update_cost.py --agents 2 4 8 16 32 --samples 400 4000 60000 \
-        --json benchmarks/results/update_cost_sizes.json --plot benchmarks/results/update_cost.png
+    python benchmarks/update_cost.py --agents 2 4 8 16 32 --json agents.json --plot agents.png
+    python benchmarks/update_cost.py --report-only --json agents.json --plot agents.png
     python benchmarks/update_cost.py --memory --samples 60000
 
 The contestants update the same team on the same data:
@@ -425,8 +425,12 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, help="figure of the times against the sizes")
+    parser.add_argument("--report-only", action="store_true", help="draw the JSON that is there")
     parser.add_argument("--memory", action="store_true", help="peak memory in place of times")
     args = parser.parse_args()
+    if args.report_only:
+        plot(json.loads(args.json.read_text())["rows"], args.plot)
+        return
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     if args.memory:
