@@ -121,6 +121,7 @@ SUITES = {
         },
         algorithms={name: COMPILED[name] for name in ("happo", "hatrpo", "mappo", "ippo")},
         overrides=SELDOM,
+        milestones=(500_000, 1_000_000),
     ),
     "speaker_listener": Suite(
         tasks={
