@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from compilation import Backend, forget_graphs, num_graphs
 from team import make_actor, make_batch, make_critic
 from tensordict.nn import TensorDictModule
 from torch import nn
@@ -19,22 +20,11 @@ from torchrl.modules import IndependentNormal, PopArtValueNorm, TanhNormal
 from torchrl_happo import HAPPOLoss, HATRPOLoss, SequentialUpdater
 
 
-class Backend:
-    """A backend for :func:`torch.compile` that counts graphs and leaves them as they are."""
-
-    def __init__(self):
-        self.graphs = 0
-
-    def __call__(self, graph, example_inputs):
-        self.graphs += 1
-        return graph.forward
-
-
 @pytest.fixture(autouse=True)
 def double():
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
-    torch._dynamo.reset()
+    forget_graphs()
     yield
     torch.set_default_dtype(before)
 
@@ -147,10 +137,10 @@ def test_hatrpo_is_that_of_eager(loss_kwargs, kwargs):
 
 @pytest.mark.parametrize(("loss_class", "graphs"), [(HAPPOLoss, 2), (HATRPOLoss, 4)])
 def test_no_recompilation(loss_class, graphs):
-    """A hundred updates: random order, a ragged last minibatch, agents that come and go."""
+    """Thirty updates: random order, a ragged last minibatch, agents that come and go."""
     eager, compiled, backend, batch = twins(loss_class, num_epochs=1)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(100):
+    for _ in range(30):
         active = torch.rand(*batch.shape, 3, generator=generator) < 0.7
         batch["agents", "active"] = active
         compiled.load_state_dict(eager.state_dict())  # rounding adds up to another line search
@@ -163,9 +153,9 @@ def test_no_recompilation(loss_class, graphs):
     assert len(compiler._made) == 2  # nothing was traced twice, either
 
 
-def test_a_schedule_is_seen():
+def test_a_schedule_is_seen(caplog):
     """Coefficients of the loss that are set between updates act in compiled code as well."""
-    eager, compiled, _, batch = twins(loss_kwargs={"entropy_coeff": 0.01})
+    eager, compiled, backend, batch = twins(loss_kwargs={"entropy_coeff": 0.01})
     for updater in (eager, compiled):
         updater(batch)
         updater.loss.entropy_coeff = 0.5
@@ -173,11 +163,13 @@ def test_a_schedule_is_seen():
         updater.loss.clip_epsilon = torch.tensor(0.01)
         updater(batch)
     assert_equal(eager, compiled)
+    assert backend.graphs == 2
+    assert "not compiled" not in caplog.text
 
 
-def test_networks_that_were_moved_are_followed():
+def test_networks_that_were_moved_are_followed(caplog):
     """Copies, other types and loaded states are followed as they are without compilation."""
-    eager, compiled, _, batch = twins()
+    eager, compiled, backend, batch = twins()
     for updater in (eager, compiled):
         updater(batch)
         updater.loss.to(torch.float32).to(torch.float64)
@@ -188,6 +180,8 @@ def test_networks_that_were_moved_are_followed():
         updater.load_state_dict(state)
         updater(batch)
     assert_equal(eager, compiled)
+    assert backend.graphs == 2
+    assert "not compiled" not in caplog.text
 
 
 def test_a_gradient_that_is_not_finite_is_taken_back(caplog):
@@ -241,7 +235,7 @@ def test_what_cannot_be_traced_runs_as_it_is(caplog):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the default backend needs a C++ compiler")
-def test_default_backend():
+def test_default_backend(caplog):
     """The real compiler, in single precision: equal to 1e-6 over an update."""
     torch.set_default_dtype(torch.float32)
     torch.manual_seed(0)
@@ -252,8 +246,11 @@ def test_default_backend():
         loss = HAPPOLoss(*copy.deepcopy((actor, critic)))
         updaters.append(SequentialUpdater(loss, num_epochs=2, minibatch_size=90, compile=compiled))
     for updater in updaters:
+        assert num_graphs() == 0
         updater(batch)
     assert_equal(*updaters, tolerance=1e-6)
+    assert num_graphs() == 2
+    assert "not compiled" not in caplog.text
 
 
 def test_cudagraphs_without_a_device(caplog):

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from compilation import forget_graphs, num_graphs
 from recipe_helpers import TINY, table, tiny_config
 
 from torchrl_happo import train
@@ -278,10 +279,12 @@ class TestCommandLine:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler needs a C++ compiler")
-def test_compiled_run(tmp_path):
+def test_compiled_run(tmp_path, caplog):
     """``algorithm.compile`` and ``collector.compile_policy`` change speed, not what is learned."""
     rows = []
+    forget_graphs()
     for compiled in ("false", "true"):
+        assert num_graphs() == 0
         config = tiny_config(
             f"algorithm.compile={compiled}", f"collector.compile_policy={compiled}"
         )
@@ -291,3 +294,5 @@ def test_compiled_run(tmp_path):
     # The first batch is the same but for rounding, on which each action afterwards depends.
     for name in ("critic/loss", "agents_0/entropy"):
         assert float(rows[1][0][name]) == pytest.approx(float(rows[0][0][name]), rel=1e-3)
+    assert num_graphs() == 4  # the agents', the critic's, and the policy's
+    assert "not compiled" not in caplog.text
