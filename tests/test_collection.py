@@ -21,8 +21,8 @@ every_way = pytest.mark.skipif(
 
 WAYS = [
     ("single",),
-    ("multi",),
-    ("multi", "collector.sync=false"),
+    pytest.param(("multi",), marks=pytest.mark.slow),
+    pytest.param(("multi", "collector.sync=false"), marks=pytest.mark.slow),
     pytest.param(("distributed",), marks=pytest.mark.slow),
     pytest.param(("distributed", "collector.sync=false"), marks=[pytest.mark.slow, every_way]),
     pytest.param(("ray",), marks=[pytest.mark.slow, needs_ray]),

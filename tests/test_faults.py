@@ -209,6 +209,7 @@ def test_an_environment_that_raises(tmp_path, monkeypatch):
     assert same(finished(replace(config, resume=str(broken)), broken), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["next", "policy_changed"])
 def test_a_worker_that_is_killed(tmp_path, monkeypatch, moment):
     """Before a batch, or while the policy is sent: one sentence, no deadlock, the checkpoint stays.
@@ -284,6 +285,7 @@ def test_a_full_disk_on_the_command_line(tmp_path, monkeypatch, capsys, name):
     assert words.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_killed_while_checkpoints_are_written(tmp_path, record_property):
     """Killed at random moments, again and again: every checkpoint is whole, and none is lost.
 

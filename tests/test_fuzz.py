@@ -52,6 +52,8 @@ def check_agent(loss, agent):
         assert agent["kl"] <= largest * 1.01 + 1e-6
 
 
+@pytest.mark.slow
+@pytest.mark.no_cover  # which takes twice as long
 @pytest.mark.parametrize(
     ("loss_class", "loss_kwargs"),
     [(HAPPOLoss, happo), (HATRPOLoss, hatrpo)],

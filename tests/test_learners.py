@@ -25,6 +25,9 @@ from torchrl_happo.optim import line_search, trust_region
 from torchrl_happo.optim.minibatches import ShuffledMinibatches
 from torchrl_happo.recipe.ranks import Ranks as RecipeRanks
 
+#: Two more processes take long to start.
+pytestmark = pytest.mark.slow
+
 SCALE = Path(__file__).parents[1] / "benchmarks" / "scale.py"
 N_ENVS, TIME, UPDATES = 4, 6, 3
 

@@ -55,6 +55,7 @@ def test_every_task_composes(task, algorithm):
 
 
 @pytest.mark.slow
+@pytest.mark.no_cover  # test_every_task_composes is measured
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_every_task_composes_with_every_algorithm(algorithm):
     """A sweep over all of both finds nothing amiss."""
