@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -68,6 +69,7 @@ GROUPS: dict[str, Mapping[str, type]] = {
 }
 
 
+@cache  # Hydra keeps them, and half the time of a composition would be theirs
 def register() -> None:
     """Makes the schemas and the resolvers of ``conf/config.yaml`` known to Hydra; idempotent."""
     store = ConfigStore.instance()
