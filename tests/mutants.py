@@ -1,253 +1,113 @@
 """Breaks the lines of the losses, the updater and the trust region, one by one.
 
-Each mutant is one small change of one place: a condition negated, an operator swapped, a number
-changed, a statement or an argument left out. The tests are run on it in a process of its own,
-forked after everything but this package was imported, until one of them fails and so *kills* it.
-A mutant that survives is a line that no test holds, or a change that makes no difference; the
-survivors are listed in ``tests/README.md``, with the reason why each of them may live.
+Each mutant is one small change of one place (``mutations.py``): a condition negated, an operator
+swapped, a number changed, a statement or an argument left out. Tests are run on it until one of
+them fails and so *kills* it. A mutant that survives is a line that no test holds, or a change that
+makes no difference; the survivors are listed in ``tests/README.md``, with the reason why each of
+them may live.
 
-    python tests/mutants.py verdicts.jsonl                       # an hour or two
+    python tests/mutants.py verdicts.jsonl                       # hours on one core
     python tests/mutants.py verdicts.jsonl optim/line_search.py  # some files only
-    python tests/mutants.py verdicts.jsonl --all-tests           # the survivors so far, again
+    python tests/mutants.py verdicts.jsonl --seconds 600         # the survivors so far, again
 
-Each file has a few test files that are likely to notice; only what survives them is worth the
-minute that all the tests take. A run that was stopped goes on from its file of verdicts.
+First all tests run once, which shows how long each takes and which lines it reaches. A mutant is
+a fork of the process that has collected them: the code of one function is replaced there, and
+those tests run that reach the line, the quickest first, until they have taken ``--seconds``. What
+lies outside of functions, or changes what they close over, needs the package to be imported anew,
+which takes longer and is done last. A run that was stopped goes on from its file of verdicts.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import copy
+import gc
 import importlib
 import importlib.abc
 import importlib.machinery
+import inspect
+import itertools
 import json
 import os
 import random
 import resource
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from types import CodeType, FunctionType
+from typing import Any
+
+from mutations import mutants
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "torchrl_happo"
 
-#: What is broken, and the tests that are likely to notice, which therefore come first.
-TARGETS = {
-    "optim/line_search.py": ["line_search", "trust_region"],
-    "optim/natural_gradient.py": ["natural_gradient", "trust_region"],
-    "optim/linearize.py": ["natural_gradient", "trust_region", "memory"],
-    "optim/trust_region.py": ["trust_region", "trust_region_safety", "trpo", "hatrpo_loss"],
-    "optim/second_order.py": ["hatrpo_loss", "trust_region_safety", "goldens", "faults"],
-    "optim/first_order.py": ["updater", "faults", "refused"],
-    "optim/factories.py": ["bad_input", "updater"],
-    "optim/minibatches.py": ["updater", "memory", "bad_input"],
-    "objectives/functional.py": ["functional", "happo_loss", "goldens"],
-    "objectives/value_norm.py": ["value_norm", "bad_input"],
-    "objectives/happo.py": ["happo_loss", "updater", "goldens"],
-    "objectives/hatrpo.py": ["hatrpo_loss", "trust_region_safety", "goldens"],
-    "objectives/common.py": ["happo_loss", "hatrpo_loss", "unlike_agents", "value_norm"],
-    "batch.py": ["updater", "memory", "happo_loss", "unlike_agents", "faults"],
-    "updater.py": ["updater", "faults", "refused"],
-}
+TARGETS = [
+    *(f"objectives/{name}.py" for name in ("functional", "happo", "hatrpo", "common")),
+    "updater.py",
+    *(f"optim/{name}.py" for name in ("trust_region", "natural_gradient", "line_search")),
+    *(f"optim/{name}.py" for name in ("linearize", "second_order", "first_order")),
+    *(f"optim/{name}.py" for name in ("factories", "minibatches")),
+    *("objectives/value_norm.py", "batch.py"),
+]
 TESTS = [
     *["functional", "happo_loss", "hatrpo_loss", "updater", "goldens", "refused", "trust_region"],
     *["trust_region_safety", "natural_gradient", "line_search", "trpo", "unlike_agents"],
     *["layouts", "memory", "saturation", "value_norm", "value_clipping", "faults", "bad_input"],
+    *["identities", "isolation", "docstrings", "critics", "masked_entries"],
 ]
-SLOW = "not (environment_that_raises or worker_that_is or full_disk or killed_while)"
 #: Imported before the forks, so that no mutant pays for it.
 HEAVY = [
     *["pytest", "hypothesis", "torch", "tensordict", "torchrl.collectors", "torchrl.envs"],
     *["torchrl.modules", "torchrl.objectives", "torchrl.data", "hydra", "omegaconf"],
     *["sb3_contrib", "vmas", "torch.optim", "torch.func"],
 ]
-CPU_SECONDS = 200  # of one mutant; all tests together take a quarter of it
+# Rewriting assertions, pytest would load the modules from their files.
+OPTIONS = ["-q", "-p", "no:cacheprovider", "--assert=plain", "-m", "not slow and not learning"]
 
-# -- mutations -------------------------------------------------------------------------------------
-
-SWAPS: dict[type, tuple[type, ...]] = {
-    ast.Lt: (ast.GtE, ast.LtE),
-    ast.LtE: (ast.Gt, ast.Lt),
-    ast.Gt: (ast.LtE, ast.GtE),
-    ast.GtE: (ast.Lt, ast.Gt),
-    ast.Eq: (ast.NotEq,),
-    ast.NotEq: (ast.Eq,),
-    ast.Is: (ast.IsNot,),
-    ast.IsNot: (ast.Is,),
-    ast.In: (ast.NotIn,),
-    ast.NotIn: (ast.In,),
-    ast.Add: (ast.Sub,),
-    ast.Sub: (ast.Add,),
-    ast.Mult: (ast.Div,),
-    ast.Div: (ast.Mult,),
-    ast.FloorDiv: (ast.Mult,),
-    ast.Pow: (ast.Mult,),
-    ast.BitAnd: (ast.BitOr,),
-    ast.BitOr: (ast.BitAnd,),
-    ast.And: (ast.Or,),
-    ast.Or: (ast.And,),
-}
-ELEMENTS = (ast.Name, ast.Tuple, ast.expr_context)
-#: Arguments that make no difference to right data on the CPU.
-UNSEEN = {"device", "strict"}
-
-Replacement: TypeAlias = ast.AST | None
+# -- replaced code ---------------------------------------------------------------------------------
 
 
-def mutations(node: ast.AST) -> Iterator[tuple[str, Replacement]]:
-    """What may stand in the place of a node; ``None``: nothing."""
-    match node:
-        case ast.If() | ast.While() | ast.IfExp():
-            yield "negated", _with(node, test=ast.UnaryOp(ast.Not(), node.test))
-        case ast.Compare(ops=[operator]):
-            for swap in SWAPS[type(operator)]:
-                yield "compared", _with(node, ops=[swap()])
-        case ast.BinOp(op=operator) if type(operator) in SWAPS:
-            for swap in SWAPS[type(operator)]:
-                yield "swapped", _with(node, op=swap())
-        case ast.BoolOp(op=operator):
-            yield "swapped", _with(node, op=SWAPS[type(operator)][0]())
-        case ast.UnaryOp(op=ast.Not() | ast.USub() | ast.Invert()):
-            yield "dropped", node.operand
-        case ast.Constant(value=bool(value)):
-            yield "changed", _with(node, value=not value)
-        case ast.Constant(value=int() | float() as value):
-            yield "changed", _with(node, value=value + 1)
-        case ast.Return(value=value) if value is not None and not _is_none(value):
-            yield "returns None", _with(node, value=ast.Constant(None))
-        case ast.Assign() | ast.AugAssign() | ast.Raise() | ast.Break():
-            yield "left out", ast.Pass()
-        case ast.Expr(value=value) if not isinstance(value, ast.Constant):
-            yield "left out", ast.Pass()
-        case ast.With(body=body, items=items):
-            for item in items:
-                others = [other for other in items if other is not item]
-                kept = _with(node, items=others) if others else ast.If(ast.Constant(1), body, [])
-                if item.optional_vars is None:
-                    yield "left out", kept
-    if isinstance(node, ast.Call):
-        for keyword in node.keywords:
-            if keyword.arg in UNSEEN:
-                continue
-            others = [other for other in node.keywords if other is not keyword]
-            yield f"without {keyword.arg or '**'}", _with(node, keywords=others)
-        if isinstance(node.func, ast.Attribute) and not _is_module(node.func.value):
-            yield f"without .{node.func.attr}()", node.func.value
-    if isinstance(node, ast.FunctionDef):
-        for decorator in node.decorator_list:
-            if not _names(decorator) & {"property", "staticmethod", "abstractmethod"}:
-                others = [other for other in node.decorator_list if other is not decorator]
-                yield "undecorated", _with(node, decorator_list=others)
+def functions(code: CodeType) -> Iterator[CodeType]:
+    """The functions of a module or a class, methods included, those within functions not."""
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            if constant.co_flags & inspect.CO_OPTIMIZED:
+                yield constant
+            else:
+                yield from functions(constant)
 
 
-def _with(node: ast.AST, **changes: Any) -> ast.AST:
-    changed = copy.copy(node)
-    for name, value in changes.items():
-        setattr(changed, name, value)
-    return changed
+def outside(code: CodeType) -> list[Any]:
+    """What a module and its classes do themselves."""
+    bodies = [c for c in code.co_consts if isinstance(c, CodeType)]
+    own = [code.co_code, code.co_names, [c for c in code.co_consts if c not in bodies]]
+    return own + [outside(b) for b in bodies if not b.co_flags & inspect.CO_OPTIMIZED]
 
 
-def _is_none(node: ast.AST) -> bool:
-    return isinstance(node, ast.Constant) and node.value is None
+def replacements(source: CodeType, mutant: CodeType) -> dict[tuple[str, int], CodeType] | None:
+    """The functions that differ, by name and line; ``None`` if more than that differs."""
+    pairs = list(itertools.zip_longest(functions(source), functions(mutant)))
+    if outside(source) != outside(mutant):
+        return None
+    changed = {(a.co_qualname, a.co_firstlineno): (a, b) for a, b in pairs if a != b}
+    if any(a.co_freevars != b.co_freevars for a, b in changed.values()):
+        return None
+    return {name: new for name, (_, new) in changed.items()}
 
 
-def _is_module(node: ast.AST) -> bool:
-    """Whether ``node.f(...)`` is a function of a module, or of a class's parents."""
-    return bool(_names(node) & {"torch", "copy", "nn", "logger", "super", "math", "F"})
+def living(path: Path) -> dict[tuple[str, int], list[FunctionType]]:
+    """All functions that a file has made, by name and line."""
+    found: dict[tuple[str, int], list[FunctionType]] = {}
+    for thing in gc.get_objects():
+        if type(thing) is FunctionType and thing.__code__.co_filename == str(path):
+            code = thing.__code__
+            found.setdefault((code.co_qualname, code.co_firstlineno), []).append(thing)
+    return found
 
 
-def _names(node: ast.AST) -> set[str]:
-    named = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-    return named | {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
-
-
-def _places(parent: ast.AST) -> Iterator[tuple[ast.AST, str, int | None, ast.AST]]:
-    """Every node that runs, with what holds it: parent, field and index."""
-    for field, value in ast.iter_fields(parent):
-        if field in ("annotation", "returns", "defaults", "kw_defaults"):
-            continue  # types are not there at run time, defaults are held by test_docstrings.py
-        for index, node in enumerate(value) if isinstance(value, list) else [(None, value)]:
-            if isinstance(node, ast.AST):
-                yield parent, field, index, node
-                if not _is_left_alone(node):
-                    yield from _places(node)
-
-
-def _is_left_alone(node: ast.AST) -> bool:
-    """The words of errors have tests of their own."""
-    unseen = isinstance(node, ast.keyword) and node.arg in UNSEEN
-    return unseen or isinstance(node, (ast.Raise, ast.JoinedStr))
-
-
-def _bindings(tree: ast.AST) -> set[ast.AST]:
-    """Assignments without which a name would not exist; leaving them out would prove nothing."""
-    needed: set[ast.AST] = set()
-    for function in ast.walk(tree):
-        if isinstance(function, ast.FunctionDef):
-            known = {a.arg for a in ast.walk(function.args) if isinstance(a, ast.arg)}
-            assignments = [n for n in ast.walk(function) if isinstance(n, ast.Assign)]
-            for node in sorted(assignments, key=lambda n: n.lineno):
-                stored = [n for target in node.targets for n in ast.walk(target)]
-                names = {n.id for n in stored if isinstance(n, ast.Name)}
-                if not names & known and all(isinstance(n, ELEMENTS) for n in stored):
-                    needed.add(node)
-                known |= names
-    return needed
-
-
-def mutants(source: str) -> Iterator[tuple[int, str, Callable[[], ast.Module]]]:
-    """All mutants of a source: the line, what was changed there, and how to make the tree."""
-    names: dict[str, int] = {}
-    tree = ast.parse(source)
-    scopes, bindings = _scopes(tree), _bindings(tree)
-    for place, (parent, _, _, node) in enumerate(_places(tree)):
-        top_level = isinstance(parent, ast.Module) and not isinstance(node, ast.FunctionDef)
-        if top_level or node in bindings:
-            continue
-        for number, (kind, replacement) in enumerate(mutations(node)):
-            new = "" if isinstance(replacement, ast.Pass) else _text(replacement)
-            name = f"{scopes[node]}: {kind}: {_text(node)} -> {new}"
-            names[name] = names.get(name, 0) + 1
-            name += f" ({names[name]})" * (names[name] > 1)
-            line = getattr(node, "lineno", 0) or parent.lineno
-            yield line, name, lambda place=place, number=number: _mutated(source, place, number)
-
-
-def _mutated(source: str, place: int, number: int) -> ast.Module:
-    tree = ast.parse(source)
-    parent, field, index, node = list(_places(tree))[place]
-    replacement = list(mutations(node))[number][1]
-    if index is None:
-        setattr(parent, field, replacement)
-    else:
-        getattr(parent, field)[index] = replacement
-    return ast.fix_missing_locations(tree)
-
-
-def _scopes(tree: ast.AST) -> dict[ast.AST, str]:
-    """The function or class that each node lies in."""
-    scopes: dict[ast.AST, str] = {}
-
-    def visit(node: ast.AST, scope: str) -> None:
-        scopes[node] = scope
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            scope = f"{scope}.{node.name}".lstrip(".")
-        for child in ast.iter_child_nodes(node):
-            visit(child, scope)
-
-    visit(tree, "")
-    return scopes
-
-
-def _text(node: ast.AST | None) -> str:
-    text = " ".join(ast.unparse(ast.fix_missing_locations(copy.deepcopy(node))).split())
-    return text if len(text) < 90 else f"{text[:60]} ... {text[-25:]}"
-
-
-# -- tests -----------------------------------------------------------------------------------------
+# -- replaced modules ------------------------------------------------------------------------------
 
 
 class Loader(importlib.machinery.SourceFileLoader):
@@ -274,32 +134,94 @@ class Finder(importlib.abc.MetaPathFinder):
         return importlib.util.spec_from_file_location(name, self.loader.path, loader=self.loader)
 
 
-def verdict_on(target: str, tree: ast.Module | None, *, all_tests: bool) -> str:
-    """Runs tests on a mutant (``None``: the source as it is)."""
-    others = [name for name in TESTS if name not in TARGETS[target]] if all_tests else []
-    tests = [f"tests/test_{name}.py" for name in [*TARGETS[target], *others]]
-    return "survived" if passes(target, tree, [f"{PACKAGE}/{target}", *tests]) else "killed"
+# -- tests -----------------------------------------------------------------------------------------
 
 
-def passes(target: str, tree: ast.Module | None, tests: list[str]) -> bool:
-    """Whether no test fails, or runs for ever, in a fork."""
+class Forked:
+    """A pytest plugin that lends the collected tests to ``work`` in place of running them."""
+
+    def __init__(self, work: Callable[[Forked], None]) -> None:
+        self.work = work
+        self.items: dict[str, Any] = {}
+
+    def pytest_runtestloop(self, session: Any) -> bool:
+        """Called by pytest once it has collected the tests."""
+        self.items = {item.nodeid: item for item in session.items}
+        self.work(self)
+        return True
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """The first failure ends the fork."""
+        if report.failed:
+            os._exit(1)
+
+    def run(self, names: Iterable[str]) -> Iterator[str]:
+        """Runs tests and yields the name of each one as it begins."""
+        chosen = [self.items[name] for name in names]
+        for item, following in zip(chosen, [*chosen[1:], None], strict=True):
+            yield item.nodeid
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+
+
+def forked(work: Callable[[], None], seconds: float) -> bool:
+    """Whether ``work`` comes to its end in a fork, in so many seconds of processor time."""
     child = os.fork()
     if child:
         return os.waitpid(child, 0)[1] == 0
-    status = 99
     try:
-        resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+        limit = int(seconds) + 1
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
         null = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):
             os.dup2(null, stream)
-        if tree is not None:
-            name = f"{PACKAGE}.{target.removesuffix('.py').replace('/', '.')}"
-            sys.meta_path.insert(0, Finder(name, ROOT / PACKAGE / target, tree))
-        # Rewriting assertions, pytest would load the module from its file, past the finder.
-        options = ["-x", "-q", "-p", "no:cacheprovider", "--assert=plain", "-k", SLOW]
-        status = int(importlib.import_module("pytest").main([*options, *tests]))
+        work()
+        os._exit(0)
     finally:
-        os._exit(status)
+        os._exit(99)
+
+
+def reach(tests: Forked, file: Path) -> None:
+    """Writes how long each test takes, and which tests reach each line of the targets."""
+    from coverage import Coverage
+
+    measure = Coverage(data_file=None, config_file=False, include=[str(ROOT / PACKAGE / "*")])
+    seconds: dict[str, float] = {}
+    measure.start()
+    last, began = None, time.process_time()
+    for name in itertools.chain(tests.run(tests.items), [None]):
+        now = time.process_time()
+        if last is not None:
+            seconds[last] = now - began
+        last, began = name, now
+        if name is not None:
+            measure.switch_context(name)
+    measure.stop()
+    data = measure.get_data()
+    lines = {
+        target: data.contexts_by_lineno(str(ROOT / PACKAGE / target)) or {} for target in TARGETS
+    }
+    file.write_text(json.dumps({"seconds": seconds, "lines": lines}))
+
+
+class Reach:
+    """Which tests reach a line, the quickest first."""
+
+    def __init__(self, file: Path) -> None:
+        known = json.loads(file.read_text())
+        self.seconds: dict[str, float] = known["seconds"]
+        self.lines: dict[str, dict[str, list[str]]] = known["lines"]
+
+    def __call__(self, target: str, line: int, seconds: float) -> list[str]:
+        """Tests of a line, or else of the one before it, as many as these seconds suffice for."""
+        lines = self.lines[target]
+        above = (lines[str(n)] for n in range(line, 0, -1) if str(n) in lines)
+        tests = [test for test in next(above, []) if test]
+        tests.sort(key=lambda test: self.seconds[test])
+        total = itertools.accumulate(self.seconds[test] for test in tests)
+        return [test for test, sum_ in zip(tests, total, strict=True) if sum_ <= seconds]
+
+
+# -- mutants ---------------------------------------------------------------------------------------
 
 
 def lines_first(targets: list[str]) -> list[tuple[str, int, str, Callable[[], ast.Module]]]:
@@ -318,39 +240,115 @@ def lines_first(targets: list[str]) -> list[tuple[str, int, str, Callable[[], as
     return [mutant for _, mutant in sorted(zip(rounds, every, strict=True), key=lambda r: r[0])]
 
 
+class Check:
+    """The mutants that have no verdict yet, and how they get one."""
+
+    def __init__(self, verdicts: Path, targets: list[str], seconds: float, again: bool) -> None:
+        self.verdicts, self.seconds = verdicts, seconds
+        self.reach = verdicts.with_suffix(".reach.json")
+        self.others = verdicts.with_suffix(".others.json")
+        known = {}
+        if verdicts.exists():
+            entries = map(json.loads, verdicts.read_text().splitlines())
+            known = {(entry["file"], entry["mutant"]): entry["verdict"] for entry in entries}
+        wanted = "survived" if again else None
+        self.todo = [m for m in lines_first(targets) if known.get((m[0], m[2])) == wanted]
+        say(f"{len(known)} mutants have a verdict, {len(self.todo)} to do.")
+
+    def note(self, target: str, name: str, survived: bool) -> None:
+        """Writes a verdict down, and says who has survived."""
+        verdict = "survived" if survived else "killed"
+        with self.verdicts.open("a") as file:
+            file.write(json.dumps({"file": target, "mutant": name, "verdict": verdict}) + "\n")
+        if survived:
+            say(f"{target}: {name}")
+
+    def code(self, tests: Forked) -> None:
+        """Tries the mutants that are one function's code."""
+        if not self.reach.exists() and not forked(lambda: reach(tests, self.reach), 3600):
+            sys.exit("The tests fail as it is.")
+        reached = Reach(self.reach)
+        alive = {target: living(ROOT / PACKAGE / target) for target in TARGETS}
+        gc.freeze()
+        others = []
+        for target, line, name, make in self.todo:
+            path = ROOT / PACKAGE / target
+            source = compile(path.read_text(), str(path), "exec", dont_inherit=True)
+            mutant = compile(make(), str(path), "exec", dont_inherit=True)
+            changed = replacements(source, mutant)
+            if changed is None or not changed.keys() <= alive[target].keys():
+                others.append((target, name))
+                continue
+            chosen = reached(target, line, self.seconds)
+
+            def work(
+                changed: dict[tuple[str, int], CodeType] = changed,
+                alive: dict[tuple[str, int], list[FunctionType]] = alive[target],
+                chosen: list[str] = chosen,
+            ) -> None:
+                for place, code in changed.items():
+                    for function in alive[place]:
+                        function.__code__ = code
+                for _ in tests.run(chosen):
+                    pass
+
+            self.note(target, name, forked(work, 3 * self.seconds + 10))
+        self.others.write_text(json.dumps(others))
+
+    def modules(self) -> None:
+        """Tries the others."""
+        reached = Reach(self.reach)
+        others = {tuple(other) for other in json.loads(self.others.read_text())}
+        for target, line, name, make in self.todo:
+            if (target, name) not in others:
+                continue
+            chosen = reached(target, line, self.seconds)
+            tree = make()
+
+            def work(
+                target: str = target, tree: ast.Module = tree, chosen: list[str] = chosen
+            ) -> None:
+                module = f"{PACKAGE}.{target.removesuffix('.py').replace('/', '.')}"
+                sys.meta_path.insert(0, Finder(module, ROOT / PACKAGE / target, tree))
+                if pytest_main([*OPTIONS, "-x", *chosen]):
+                    os._exit(1)
+
+            self.note(target, name, not chosen or forked(work, 3 * self.seconds + 60))
+
+
+def pytest_main(arguments: list[str], plugins: Iterable[Any] = ()) -> int:
+    """Pytest's exit status."""
+    return int(importlib.import_module("pytest").main(arguments, list(plugins)))
+
+
+def say(words: str) -> None:
+    """To whoever waits."""
+    sys.stdout.write(f"{words}\n")
+    sys.stdout.flush()
+
+
 def main() -> None:
     """Tries the mutants and writes the verdicts."""
     parser = argparse.ArgumentParser(description="Mutation check.")
     parser.add_argument("verdicts", type=Path, help="file of the verdicts, a line for each mutant")
-    parser.add_argument("targets", nargs="*", default=list(TARGETS), help="files to break")
-    parser.add_argument("--all-tests", action="store_true", help="try survivors on all tests")
+    parser.add_argument("targets", nargs="*", default=TARGETS, help="files to break")
+    parser.add_argument("--seconds", type=float, help="of tests for each mutant; survivors again")
     options = parser.parse_args()
     verdicts = options.verdicts.resolve()
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
-    known = {}
-    if verdicts.exists():
-        entries = map(json.loads, verdicts.read_text().splitlines())
-        known = {(entry["file"], entry["mutant"]): entry["verdict"] for entry in entries}
-    wanted = "survived" if options.all_tests else None
-    todo = [
-        (target, name, make)
-        for target, _, name, make in lines_first(options.targets)
-        if known.get((target, name)) == wanted
-    ]
-    sys.stdout.write(f"{len(known)} mutants have a verdict, {len(todo)} to do.\n")
-    sys.stdout.flush()
     for module in HEAVY:
         importlib.import_module(module)
-    if not passes("updater.py", None, [f"tests/test_{name}.py" for name in TESTS]):
-        sys.exit("The tests fail as it is.")
-    for target, name, make in todo:
-        verdict = verdict_on(target, make(), all_tests=options.all_tests)
-        with verdicts.open("a") as file:
-            file.write(json.dumps({"file": target, "mutant": name, "verdict": verdict}) + "\n")
-        if verdict == "survived":
-            sys.stdout.write(f"{target}: {name}\n")
-            sys.stdout.flush()
+    again = options.seconds is not None
+    check = (verdicts, options.targets, options.seconds or 15.0, again)
+    files = [*(f"tests/test_{name}.py" for name in TESTS)]
+    files += [f"{PACKAGE}/{target}" for target in TARGETS]
+    child = os.fork()
+    if not child:
+        os._exit(pytest_main([*OPTIONS, "-s", *files], [Forked(Check(*check).code)]))
+    if os.waitpid(child, 0)[1]:
+        sys.exit(1)
+    Check(*check).modules()
 
 
 if __name__ == "__main__":
