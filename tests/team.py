@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from tensordict import TensorDict
 from tensordict.nn import NormalParamExtractor, TensorDictModule
@@ -123,3 +124,21 @@ def state_of(module):
 def same_state(one, other):
     """Whether two states are equal, bit for bit."""
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def with_infinite_slope(loss, parameter):
+    """The same number, with an infinite derivative in the parameter's first entry."""
+    first = parameter.flatten()[0]
+    return loss + (first - first.detach()).sqrt()
+
+
+#: From a loss and a parameter of it to a loss whose gradient cannot be followed.
+SPOILED_GRADIENTS = pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda loss, _: loss * float("nan"),
+        lambda loss, _: loss * float("inf"),
+        with_infinite_slope,
+    ],
+    ids=["nan", "infinite", "infinite in one entry"],
+)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from team import (
     N_AGENTS,
+    SPOILED_GRADIENTS,
     make_actor,
     make_batch,
     make_critic,
@@ -491,8 +492,9 @@ def test_an_interrupted_update_leaves_no_trace(where, error):
     assert (updater(batch) == twin(batch)).all()
 
 
-def test_a_non_finite_gradient_takes_the_agents_step_back(caplog):
-    """NaN in the third minibatch: that agent keeps its old policy, the others are updated."""
+@SPOILED_GRADIENTS
+def test_a_non_finite_gradient_takes_the_agents_step_back(spoil, caplog):
+    """In the third minibatch: that agent keeps its old policy, the others are updated."""
     updater = make_updater(order="fixed")
     batch = make_batch(updater.loss.actor_network)
     updater(batch)
@@ -503,7 +505,8 @@ def test_a_non_finite_gradient_takes_the_agents_step_back(caplog):
 
     def spoiled(data):
         calls.append(data)
-        return objective(data) * (float("nan") if len(calls) == 3 else 1.0)
+        loss = objective(data)
+        return spoil(loss, step.parameters[0]) if len(calls) == 3 else loss
 
     step.objective = spoiled
     metrics = updater(batch)
