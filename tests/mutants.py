@@ -12,9 +12,10 @@ them may live.
 
 First all tests run once, which shows how long each takes and which lines it reaches. A mutant is
 a fork of the process that has collected them: the code of one function is replaced there, and
-those tests run that reach the line, the quickest first, until they have taken ``--seconds``. What
-lies outside of functions, or changes what they close over, needs the package to be imported anew,
-which takes longer and is done last. A run that was stopped goes on from its file of verdicts.
+those tests run that reach the line, until they have taken ``--seconds``, first those that are
+quick and reach little else. What lies outside of functions, or changes what they close over, needs
+the package to be imported anew, which takes longer and is done last. A run that was stopped goes
+on from its file of verdicts.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import random
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -204,19 +206,22 @@ def reach(tests: Forked, file: Path) -> None:
 
 
 class Reach:
-    """Which tests reach a line, the quickest first."""
+    """Which tests reach a line, first those that are quick and reach little else."""
 
     def __init__(self, file: Path) -> None:
         known = json.loads(file.read_text())
         self.seconds: dict[str, float] = known["seconds"]
         self.lines: dict[str, dict[str, list[str]]] = known["lines"]
+        lines = [tests for of_file in self.lines.values() for tests in of_file.values()]
+        number = Counter(itertools.chain.from_iterable(lines))
+        self.rank = {test: number[test] * seconds for test, seconds in self.seconds.items()}
 
     def __call__(self, target: str, line: int, seconds: float) -> list[str]:
         """Tests of a line, or else of the one before it, as many as these seconds suffice for."""
         lines = self.lines[target]
         above = (lines[str(n)] for n in range(line, 0, -1) if str(n) in lines)
         tests = [test for test in next(above, []) if test]
-        tests.sort(key=lambda test: self.seconds[test])
+        tests.sort(key=self.rank.__getitem__)
         total = itertools.accumulate(self.seconds[test] for test in tests)
         return [test for test, sum_ in zip(tests, total, strict=True) if sum_ <= seconds]
 
@@ -253,7 +258,6 @@ class Check:
             known = {(entry["file"], entry["mutant"]): entry["verdict"] for entry in entries}
         wanted = "survived" if again else None
         self.todo = [m for m in lines_first(targets) if known.get((m[0], m[2])) == wanted]
-        say(f"{len(known)} mutants have a verdict, {len(self.todo)} to do.")
 
     def note(self, target: str, name: str, survived: bool) -> None:
         """Writes a verdict down, and says who has survived."""
@@ -345,7 +349,9 @@ def main() -> None:
     files += [f"{PACKAGE}/{target}" for target in TARGETS]
     child = os.fork()
     if not child:
-        os._exit(pytest_main([*OPTIONS, "-s", *files], [Forked(Check(*check).code)]))
+        os._exit(
+            pytest_main([*OPTIONS, "-s", "--no-summary", *files], [Forked(Check(*check).code)])
+        )
     if os.waitpid(child, 0)[1]:
         sys.exit(1)
     Check(*check).modules()
