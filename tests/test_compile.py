@@ -148,7 +148,7 @@ def test_no_recompilation(loss_class, graphs):
         compiled(batch)
         assert_equal(eager, compiled, tolerance=1e-9)
     assert backend.graphs == graphs
-    compiler = compiled._critic_step._compiled.compiler
+    compiler = compiled._critic_step._compiled.code.compiler
     assert compiler.num_graphs == graphs
     assert len(compiler._made) == 2  # nothing was traced twice, either
 

@@ -169,26 +169,20 @@ class Agent:
         if isinstance(log_prob, TensorDictBase):
             heads = [self.joint_log_prob(head, data) for head in log_prob.values(True, True)]
             return torch.stack(heads).sum(0)
-        surplus = log_prob.ndim - data.batch_dims - self.member_dims(data)
+        surplus = log_prob.ndim - len(self.sample_shape(data))
         return log_prob.flatten(-surplus).sum(-1) if surplus > 0 else log_prob
 
-    def member_dims(self, data: TensorDictBase) -> int:
-        """1 if the log-probabilities of a whole group carry an agent dimension, else 0.
+    def sample_shape(self, data: TensorDictBase) -> torch.Size:
+        """Shape of this unit's log-probabilities: ``[*B]``, or ``[*B, n_members]`` for a block.
 
         The agent dimension of a group of one does not count: the group's log-probability is that
         of its only agent, and lines up with the advantage as any single agent's does.
         """
         if self.index is not None or self.group is None:
-            return 0
-        rows = data.get(self.group).batch_size[data.batch_dims :]
-        return int(self.num_members > 1 or rows.numel() > 1)
-
-    def sample_shape(self, data: TensorDictBase) -> torch.Size:
-        """Shape of this unit's log-probabilities: ``[*B]``, or ``[*B, n_members]`` for a block."""
-        if not self.member_dims(data):
             return data.batch_size
-        rows = data.get(self.group).batch_size[data.batch_dims :]
-        return torch.Size([*data.batch_size, max(self.num_members, rows.numel())])
+        rows = data.get(self.group).batch_size[data.batch_dims :].numel()
+        members = max(self.num_members, rows)
+        return data.batch_size if members == 1 else torch.Size([*data.batch_size, members])
 
 
 def split_actor(

@@ -19,9 +19,10 @@ from torchrl_happo.masks import (
     step_mask,
     value_mask,
 )
+from torchrl_happo.means import moments
 from torchrl_happo.memory import has_memory, write_states
 from torchrl_happo.objectives.common import ADVANTAGE, VALID, SequentialLossMixin
-from torchrl_happo.objectives.functional import moments, standardize
+from torchrl_happo.objectives.functional import standardize
 from torchrl_happo.validation.entries import entries_read, has, next_key
 from torchrl_happo.validation.values import explained
 

@@ -9,7 +9,8 @@ from torch.distributions import Distribution
 
 from torchrl_happo.distributions import kl_divergence
 from torchrl_happo.learners import Learners
-from torchrl_happo.objectives.functional import effective_sample_size, masked_mean, surrogate
+from torchrl_happo.means import masked_mean
+from torchrl_happo.objectives.functional import effective_sample_size, surrogate
 
 __all__ = ["agent_metrics", "factor_metrics", "ratio_range"]
 

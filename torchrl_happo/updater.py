@@ -33,7 +33,7 @@ from torchrl_happo.optim.first_order import (
     OptimizerFactory,
     SchedulerFactory,
 )
-from torchrl_happo.optim.graphs import GraphCompiler
+from torchrl_happo.optim.graphs import make_compiler
 from torchrl_happo.optim.minibatches import (
     MinibatchSampler,
     ReplayBufferMinibatches,
@@ -204,7 +204,7 @@ class SequentialUpdater:
         if loss.critic_network is not None:
             _ = loss.value_estimator  # its coefficients are part of the state from the start
 
-        compiler = _make_compiler(compile, cudagraphs, device)
+        compiler = make_compiler(compile, cudagraphs, device)
 
         def minibatches(size: int | None) -> MinibatchSampler:
             if replay_buffer is not None:
@@ -219,28 +219,26 @@ class SequentialUpdater:
                 "max_grad_norm": max_grad_norm,
                 "scheduler": scheduler,
                 "learners": self.learners,
-                "compiler": compiler,
-                "owner": loss,
             }
             return FirstOrderStep(*args, **{**settings, **kwargs})
 
-        self._agent_steps = {
-            agent.name: loss.make_agent_step(
+        self._agent_steps = {}
+        for agent in loss.agents:
+            code = None if compiler is None else loss.agent_code(agent, compiler)
+            self._agent_steps[agent.name] = loss.make_agent_step(
                 agent,
-                first_order,
+                partial(first_order, code=code),
                 target_kl=target_kl,
                 learners=self.learners,
-                compiler=compiler,
+                code=code,
             )
-            for agent in loss.agents
-        }
         self._critic_step = None
         if loss.critic_network is not None:
             size = minibatch_size if critic_minibatch_size is None else critic_minibatch_size
             self._critic_step = first_order(
                 loss.critic_objective,
                 loss.critic_network.parameters,
-                networks=loss.critic_networks(),
+                code=None if compiler is None else loss.critic_code(compiler),
                 optimizer=optimizer if critic_optimizer is None else critic_optimizer,
                 minibatches=minibatches(size),
                 num_epochs=num_epochs if critic_epochs is None else critic_epochs,
@@ -453,20 +451,3 @@ class SequentialUpdater:
         for generator, value in zip(self._generators, state["generators"], strict=True):
             generator.set_state(value)
         self.num_updates = state["num_updates"]
-
-
-def _make_compiler(
-    compile: bool | Mapping[str, Any], cudagraphs: bool, device: torch.device
-) -> GraphCompiler | None:
-    if cudagraphs and device.type != "cuda":
-        logger.warning(
-            "cudagraphs=True needs networks on a CUDA device, but these are on %r; the update runs "
-            "without.",
-            str(device),
-        )
-        cudagraphs = False
-    if compile is False and not cudagraphs:
-        return None
-    if isinstance(compile, bool):
-        return GraphCompiler({} if compile else {"backend": "eager"}, cudagraphs=cudagraphs)
-    return GraphCompiler(compile, cudagraphs=cudagraphs)

@@ -19,7 +19,7 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, is_tensor_collection
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, TensorDictSequential
 from tensordict.utils import unravel_key
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Distribution
 from torchrl.modules import ValueNorm
 from torchrl.objectives import PPOLoss
@@ -29,9 +29,10 @@ from torchrl_happo.agents import Agent, split_actor, split_team
 from torchrl_happo.distributions import is_saturated
 from torchrl_happo.learners import Learners
 from torchrl_happo.masks import step_mask, value_mask
+from torchrl_happo.means import count
 from torchrl_happo.memory import StepwiseCritic, has_memory
-from torchrl_happo.objectives.functional import count
 from torchrl_happo.objectives.value_norm import RealValues, update_value_norm
+from torchrl_happo.optim.code import Code
 from torchrl_happo.optim.first_order import FirstOrderStep, InnerStep
 from torchrl_happo.optim.graphs import GraphCompiler
 from torchrl_happo.validation.arguments import check_keys
@@ -195,7 +196,7 @@ class SequentialLossMixin(_Base):
         *,
         target_kl: float | None,
         learners: Learners,
-        compiler: GraphCompiler | None,
+        code: Code | None,
     ) -> InnerStep:
         """The inner step of one agent.
 
@@ -205,13 +206,18 @@ class SequentialLossMixin(_Base):
                 optimiser's settings filled in; it still wants the objective and the parameters.
             target_kl (float, optional): where to stop early, if the step can.
             learners (Learners): who take the step together; already in ``first_order``.
-            compiler (GraphCompiler, optional): compiles the step; already in ``first_order``.
+            code (Code, optional): to compile the step (:meth:`agent_code`); already in
+                ``first_order``.
         """
 
     def agent_weight(self, agent: Agent, data: TensorDictBase) -> Tensor | float:
         """Number of entries of an agent's view that its objective is a mean over."""
         valid = data.get(VALID, None)
-        return data.numel() * agent.num_members if valid is None else valid.sum()
+        return agent.sample_shape(data).numel() if valid is None else valid.sum()
+
+    def agent_code(self, agent: Agent, compiler: GraphCompiler) -> Code:
+        """What an agent's objective and policy read besides their data."""
+        return Code(compiler, [agent.actor], owner=self, template=agent.template)
 
     def agent_report(self, log_ratio: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
         """Metrics of an agent's update that are this loss's own."""
@@ -275,10 +281,10 @@ class SequentialLossMixin(_Base):
         values = data.get(self.tensor_keys.value_target)
         return count(values, value_mask(values, step_mask(self, data), self.active(data)))
 
-    def critic_networks(self) -> list[nn.Module]:
-        """The modules whose parameters and buffers :meth:`critic_objective` reads."""
+    def critic_code(self, compiler: GraphCompiler) -> Code:
+        """What :meth:`critic_objective` reads besides its data."""
         modules = [self.critic_network, self.value_norm]
-        return [module for module in modules if module is not None]
+        return Code(compiler, [module for module in modules if module is not None], owner=self)
 
     # -- the joint forward: hooks of PPOLoss ---------------------------------------------------
 

@@ -6,13 +6,11 @@ import torch
 from torch import Tensor
 
 from torchrl_happo.learners import Average, own_mean
+from torchrl_happo.means import moments
 
 __all__ = [
     "clipped_surrogate",
-    "count",
     "effective_sample_size",
-    "masked_mean",
-    "moments",
     "standardize",
     "surrogate",
 ]
@@ -64,57 +62,6 @@ def clipped_surrogate(
     return torch.minimum(log_ratio.exp() * advantage, clipped.exp() * advantage)
 
 
-def masked_mean(value: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Mean over the valid entries; 0 if there is none.
-
-    Args:
-        value (Tensor): any shape. Entries that are not valid may hold anything, NaN included.
-        valid (Tensor, optional): boolean, same shape. ``None``: all entries are valid.
-
-    Returns:
-        a scalar tensor.
-
-    Example:
-        >>> masked_mean(torch.tensor([1.0, 2.0, float("nan")]), torch.tensor([True, True, False]))
-        tensor(1.5000)
-    """
-    if valid is None:
-        return value.mean()
-    kept = torch.where(valid, value, torch.zeros_like(value))
-    return kept.sum() / valid.sum().clamp_min(1)
-
-
-def count(value: Tensor, valid: Tensor | None = None) -> Tensor | float:
-    """Number of entries that :func:`masked_mean` averages over."""
-    return value.numel() if valid is None else valid.sum()
-
-
-def moments(
-    value: Tensor, valid: Tensor | None = None, *, average: Average = own_mean
-) -> tuple[Tensor, Tensor]:
-    """Mean and population variance over the valid entries, of all learners if there are more.
-
-    Args:
-        value (Tensor): any shape.
-        valid (Tensor, optional): boolean, same shape. ``None``: all entries are valid.
-
-    Keyword Args:
-        average (callable): see :data:`~torchrl_happo.learners.Average`. Defaults to this
-            process's own entries.
-
-    Returns:
-        two scalar tensors.
-
-    Example:
-        >>> moments(torch.tensor([1.0, 3.0]))
-        (tensor(2.), tensor(1.))
-    """
-    weight = count(value, valid)
-    (mean,) = average([masked_mean(value, valid)], weight)
-    (variance,) = average([masked_mean((value - mean).square(), valid)], weight)
-    return mean, variance
-
-
 def standardize(
     advantage: Tensor,
     valid: Tensor | None = None,
@@ -134,7 +81,7 @@ def standardize(
         eps (float): added to the standard deviation. Defaults to ``1e-5``.
 
     Keyword Args:
-        average (callable): of :func:`moments`.
+        average (callable): of :func:`~torchrl_happo.means.moments`.
 
     Returns:
         the standardised advantage, same shape.
@@ -162,7 +109,7 @@ def effective_sample_size(
     Keyword Args:
         peak (Tensor, optional): the largest of them, over all that ``average`` is over. Defaults
             to ``None``: the largest of these.
-        average (callable): of :func:`moments`.
+        average (callable): of :func:`~torchrl_happo.means.moments`.
 
     Returns:
         a scalar tensor in :math:`[1/K, 1]`.

@@ -17,6 +17,7 @@ from torchrl.objectives import ClipPPOLoss
 
 from torchrl_happo.agents import Agent
 from torchrl_happo.learners import Learners
+from torchrl_happo.means import masked_mean
 from torchrl_happo.objectives.common import (
     ADVANTAGE,
     OLD_LOG_PROB,
@@ -24,9 +25,9 @@ from torchrl_happo.objectives.common import (
     Actors,
     SequentialLossMixin,
 )
-from torchrl_happo.objectives.functional import clipped_surrogate, masked_mean
+from torchrl_happo.objectives.functional import clipped_surrogate
+from torchrl_happo.optim.code import Code
 from torchrl_happo.optim.first_order import FirstOrderStep
-from torchrl_happo.optim.graphs import GraphCompiler
 from torchrl_happo.validation.arguments import (
     check_clip_epsilon,
     check_counts,
@@ -261,7 +262,7 @@ class HAPPOLoss(SequentialLossMixin, ClipPPOLoss):
         *,
         target_kl: float | None,
         learners: Learners,
-        compiler: GraphCompiler | None,
+        code: Code | None,
     ) -> FirstOrderStep:
         """Epochs of the agent's own optimiser on :meth:`agent_loss`."""
         stop = None if target_kl is None else partial(self._passes_kl, agent, target_kl, learners)
@@ -270,8 +271,6 @@ class HAPPOLoss(SequentialLossMixin, ClipPPOLoss):
             agent.parameters,
             stop=stop,
             weight=partial(self.agent_weight, agent),
-            networks=[agent.actor],
-            template=agent.template,
         )
 
     def _passes_kl(

@@ -17,6 +17,7 @@ from torchrl.objectives import PPOLoss
 from torchrl_happo.agents import Agent
 from torchrl_happo.distributions import kl_divergence
 from torchrl_happo.learners import Learners
+from torchrl_happo.means import masked_mean
 from torchrl_happo.objectives.common import (
     ADVANTAGE,
     OLD_LOG_PROB,
@@ -24,9 +25,9 @@ from torchrl_happo.objectives.common import (
     Actors,
     SequentialLossMixin,
 )
-from torchrl_happo.objectives.functional import masked_mean, surrogate
+from torchrl_happo.objectives.functional import surrogate
+from torchrl_happo.optim.code import Code
 from torchrl_happo.optim.first_order import FirstOrderStep
-from torchrl_happo.optim.graphs import GraphCompiler
 from torchrl_happo.optim.second_order import TrustRegionStep
 from torchrl_happo.optim.trust_region import TrustRegion
 from torchrl_happo.validation.arguments import check_counts, check_critic, check_numbers
@@ -190,7 +191,7 @@ class HATRPOLoss(SequentialLossMixin, PPOLoss):
                 return None
             old = unit.policy.distribution(stored)
             new = unit.policy.distribution(unit.policy.parameters(data))
-            batch_ndim = tensordict.batch_dims + unit.member_dims(data)
+            batch_ndim = len(unit.sample_shape(data))
             kl = kl_divergence(old, new, batch_ndim=batch_ndim)
             divergences.append(self._line_up(kl, tensordict))
         return self._reduce_loss(torch.cat(divergences, -1).unsqueeze(-1), tensordict)
@@ -224,7 +225,7 @@ class HATRPOLoss(SequentialLossMixin, PPOLoss):
         *,
         target_kl: float | None,
         learners: Learners,
-        compiler: GraphCompiler | None,
+        code: Code | None,
     ) -> TrustRegionStep:
         """One trust-region step on the whole batch."""
         if target_kl is not None:
@@ -246,10 +247,7 @@ class HATRPOLoss(SequentialLossMixin, PPOLoss):
             sample_shape=agent.sample_shape,
             generator=generator,
             learners=learners,
-            compiler=compiler,
-            networks=[agent.actor],
-            owner=self,
-            template=agent.template,
+            code=code,
         )
 
 

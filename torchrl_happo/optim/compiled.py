@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Hashable, Sequence
 from itertools import islice
@@ -16,20 +15,11 @@ from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.adam import adam
 
 from torchrl_happo.learners import Learners
-from torchrl_happo.optim.flat import (
-    data_keys,
-    data_layout,
-    data_of,
-    network_tensors,
-    network_with,
-    settings,
-)
-from torchrl_happo.optim.graphs import GraphCompiler, TensorFunction
-from torchrl_happo.validation.arguments import first_line
+from torchrl_happo.optim.code import Code
+from torchrl_happo.optim.flat import data_keys, data_of
+from torchrl_happo.optim.graphs import TensorFunction
 
 __all__ = ["CompiledStep", "Step"]
-
-logger = logging.getLogger(__name__)
 
 #: From a minibatch and its weight to the loss and the norm of its gradient.
 Step: TypeAlias = Callable[[TensorDictBase, Tensor | float], tuple[Tensor, Tensor]]
@@ -67,31 +57,12 @@ class CompiledStep:
 
     Args:
         eager (FirstOrderStep): the step.
-
-    Keyword Args:
-        networks (sequence of nn.Module): the modules whose parameters and buffers the objective
-            reads.
-        owner (nn.Module, optional): a module whose own settings and buffers it reads as well.
-        compiler (GraphCompiler): shared by the agents of a team.
-        template (nn.Module, optional): stands for the code of the objective: steps with the same
-            template are the same but for their tensors. Defaults to ``None``: no other is.
+        code (Code): what its objective reads, and the compiler.
     """
 
-    def __init__(
-        self,
-        eager: Compilable,
-        *,
-        networks: Sequence[nn.Module],
-        owner: nn.Module | None,
-        compiler: GraphCompiler,
-        template: nn.Module | None = None,
-    ) -> None:
+    def __init__(self, eager: Compilable, code: Code) -> None:
         self.eager = eager
-        self.networks = nn.ModuleList(networks)
-        self.owner = owner
-        self.compiler = compiler
-        self.template = self.networks if template is None else template
-        self._gave_up = False
+        self.code = code
         self._rates: list[Tensor] = []
 
     @property
@@ -111,16 +82,13 @@ class CompiledStep:
             nonlocal compiled
             if compiled is not None and len(minibatch) > 1:
                 return compiled(minibatch, weight)
-            if self._gave_up or len(minibatch) < 2 or not self.eager.optimizer.state:
+            if self.code.is_given_up or len(minibatch) < 2 or not self.eager.optimizer.state:
                 return self.eager.step(minibatch, weight)
             try:
                 candidate = self._prepare(minibatch)
                 result = candidate(minibatch, weight)
             except Exception as error:
-                self._gave_up = True
-                logger.warning(
-                    "A step is not compiled, and slower than it could be: %s", first_line(error)
-                )
+                self.code.give_up(error)
                 return self.eager.step(minibatch, weight)
             compiled = candidate
             return result
@@ -129,23 +97,21 @@ class CompiledStep:
 
     def _prepare(self, minibatch: TensorDictBase) -> Step:
         """The step for minibatches like this one, until parameters or optimiser are replaced."""
-        networks = network_tensors(self.networks)
         state = [tensor for state in self._states for tensor in state.values()]
-        rates = self._learning_rates()
-        fixed = [tensor.detach() for tensor in (*networks, *state, *rates)]
+        fixed = [*self.code.tensors(), *state, *self._learning_rates()]
         keys = data_keys(minibatch)
+        compiler = self.code.compiler
 
         def make() -> TensorFunction:
             batch = [minibatch.get(key) for key in keys]
-            return self.compiler(
+            return compiler(
                 self._as_function(minibatch),
                 [*fixed, *batch],
                 batched=[False] * len(fixed) + [True] * len(batch),
             )
 
-        key = (self.template, data_layout(minibatch), self._settings())
-        function = self.compiler.remember(key, make)
-        function = self.compiler.bind(function, fixed)
+        key = (*self.code.key(minibatch), self._hyperparameters())
+        function = compiler.bind(compiler.remember(key, make), fixed)
 
         def step(minibatch: TensorDictBase, weight: Tensor | float) -> tuple[Tensor, Tensor]:
             loss, *rest = function(list(map(minibatch.get, keys)))
@@ -175,32 +141,24 @@ class CompiledStep:
     def _groups(self) -> list[dict[str, Any]]:
         return self.eager.optimizer.param_groups
 
-    def _settings(self) -> Hashable:
-        """Whatever is no argument of the compiled function, and may yet change."""
-        modules = list(self.networks.modules())
-        hyperparameters = [
-            (name, value)
-            for group in self._groups
-            for name, value in group.items()
-            if name not in ("params", "lr")
-        ]
-        if self.owner is None:
-            return settings(modules), tuple(hyperparameters)
-        # A buffer is read where it is; one that was replaced is another.
-        buffers = tuple(id(buffer) for _, buffer in self.owner.named_buffers(recurse=False))
-        return settings([*modules, self.owner]), tuple(hyperparameters), buffers
+    def _hyperparameters(self) -> Hashable:
+        """Those of the optimiser that are no arguments."""
+        left_out = ("params", "lr")
+        return tuple(
+            (k, v) for group in self._groups for k, v in group.items() if k not in left_out
+        )
 
     def _as_function(self, like: TensorDictBase) -> TensorFunction:
         """The step as a function of networks, optimiser state, learning rates and data."""
-        position = {id(t): i for i, t in enumerate(network_tensors(self.networks))}
-        trained = [position[id(p)] for p in self.eager.parameters]
+        num_tensors = len(self.code.tensors())
+        trained = self.code.places(self.eager.parameters)
         names = [list(state) for state in self._states]
         place = {id(p): i for i, p in enumerate(self.eager.parameters)}
         groups = [[place[id(p)] for p in group["params"]] for group in self._groups]
 
         def function(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
             remaining = iter(tensors)
-            networks = list(islice(remaining, len(position)))
+            networks = list(islice(remaining, num_tensors))
             # Not strict: of the many that remain, each takes as many as it has names.
             states = [dict(zip(own, remaining, strict=False)) for own in names]
             rates = list(islice(remaining, len(groups)))
@@ -209,7 +167,7 @@ class CompiledStep:
             leaves = [parameter.detach().requires_grad_() for parameter in parameters]
             for i, leaf in zip(trained, leaves, strict=True):
                 networks[i] = leaf
-            with torch.enable_grad(), network_with(self.networks, networks):
+            with torch.enable_grad(), self.code.reading(networks):
                 loss = self.eager.objective(data)
                 gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
             if not self._is_whole:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchrl_happo.learners import Learners
+from torchrl_happo.optim.code import Code
 from torchrl_happo.optim.compiled import CompiledStep
 from torchrl_happo.optim.factories import (
     OptimizerFactory,
@@ -19,7 +20,6 @@ from torchrl_happo.optim.factories import (
     build_optimizer,
     build_scheduler,
 )
-from torchrl_happo.optim.graphs import GraphCompiler
 from torchrl_happo.optim.minibatches import MinibatchSampler
 from torchrl_happo.validation.arguments import check_counts, check_positive
 from torchrl_happo.validation.state import check_optimizer_state
@@ -70,14 +70,9 @@ class FirstOrderStep:
         learners (Learners, optional): whose gradients are averaged. Defaults to ``None``: alone.
         weight (callable): from a minibatch to the number of entries that the objective is a mean
             over, by which a learner's gradient counts. Defaults to ``len``.
-        compiler (GraphCompiler, optional): compiles the step: loss, backward pass, clipping and,
-            if it is an Adam, the optimiser. Defaults to ``None``: nothing is compiled.
-        networks (sequence of nn.Module): for the compiler, the modules whose parameters and
-            buffers the objective reads. Defaults to ``()``.
-        owner (nn.Module, optional): for the compiler, a module whose own settings and buffers the
-            objective reads besides. Defaults to ``None``.
-        template (nn.Module, optional): for the compiler, stands for the code of the objective:
-            steps with the same one differ in their tensors alone. Defaults to ``None``.
+        code (Code, optional): what the objective reads besides the data, to compile the step:
+            loss, backward pass, clipping and, if it is an Adam, the optimiser. Defaults to
+            ``None``: nothing is compiled.
 
     Raises:
         ValueError: if the optimiser holds other parameters than the ones it was given, or an
@@ -112,10 +107,7 @@ class FirstOrderStep:
         stop: Callable[[TensorDictBase], bool] | None = None,
         learners: Learners | None = None,
         weight: Callable[[TensorDictBase], Tensor | float] = len,
-        compiler: GraphCompiler | None = None,
-        networks: Sequence[nn.Module] = (),
-        owner: nn.Module | None = None,
-        template: nn.Module | None = None,
+        code: Code | None = None,
     ) -> None:
         check_counts(num_epochs=num_epochs)
         check_positive(max_grad_norm=max_grad_norm)
@@ -130,15 +122,7 @@ class FirstOrderStep:
         self.stop = stop
         self.learners = Learners() if learners is None else learners
         self.weight = weight
-        self._compiled = None
-        if compiler is not None:
-            self._compiled = CompiledStep(
-                self,
-                networks=networks,
-                owner=owner,
-                compiler=compiler,
-                template=template,
-            )
+        self._compiled = None if code is None else CompiledStep(self, code)
 
     def _trainable(self) -> list[nn.Parameter]:
         return [p for p in self._source() if p.requires_grad]

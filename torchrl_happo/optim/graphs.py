@@ -9,7 +9,9 @@ same graph and share the compiled code: what tells them apart, parameters and da
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +20,9 @@ from torch.fx import Graph, GraphModule, Node
 
 from torchrl_happo.optim.cuda_graphs import GraphReplay, TensorFunction
 
-__all__ = ["GraphCompiler", "TensorFunction", "split", "trace"]
+__all__ = ["GraphCompiler", "TensorFunction", "make_compiler", "split", "trace"]
+
+logger = logging.getLogger(__name__)
 
 Compiled = TypeVar("Compiled")
 
@@ -143,6 +147,35 @@ class GraphCompiler:
         return call
 
 
+def make_compiler(
+    compile: bool | Mapping[str, Any], cudagraphs: bool, device: torch.device
+) -> GraphCompiler | None:
+    """The compiler that an updater was asked for.
+
+    Args:
+        compile (bool or mapping): whether to compile, or keyword arguments of
+            :func:`torch.compile`.
+        cudagraphs (bool): whether to replay from CUDA graphs, compiled or not. Without a CUDA
+            device a warning says that this is not possible.
+        device (torch.device): where the networks are.
+
+    Returns:
+        the compiler, or ``None`` if there is nothing to do.
+    """
+    if cudagraphs and device.type != "cuda":
+        logger.warning(
+            "cudagraphs=True needs networks on a CUDA device, but these are on %r; the update runs "
+            "without.",
+            str(device),
+        )
+        cudagraphs = False
+    if compile is False and not cudagraphs:
+        return None
+    if isinstance(compile, bool):
+        return GraphCompiler({} if compile else {"backend": "eager"}, cudagraphs=cudagraphs)
+    return GraphCompiler(compile, cudagraphs=cudagraphs)
+
+
 def _mark_symbols(tensor: Tensor, kind: Tensor) -> Tensor:
     """Tells the compiler which sizes may change; the mark is on another object than the tensor."""
     marked = tensor.detach()
@@ -244,22 +277,25 @@ def trace(
     return graph
 
 
-def split(graph: GraphModule, *, argument: int, outputs: int) -> tuple[GraphModule, GraphModule]:
-    """Cuts a graph into what does not depend on one of its arguments, and the rest.
+def split(
+    graph: GraphModule, *, arguments: Sequence[int], outputs: Sequence[int]
+) -> list[GraphModule]:
+    """Cuts a graph into what depends on none of some arguments, and what depends on each.
 
     Args:
         graph (GraphModule): of :func:`trace`.
 
     Keyword Args:
-        argument (int): position of the argument.
-        outputs (int): number of outputs, the first ones, that do not depend on it.
+        arguments (sequence of int): positions of the arguments.
+        outputs (sequence of int): number of outputs that depend on none of them, which come first;
+            then, for each argument, number of those that depend on no other.
 
     Returns:
-        a graph from the same arguments to these outputs and the tensors that the rest needs, and
-        one from all arguments and these tensors to the remaining outputs.
+        a graph from the same arguments to the first outputs and all tensors that the rest needs;
+        then, for each argument, one from all arguments and these tensors to its outputs.
 
     Raises:
-        ValueError: if one of the first outputs depends on the argument.
+        ValueError: if an output depends on another of the arguments.
 
     Example:
         >>> import torch
@@ -269,34 +305,37 @@ def split(graph: GraphModule, *, argument: int, outputs: int) -> tuple[GraphModu
         ...     z = y.sin()
         ...     return z.sum(), x * z
         >>> graph = trace(function, [torch.ones(2), torch.ones(2)], [False, False])
-        >>> once, each_time = split(graph, argument=0, outputs=1)
+        >>> once, each_time = split(graph, arguments=[0], outputs=[1, 1])
         >>> total, z = once(torch.ones(2), torch.zeros(2))
         >>> each_time(torch.ones(2), torch.zeros(2), z)
         (tensor([0., 0.]),)
     """
     nodes = list(graph.graph.nodes)
-    arguments = [node for node in nodes if node.op == "placeholder"]
-    returned = nodes[-1].args[0]
-    first, rest = returned[:outputs], returned[outputs:]
-    dependent = _dependent(nodes, arguments[argument])
-    if dependent.intersection(first):
-        raise ValueError(f"one of the first {outputs} outputs depends on argument {argument}")
+    placeholders = [node for node in nodes if node.op == "placeholder"]
+    returned = iter(nodes[-1].args[0])
+    first, *rest = [list(islice(returned, number)) for number in outputs]
+    dependent = [_dependent(nodes, placeholders[position]) for position in arguments]
+    for position, nodes_again in zip(arguments, dependent, strict=True):
+        others = [own for own, at in zip(rest, arguments, strict=True) if at != position]
+        if nodes_again.intersection(sum(others, first)):
+            raise ValueError(f"an output that should not depends on argument {position}")
 
+    again = set().union(*dependent)
     saved: dict[Node, None] = {}
 
     def visit(node: Node) -> None:
         """Finds what to save: tensors that cost something, the last ones before the rest."""
-        if node in dependent or _is_free(node):
+        if node in again or _is_free(node):
             for parent in node.all_input_nodes:
                 visit(parent)
         elif node.op != "placeholder":
             saved[node] = None
 
     for node in reversed(nodes):
-        if node in dependent and node.op == "call_function":
+        if node in again and node.op == "call_function":
             visit(node)
-    once = _extract(graph, arguments, [*first, *saved])
-    return once, _extract(graph, [*arguments, *saved], list(rest))
+    once = _extract(graph, placeholders, [*first, *saved])
+    return [once, *(_extract(graph, [*placeholders, *saved], own) for own in rest)]
 
 
 def _dependent(nodes: Sequence[Node], argument: Node) -> set[Node]:

@@ -13,7 +13,7 @@ from torchrl.data import ReplayBuffer
 
 from torchrl_happo.validation.arguments import check_counts
 
-__all__ = ["MinibatchSampler", "ReplayBufferMinibatches", "ShuffledMinibatches"]
+__all__ = ["MinibatchSampler", "ReplayBufferMinibatches", "ShuffledMinibatches", "draw_rows"]
 
 
 class MinibatchSampler(Protocol):
@@ -80,6 +80,18 @@ def _rows(data: TensorDictBase, index: Tensor) -> TensorDictBase:
         for key, value in data.items()
     }
     return TensorDict(rows, batch_size=[len(index), *data.batch_size[1:]], device=data.device)
+
+
+def draw_rows(
+    num_rows: int, valid: Tensor | None, share: float, generator: torch.Generator | None
+) -> Tensor:
+    """Indices of a random share of the rows, those with a valid sample first."""
+    device = None if generator is None else generator.device
+    priority = torch.rand(num_rows, generator=generator, device=device)
+    if valid is not None:
+        has_valid = valid.reshape(num_rows, -1).any(1)
+        priority = priority.to(valid.device) - has_valid.to(priority.dtype)
+    return priority.argsort()[: max(1, round(share * num_rows))]
 
 
 class ReplayBufferMinibatches:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,21 +11,18 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from torchrl_happo.learners import Learners
+from torchrl_happo.optim.code import Code
 from torchrl_happo.optim.compiled_model import CompiledModel
-from torchrl_happo.optim.graphs import GraphCompiler
+from torchrl_happo.optim.minibatches import draw_rows
 from torchrl_happo.optim.natural_gradient import flatten, unflatten
 from torchrl_happo.optim.trust_region import (
     TrustRegion,
     TrustRegionResult,
-    draw_rows,
     step_within_trust_region,
     trust_region_step,
 )
-from torchrl_happo.validation.arguments import first_line
 
 __all__ = ["TrustRegionStep"]
-
-logger = logging.getLogger(__name__)
 
 
 class TrustRegionStep:
@@ -44,14 +40,9 @@ class TrustRegionStep:
             count samples, over which divergences are averaged. Defaults to the batch size.
         generator (torch.Generator, optional): draws the samples of the Fisher matrix.
         learners (Learners, optional): who take the step together. Defaults to ``None``: alone.
-        compiler (GraphCompiler, optional): compiles surrogate, gradient, Fisher-vector product
-            and the line search's trials. Defaults to ``None``: nothing is compiled.
-        networks (sequence of nn.Module): for the compiler, the modules whose parameters and
-            buffers the policy reads. Defaults to ``()``.
-        owner (nn.Module, optional): for the compiler, a module whose own settings and buffers the
-            surrogate reads. Defaults to ``None``.
-        template (nn.Module, optional): for the compiler, stands for the code of the policy: steps
-            with the same one differ in their tensors alone. Defaults to ``None``.
+        code (Code, optional): what policy and surrogate read besides the data, to compile them:
+            surrogate, gradient, Fisher-vector product and the trials of the line search. Defaults
+            to ``None``: nothing is compiled.
 
     Example:
         >>> weight = nn.Parameter(torch.zeros(()))
@@ -77,10 +68,7 @@ class TrustRegionStep:
         sample_shape: Callable[[TensorDictBase], torch.Size] = lambda data: data.batch_size,
         generator: torch.Generator | None = None,
         learners: Learners | None = None,
-        compiler: GraphCompiler | None = None,
-        networks: Sequence[nn.Module] = (),
-        owner: nn.Module | None = None,
-        template: nn.Module | None = None,
+        code: Code | None = None,
     ) -> None:
         self.distribution = distribution
         self.surrogate = surrogate
@@ -90,11 +78,7 @@ class TrustRegionStep:
         self.sample_shape = sample_shape
         self.generator = generator
         self.learners = Learners() if learners is None else learners
-        self._compiled = None
-        if compiler is not None:
-            self._compiled = CompiledModel(
-                self, networks=networks, owner=owner, compiler=compiler, template=template
-            )
+        self._compiled = None if code is None else CompiledModel(self, code)
 
     def __call__(self, data: TensorDictBase) -> TensorDict:
         """Takes the step, or none at all.
@@ -147,22 +131,20 @@ class TrustRegionStep:
         self, data: TensorDictBase
     ) -> tuple[dict[str, Tensor], TrustRegionResult] | None:
         """The same step from a compiled model of the policy; ``None`` if that cannot be had."""
-        if self._compiled is None or len(data) < 2:
+        model = self._compiled
+        if model is None or model.code.is_given_up or len(data) < 2:
             return None
         trained = {n: p.detach() for n, p in self.named_parameters() if p.requires_grad}
         theta = flatten(trained.values())
         before = self.state_dict()
         try:
-            model, evaluate = self._compiled.at(theta, data, self._rows(data))
+            local, evaluate = model.at(theta, data, self._rows(data))
         except Exception as error:
-            self._compiled = None
+            model.code.give_up(error)
             self.load_state_dict(before)
-            logger.warning(
-                "A step is not compiled, and slower than it could be: %s", first_line(error)
-            )
             return None
         moved, result = step_within_trust_region(
-            theta, model, evaluate, self.settings, average=self.learners.mean
+            theta, local, evaluate, self.settings, average=self.learners.mean
         )
         return unflatten(moved, trained), result
 

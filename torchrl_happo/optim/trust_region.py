@@ -37,12 +37,14 @@ from torch.distributions import Distribution
 
 from torchrl_happo.distributions import kl_divergence
 from torchrl_happo.learners import Average, own_mean
+from torchrl_happo.means import masked_mean
 from torchrl_happo.optim.line_search import (
     Evaluate,
     batched_line_search,
     sequential_line_search,
 )
 from torchrl_happo.optim.linearize import linearizable
+from torchrl_happo.optim.minibatches import draw_rows
 from torchrl_happo.optim.natural_gradient import (
     MatVec,
     conjugate_gradient,
@@ -268,7 +270,7 @@ def trust_region_step(
     def evaluate(flat: Tensor) -> tuple[Tensor, Tensor]:
         new = distribution_fn({**params, **unflatten(flat, leaves)}, None)
         kl = kl_divergence(old, new, batch_ndim=batch_ndim)
-        return surrogate_fn(new), mean_divergence(kl, valid)
+        return surrogate_fn(new), masked_mean(kl, valid)
 
     moved, result = step_within_trust_region(theta, model, evaluate, settings, average=average)
     return {**params, **unflatten(moved, leaves)}, result
@@ -389,25 +391,6 @@ def step_length(x: Tensor, product: Tensor, max_kl: float) -> tuple[Tensor, Tens
     return torch.where(usable, length, 0), usable
 
 
-def draw_rows(
-    num_rows: int, valid: Tensor | None, share: float, generator: torch.Generator | None
-) -> Tensor:
-    """Indices of a random share of the rows, those with a valid sample first."""
-    device = None if generator is None else generator.device
-    priority = torch.rand(num_rows, generator=generator, device=device)
-    if valid is not None:
-        has_valid = valid.reshape(num_rows, -1).any(1)
-        priority = priority.to(valid.device) - has_valid.to(priority.dtype)
-    return priority.argsort()[: max(1, round(share * num_rows))]
-
-
 def _count(dist: Distribution, valid: Tensor | None, batch_ndim: int | None) -> Tensor | float:
     """Number of samples that means are taken over."""
     return dist.batch_shape[:batch_ndim].numel() if valid is None else valid.sum()
-
-
-def mean_divergence(values: Tensor, valid: Tensor | None) -> Tensor:
-    """Mean over the valid samples."""
-    if valid is None:
-        return values.mean()
-    return torch.where(valid, values, 0).sum() / valid.sum().clamp_min(1)

@@ -1,0 +1,61 @@
+"""Means over the entries of a batch that count, and over those of all learners."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchrl_happo.learners import Average, own_mean
+
+__all__ = ["count", "masked_mean", "moments"]
+
+
+def masked_mean(value: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Mean over the valid entries; 0 if there is none.
+
+    Args:
+        value (Tensor): any shape. Entries that are not valid may hold anything, NaN included.
+        valid (Tensor, optional): boolean, same shape. ``None``: all entries are valid.
+
+    Returns:
+        a scalar tensor.
+
+    Example:
+        >>> masked_mean(torch.tensor([1.0, 2.0, float("nan")]), torch.tensor([True, True, False]))
+        tensor(1.5000)
+    """
+    if valid is None:
+        return value.mean()
+    kept = torch.where(valid, value, torch.zeros_like(value))
+    return kept.sum() / valid.sum().clamp_min(1)
+
+
+def count(value: Tensor, valid: Tensor | None = None) -> Tensor | float:
+    """Number of entries that :func:`masked_mean` averages over."""
+    return value.numel() if valid is None else valid.sum()
+
+
+def moments(
+    value: Tensor, valid: Tensor | None = None, *, average: Average = own_mean
+) -> tuple[Tensor, Tensor]:
+    """Mean and population variance over the valid entries, of all learners if there are more.
+
+    Args:
+        value (Tensor): any shape.
+        valid (Tensor, optional): boolean, same shape. ``None``: all entries are valid.
+
+    Keyword Args:
+        average (callable): see :data:`~torchrl_happo.learners.Average`. Defaults to this
+            process's own entries.
+
+    Returns:
+        two scalar tensors.
+
+    Example:
+        >>> moments(torch.tensor([1.0, 3.0]))
+        (tensor(2.), tensor(1.))
+    """
+    weight = count(value, valid)
+    (mean,) = average([masked_mean(value, valid)], weight)
+    (variance,) = average([masked_mean((value - mean).square(), valid)], weight)
+    return mean, variance
