@@ -8,12 +8,12 @@ Collecting, iteration by iteration in turn:
 
 - ``raw``: the simulator's own ``step`` and the same networks in plain torch, tensors kept in lists;
 - ``torchrl``: TorchRL's collector with the ``MultiAgentMLP`` actor of its MAPPO script;
-- ``ours``: TorchRL's collector with the actor of ``make_actor``; ``ours-compiled`` with
-  ``compile_policy=True``.
+- ``ours``: the recipe's collector (TorchRL's) with its actor; ``ours-compiled`` with
+  ``collector.compile_policy=true``.
 
 Whole iterations:
 
-- ``mappo-unshared``: TorchRL's MAPPO with one network per agent;
+- ``mappo-unshared``: TorchRL's MAPPO with one network per agent and the collector of its script;
 - ``happo``, ``hatrpo``: this library through its recipe; ``-compiled`` with
   ``algorithm.compile=true`` and ``collector.compile_policy=true``;
 - ``plain``: HAPPO in plain torch (``update_cost.py``) after a ``raw`` collection.
@@ -41,6 +41,7 @@ from torchrl.modules import MultiAgentMLP, ProbabilisticActor, TanhNormal
 
 from torchrl_happo import make_actor
 from torchrl_happo.recipe.algorithms import make_learner
+from torchrl_happo.recipe.collectors import make_collector
 from torchrl_happo.recipe.compose import compose_config
 from torchrl_happo.recipe.config import TrainConfig
 from torchrl_happo.recipe.environments import make_env
@@ -118,18 +119,9 @@ def raw_batches(env: EnvBase, hidden: list[int], steps: int, episode: int) -> It
             yield tuple(torch.stack(column, 1) for column in zip(*batch, strict=True))
 
 
-def batches(env: EnvBase, policy: nn.Module, frames: int, *, compiled: bool) -> Iterator:
-    """An endless collector's batches."""
-    return iter(
-        Collector(
-            env,
-            policy,
-            frames_per_batch=frames,
-            total_frames=-1,
-            auto_register_policy_transforms=False,
-            compile_policy=compiled,
-        )
-    )
+def torchrl_batches(env: EnvBase, policy: nn.Module, frames: int) -> Iterator:
+    """An endless collector's batches, as TorchRL's MAPPO script makes it."""
+    return iter(Collector(env, policy, frames_per_batch=frames, total_frames=-1))
 
 
 class Clock:
@@ -190,14 +182,14 @@ class Benchmark:
         """Seconds per batch."""
         args = self.args
         episode = self.config().task.max_steps
-        streams = {"raw": raw_batches(self.env(), args.hidden, args.steps, episode)}
-        for name, compiled in (("torchrl", False), ("ours", False), ("ours-compiled", True)):
-            env = self.env()
-            if name == "torchrl":
-                policy = torchrl_actor(env, args.hidden)
-            else:
-                policy = make_actor(env, num_cells=args.hidden)
-            streams[name] = batches(env, policy, self.frames, compiled=compiled)
+        env = self.env()
+        streams = {
+            "raw": raw_batches(self.env(), args.hidden, args.steps, episode),
+            "torchrl": torchrl_batches(env, torchrl_actor(env, args.hidden), self.frames),
+        }
+        for name, overrides in (("ours", []), ("ours-compiled", COMPILED)):
+            policy = make_actor(env, num_cells=args.hidden)
+            streams[name] = iter(make_collector(self.config(*overrides), policy, seed=0))
         runs = {name: stream.__next__ for name, stream in streams.items()}
         return in_turn(runs, args.repetitions, self.clock)
 
@@ -211,8 +203,10 @@ class Benchmark:
             torch.manual_seed(0)
             env = self.env()
             learner = make_learner(config, env)
-            compiled = name.endswith("-compiled")
-            stream = batches(env, learner.policy, self.frames, compiled=compiled)
+            if name == "mappo-unshared":
+                stream = torchrl_batches(env, learner.policy, self.frames)
+            else:
+                stream = iter(make_collector(config, learner.policy, seed=0))
             runs[name] = stream.__next__, learner.updater
         if "plain" in self.args.learners:
             runs["plain"] = self.plain()

@@ -29,10 +29,18 @@ def double():
     torch.set_default_dtype(before)
 
 
-def twins(loss_class=HAPPOLoss, distribution=IndependentNormal, loss_kwargs=None, **kwargs):
+def twins(
+    loss_class=HAPPOLoss,
+    distribution=IndependentNormal,
+    loss_kwargs=None,
+    distribution_kwargs=None,
+    **kwargs,
+):
     """An updater, its compiled twin on copies of the networks, the backend, and a batch."""
     torch.manual_seed(0)
-    actor, critic = make_actor(distribution=distribution), make_critic()
+    distribution_kwargs = distribution_kwargs or {}
+    actor = make_actor(distribution=distribution, distribution_kwargs=distribution_kwargs)
+    critic = make_critic()
     batch = make_batch(actor, 4, 7)
     backend = Backend()
     settings = {"num_epochs": 3, "minibatch_size": 12, "max_grad_norm": 0.5, **kwargs}
@@ -90,19 +98,28 @@ def test_happo_is_that_of_eager(loss_kwargs, kwargs):
         expected, metrics = eager(batch), compiled(batch)
         torch.testing.assert_close(metrics.to_dict(), expected.to_dict(), rtol=1e-10, atol=1e-10)
     assert_equal(eager, compiled)
-    assert backend.graphs == 2  # the agents' and the critic's
+    assert backend.graphs == 4  # the agents' passes before and after, their step, the critic's
 
 
-@pytest.mark.parametrize("distribution", [TanhNormal, Categorical])
-def test_happo_with_other_actions(distribution):
+BOUNDS = {"low": -2 * torch.ones(2), "high": torch.ones(2)}
+
+
+@pytest.mark.parametrize(
+    ("distribution", "distribution_kwargs"),
+    [(TanhNormal, {}), (TanhNormal, BOUNDS), (Categorical, {})],
+    ids=["tanh", "bounds", "categorical"],
+)
+def test_happo_with_other_actions(distribution, distribution_kwargs):
     """Squashed and discrete policies; the squashed one's entropy draws the same numbers."""
-    eager, compiled, backend, batch = twins(distribution=distribution)
+    eager, compiled, backend, batch = twins(
+        distribution=distribution, distribution_kwargs=distribution_kwargs
+    )
     for updater in (eager, compiled):
         torch.manual_seed(1)
         for _ in range(2):
             updater(batch)
     assert_equal(eager, compiled)
-    assert backend.graphs == 2
+    assert backend.graphs == 4
 
 
 @pytest.mark.parametrize(
@@ -130,12 +147,13 @@ def test_hatrpo_is_that_of_eager(loss_kwargs, kwargs):
         expected, metrics = eager(batch), compiled(batch)
         torch.testing.assert_close(metrics.to_dict(), expected.to_dict(), rtol=1e-7, atol=1e-9)
     assert_equal(eager, compiled, tolerance=1e-9)
-    # Of the agents: what is computed once, the Fisher-vector product, a trial. And the critic.
-    assert backend.graphs == 4
+    # Of the agents: passes before and after, what their step computes once, the Fisher-vector
+    # product, a trial. And the critic.
+    assert backend.graphs == 6
     assert metrics["agents_0" if "agents_0" in metrics.keys() else "agents", "step_fraction"] > 0
 
 
-@pytest.mark.parametrize(("loss_class", "graphs"), [(HAPPOLoss, 2), (HATRPOLoss, 4)])
+@pytest.mark.parametrize(("loss_class", "graphs"), [(HAPPOLoss, 4), (HATRPOLoss, 6)])
 def test_no_recompilation(loss_class, graphs):
     """Thirty updates: random order, a ragged last minibatch, agents that come and go."""
     eager, compiled, backend, batch = twins(loss_class, num_epochs=1)
@@ -150,7 +168,7 @@ def test_no_recompilation(loss_class, graphs):
     assert backend.graphs == graphs
     compiler = compiled._critic_step._compiled.code.compiler
     assert compiler.num_graphs == graphs
-    assert len(compiler._made) == 2  # nothing was traced twice, either
+    assert len(compiler._made) == 4  # nothing was traced twice, either
 
 
 def test_a_schedule_is_seen(caplog):

@@ -81,6 +81,7 @@ class TeamBatch:
             self.critic_batch = self._values(critic)
         self._active = loss.active(self.batch)
         self._valid = step_mask(loss, self.batch)
+        self._kept_items: dict[str, Tensor | None] = {}
         #: Log of the product of the ratios of the agents updated so far, at each item.
         self.log_factor = self._as_items(torch.zeros_like(self._advantage_column()))
 
@@ -206,8 +207,11 @@ class TeamBatch:
 
     def _kept(self, agent: Agent) -> Tensor | None:
         """Positions of the items with a valid entry; ``None``: all of them."""
-        valid = self.valid(agent)
-        return None if valid is None else _somewhere(self._as_items(valid))
+        if agent.name not in self._kept_items:  # counting them waits for the device
+            valid = self.valid(agent)
+            kept = None if valid is None else _somewhere(self._as_items(valid))
+            self._kept_items[agent.name] = kept
+        return self._kept_items[agent.name]
 
     def _as_items(self, tensor: Tensor) -> Tensor:
         """Lays a tensor of leading shape ``[*B]`` out as items."""
@@ -224,7 +228,7 @@ class TeamBatch:
         names = [unravel_key(name) for name in names if name is not None]
         data = self.critic_batch.select(*names, strict=False)
         data = _items(data, self.critic_sequence_length)
-        valid, kept = self._counted(), None
+        valid, kept = self._counted, None
         if valid is not None:
             tail = valid.shape[self.batch.batch_dims :]
             kept = _somewhere(valid.reshape(*data.batch_size, *tail))
@@ -232,11 +236,12 @@ class TeamBatch:
 
     def has_values(self) -> bool:
         """Whether there is anything to fit the critic to, here or with another learner."""
-        valid = self._counted()
+        valid = self._counted
         if self.learners.alone:
             return valid is None or bool(valid.any())
         return self.learners.most(1 if valid is None else int(valid.any())) > 0
 
+    @cached_property
     def _counted(self) -> Tensor | None:
         """Which of the critic's values count."""
         returns = self.batch.get(self.loss.tensor_keys.value_target)
@@ -245,7 +250,7 @@ class TeamBatch:
     def valid_returns(self) -> Tensor:
         """The returns of all learners that count, ``[num_returns, 1]``."""
         returns = self.batch.get(self.loss.tensor_keys.value_target)
-        valid = self._counted()
+        valid = self._counted
         own = returns.reshape(-1, 1) if valid is None else returns[valid].unsqueeze(-1)
         return self.learners.gather(own)
 
@@ -255,7 +260,7 @@ class TeamBatch:
         value, target = self.batch.get(keys.value), self.batch.get(keys.value_target)
         if value is None:
             return torch.full((), float("nan"), device=target.device)
-        valid = self._counted()
+        valid = self._counted
         _, residual = moments(target - value, valid, average=self.learners.mean)
         _, variance = moments(target, valid, average=self.learners.mean)
         return 1 - residual / variance.clamp_min(torch.finfo(variance.dtype).eps)

@@ -135,6 +135,16 @@ class Learners:
             for member, part in zip(members, flat.split([m.numel() for m in members]), strict=True):
                 member.copy_(part.view(member.shape))
 
+    def draw_as_first(self, generators: Iterable[torch.Generator]) -> None:
+        """Gives everyone's generators the first learner's states."""
+        if self.alone:
+            return
+        sources = list(generators)
+        states = [generator.get_state() for generator in sources]
+        self.follow_first(states)
+        for generator, state in zip(sources, states, strict=True):
+            generator.set_state(state)
+
     @contextmanager
     def agreement(self) -> Iterator[None]:
         """What one learner refuses, all of them refuse.

@@ -28,12 +28,11 @@ def factor_metrics(log_factor: Tensor, learners: Learners) -> TensorDict:
     )
 
 
-def ratio_range(log_ratio: Tensor, valid: Tensor | None, learners: Learners) -> TensorDict:
-    """The largest and the smallest ratio."""
+def ratio_range(log_ratio: Tensor, valid: Tensor | None) -> Tensor:
+    """The largest ratio, and the negative of the smallest one."""
     ratio = log_ratio.exp()
     kept = ratio if valid is None else torch.where(valid, ratio, torch.ones_like(ratio))
-    most, least = learners.maximum(torch.stack([kept.max(), -kept.min()]))
-    return TensorDict({"ratio_max": most, "ratio_min": -least})
+    return torch.stack([kept.max(), -kept.min()])
 
 
 def agent_metrics(

@@ -8,6 +8,7 @@ import torch
 from tensordict import TensorDictBase
 
 from torchrl_happo.agents import Agent
+from torchrl_happo.learners import Learners
 
 __all__ = ["LineUp", "Order"]
 
@@ -25,6 +26,8 @@ class LineUp:
             such a sequence.
         agents (sequence of Agent): the team.
         generator (torch.Generator): source of the permutations, on the CPU.
+        learners (Learners, optional): who all take the first one's order. Defaults to ``None``:
+            this process alone.
 
     Raises:
         ValueError: if ``order`` is an unknown word, or names an agent twice, not at all, or one
@@ -43,6 +46,7 @@ class LineUp:
         order: str | Sequence[int | str] | Order,
         agents: Sequence[Agent],
         generator: torch.Generator,
+        learners: Learners | None = None,
     ) -> None:
         if isinstance(order, str) and order not in ("random", "fixed"):
             raise ValueError(
@@ -52,11 +56,20 @@ class LineUp:
         self.order = order
         self.agents = list(agents)
         self.generator = generator
+        self.learners = Learners() if learners is None else learners
         if not isinstance(order, str) and not callable(order):
             self._resolve(order)
 
     def __call__(self, batch: TensorDictBase) -> list[Agent]:
         """All agents of the team, each once, in the order of their updates."""
+        line = self._own(batch)
+        if self.learners.alone:
+            return line
+        positions = torch.tensor([self.agents.index(agent) for agent in line])
+        self.learners.follow_first([positions])
+        return [self.agents[position] for position in positions.tolist()]
+
+    def _own(self, batch: TensorDictBase) -> list[Agent]:
         if self.order == "fixed":
             return list(self.agents)
         if self.order == "random":

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import (
@@ -80,22 +81,22 @@ class Policy:
         """The last module of the actor, which turns parameters into a distribution."""
         return self.actor[-1]
 
-    @property
+    @cached_property
     def action_keys(self) -> list[NestedKey]:
         """Keys of the action, one for each head of the policy."""
         return [unravel_key(key) for key in self.actor.dist_sample_keys]
 
-    @property
+    @cached_property
     def log_prob_keys(self) -> list[NestedKey]:
         """Keys under which a collector stores the log-probability of the action."""
         return [unravel_key(key) for key in self.actor.log_prob_keys]
 
-    @property
+    @cached_property
     def parameter_keys(self) -> list[NestedKey]:
         """Keys under which the actor leaves the parameters of its distribution."""
         return [unravel_key(key) for key in self.head.in_keys]
 
-    @property
+    @cached_property
     def written_keys(self) -> list[NestedKey]:
         """Keys that the networks write and the distribution reads, unlike an action mask."""
         written = {unravel_key(key) for m in _flat_modules(self.actor) for key in m.out_keys}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,20 +19,10 @@ from torchrl.modules import set_recurrent_mode
 from torchrl_happo.agents import Agent
 from torchrl_happo.batch import TeamBatch
 from torchrl_happo.learners import Learners
-from torchrl_happo.metrics import agent_metrics, factor_metrics, ratio_range
-from torchrl_happo.objectives.common import (
-    ADVANTAGE,
-    OLD_LOG_PROB,
-    VALID,
-    SequentialLossMixin,
-    behaviour_log_prob,
-)
-from torchrl_happo.optim.first_order import (
-    FirstOrderStep,
-    InnerStep,
-    OptimizerFactory,
-    SchedulerFactory,
-)
+from torchrl_happo.metrics import factor_metrics
+from torchrl_happo.objectives.common import SequentialLossMixin
+from torchrl_happo.optim.factories import OptimizerFactory, SchedulerFactory
+from torchrl_happo.optim.first_order import FirstOrderStep, InnerStep
 from torchrl_happo.optim.graphs import make_compiler
 from torchrl_happo.optim.minibatches import (
     MinibatchSampler,
@@ -41,6 +31,8 @@ from torchrl_happo.optim.minibatches import (
 )
 from torchrl_happo.order import LineUp, Order
 from torchrl_happo.slots import kept_slots
+from torchrl_happo.turn import Turn
+from torchrl_happo.undo import Undo, all_or_nothing
 from torchrl_happo.validation.arguments import (
     check_callables,
     check_counts,
@@ -51,7 +43,7 @@ from torchrl_happo.validation.arguments import (
 from torchrl_happo.validation.batch import check_batch
 from torchrl_happo.validation.state import check_state
 from torchrl_happo.validation.team import check_loss, check_reduction
-from torchrl_happo.validation.values import check_actions, check_finite, explained
+from torchrl_happo.validation.values import check_finite
 
 __all__ = ["SequentialUpdater"]
 
@@ -60,9 +52,6 @@ logger = logging.getLogger(__name__)
 STATE_VERSION = 1
 
 DEFAULT_OPTIMIZER: OptimizerFactory = partial(torch.optim.Adam, lr=3e-4)
-
-#: Puts one inner step back to where it was.
-Undo = Callable[[], None]
 
 
 class SequentialUpdater:
@@ -199,7 +188,7 @@ class SequentialUpdater:
         self.check_finite = device.type == "cpu" if check_finite is None else check_finite
         self._order_generator = torch.Generator().manual_seed(seed)
         self._minibatch_generator = torch.Generator(device).manual_seed(seed)
-        self._line_up = LineUp(order, loss.agents, self._order_generator)
+        self._line_up = LineUp(order, loss.agents, self._order_generator, self.learners)
 
         if loss.critic_network is not None:
             _ = loss.value_estimator  # its coefficients are part of the state from the start
@@ -222,9 +211,13 @@ class SequentialUpdater:
             }
             return FirstOrderStep(*args, **{**settings, **kwargs})
 
-        self._agent_steps = {}
+        self._agent_steps, self._turns = {}, {}
         for agent in loss.agents:
-            code = None if compiler is None else loss.agent_code(agent, compiler)
+            code = passes = None
+            if compiler is not None:
+                # Two: what cannot be compiled of the one may yet be of the other.
+                code, passes = (loss.agent_code(agent, compiler) for _ in range(2))
+            self._turns[agent.name] = Turn(loss, agent, code=passes, learners=self.learners)
             self._agent_steps[agent.name] = loss.make_agent_step(
                 agent,
                 partial(first_order, code=code),
@@ -276,22 +269,14 @@ class SequentialUpdater:
                 check_finite(self.loss, batch)
         self._tie()
         # Entropies without a closed form are estimated by draws from torch's global generator.
-        sources = [*self._generators, torch.default_generator]
-        generators = [generator.get_state() for generator in sources]
-        undo: list[Undo] = []
-        try:
-            with (
-                kept_slots([self.loss, *(agent.actor for agent in self.loss.agents)]),
-                set_exploration_type(ExplorationType.DETERMINISTIC),
-                set_recurrent_mode(True),
-            ):
-                metrics = self._update(batch, undo)
-        except BaseException:
-            for restore in reversed(undo):
-                restore()
-            for generator, state in zip(sources, generators, strict=True):
-                generator.set_state(state)
-            raise
+        generators = [*self._generators, torch.default_generator]
+        with (
+            all_or_nothing(generators) as undo,
+            kept_slots([self.loss, *(agent.actor for agent in self.loss.agents)]),
+            set_exploration_type(ExplorationType.DETERMINISTIC),
+            set_recurrent_mode(True),
+        ):
+            metrics = self._update(batch, undo)
         self.num_updates += 1
         return metrics
 
@@ -312,7 +297,9 @@ class SequentialUpdater:
                 learners=self.learners,
             )
         metrics = TensorDict()
-        for position, agent in enumerate(self._common_order(batch)):
+        own = [getattr(step, "generator", None) for step in self._steps.values()]
+        self.learners.draw_as_first([*self._generators, *filter(None, own)])
+        for position, agent in enumerate(self._line_up(batch)):
             report = self._update_agent(agent, team, undo)
             report["position"] = torch.tensor(float(position))
             metrics[agent.name] = report
@@ -330,58 +317,18 @@ class SequentialUpdater:
             report = self._run("critic", step, team.critic_view(), undo)
         return report.set("explained_variance", team.explained_variance())
 
-    def _common_order(self, batch: TensorDictBase) -> list[Agent]:
-        """The order of this update: the first learner's, and its random numbers with it."""
-        line = self._line_up(batch)
-        if self.learners.alone:
-            return line
-        positions = torch.tensor([self.loss.agents.index(agent) for agent in line])
-        own = [getattr(step, "generator", None) for step in self._steps.values()]
-        generators = [*self._generators, *(generator for generator in own if generator)]
-        states = [generator.get_state() for generator in generators]
-        self.learners.follow_first([positions, *states])
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
-        return [self.loss.agents[position] for position in positions.tolist()]
-
     def _update_agent(self, agent: Agent, team: TeamBatch, undo: list[Undo]) -> TensorDict:
         """One agent's turn; the factor takes in its ratio."""
         report = factor_metrics(team.log_factor, self.learners)
         if not team.acts(agent):
             return report
-        data = team.agent_view(agent)
-        policy = agent.policy
-        with torch.no_grad(), self.learners.agreement():
-            keys = self.loss.agent_keys(agent)
-            with explained(f"The actor of agent {agent.name!r}", data, keys):
-                old = policy.parameters(data)
-            check_actions(
-                agent, old, data, valid=data.get(VALID, None), read_values=self.check_finite
-            )
-            policy.prepare(data, old)
-            old_log_prob = agent.log_prob(old, data)
-            data.set(OLD_LOG_PROB, behaviour_log_prob(agent, data, old_log_prob))
-        data = data.exclude(*policy.log_prob_keys, *policy.written_keys)
-        report.update(self._run(agent.name, self._agent_steps[agent.name], data, undo))
-        with torch.no_grad():
-            new = policy.parameters(data)
-            log_ratio = agent.log_prob(new, data) - old_log_prob
-            team.include(agent, log_ratio)
-            valid = data.get(VALID, None)
-            means = agent_metrics(
-                policy.distribution(old),
-                policy.distribution(new),
-                log_ratio,
-                data.get(ADVANTAGE),
-                policy.entropy(new, data, log_ratio),
-                valid,
-            )
-            means.update(self.loss.agent_report(log_ratio, valid))
-            weight = self.loss.agent_weight(agent, data)
-            common = self.learners.mean(list(means.values()), weight)
-            report.update(dict(zip(means, common, strict=True)))
-            report.update(ratio_range(log_ratio, valid, self.learners))
-        return report
+        turn, step = self._turns[agent.name], self._agent_steps[agent.name]
+        with self.learners.agreement():
+            data = turn.before(team.agent_view(agent), read_values=self.check_finite)
+        report.update(self._run(agent.name, step, turn.step_view(data), undo))
+        log_ratio, metrics = turn.after(data)
+        team.include(agent, log_ratio)
+        return report.update(metrics)
 
     def _run(
         self, name: str, step: InnerStep, data: TensorDictBase, undo: list[Undo]

@@ -5,12 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
-from torchrl_happo.optim.flat import data_layout, network_tensors, network_with, settings
-from torchrl_happo.optim.graphs import GraphCompiler
+from torchrl_happo.optim.flat import (
+    Layout,
+    network_tensors,
+    network_with,
+    settings,
+)
+from torchrl_happo.optim.graphs import GraphCompiler, TensorFunction
 from torchrl_happo.validation.arguments import first_line
 
 __all__ = ["Code"]
@@ -46,6 +52,7 @@ class Code:
         self.owner = owner
         self.template = self.networks if template is None else template
         self.is_given_up = False
+        self._seen: set[Hashable] = set()
 
     def tensors(self) -> list[Tensor]:
         """The parameters and buffers of the networks, without gradients."""
@@ -60,14 +67,55 @@ class Code:
         """A context in which the networks hold other tensors, in the order of :meth:`tensors`."""
         return network_with(self.networks, tensors)
 
-    def key(self, data: TensorDictBase) -> tuple[Hashable, ...]:
+    def key(self, layout: Layout) -> tuple[Hashable, ...]:
         """Whatever is no argument of what is compiled, and may yet change."""
         modules, buffers = list(self.networks.modules()), []
         if self.owner is not None:
             modules.append(self.owner)
             # A buffer is read where it is; one that was replaced is another.
             buffers = [id(buffer) for buffer in self.owner.buffers(recurse=False)]
-        return self.template, data_layout(data), settings(modules), tuple(buffers)
+        return self.template, layout, settings(modules), tuple(buffers)
+
+    def run(self, function: partial[TensorDictBase], data: TensorDictBase) -> TensorDictBase:
+        """Calls a function that reads the networks and the data, without gradients.
+
+        Data of a layout that was not seen before is left to Python, whose errors say more.
+
+        Args:
+            function (partial): from data to a tensordict. Its ``func`` stands for its code.
+            data (TensorDictBase): items along the first dimension. Not modified.
+
+        Returns:
+            what the function returns: items again, or tensors by name without a batch dimension.
+        """
+        layout = Layout.of(data)
+        key = (function.func, *self.key(layout))
+        if self.is_given_up or len(data) < 2 or key not in self._seen:
+            self._seen.add(key)
+            return function(data)
+        try:
+            # Of one memory layout: code would be compiled anew for another.
+            batch = [tensor.contiguous() for tensor in layout.tensors(data)]
+            run, result = self.compiler.remember(key, lambda: self._compile(function, data, batch))
+            return result.fill(self.compiler.bind(run, self.tensors())(batch))
+        except Exception as error:
+            self.give_up(error)
+            return function(data)
+
+    def _compile(
+        self, function: partial[TensorDictBase], data: TensorDictBase, batch: Sequence[Tensor]
+    ) -> tuple[TensorFunction, Layout]:
+        """The function of networks and batch, and the layout of its result."""
+        networks = self.tensors()
+        argument, result = Layout.of(data), Layout.of(function(data))
+
+        def of_tensors(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+            with self.reading(tensors[: len(networks)]):
+                returned = function(argument.fill(tensors[len(networks) :]))
+            return tuple(result.tensors(returned))
+
+        batched = [False] * len(networks) + [True] * len(batch)
+        return self.compiler(of_tensors, [*networks, *batch], batched=batched), result
 
     def give_up(self, error: Exception) -> None:
         """Leaves the step as it is, uncompiled, and says why, once."""

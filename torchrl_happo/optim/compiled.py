@@ -16,7 +16,7 @@ from torch.optim.adam import adam
 
 from torchrl_happo.learners import Learners
 from torchrl_happo.optim.code import Code
-from torchrl_happo.optim.flat import data_keys, data_of
+from torchrl_happo.optim.flat import Layout
 from torchrl_happo.optim.graphs import TensorFunction
 
 __all__ = ["CompiledStep", "Step"]
@@ -99,22 +99,22 @@ class CompiledStep:
         """The step for minibatches like this one, until parameters or optimiser are replaced."""
         state = [tensor for state in self._states for tensor in state.values()]
         fixed = [*self.code.tensors(), *state, *self._learning_rates()]
-        keys = data_keys(minibatch)
+        layout = Layout.of(minibatch)
         compiler = self.code.compiler
 
         def make() -> TensorFunction:
-            batch = [minibatch.get(key) for key in keys]
+            batch = layout.tensors(minibatch)
             return compiler(
-                self._as_function(minibatch),
+                self._as_function(layout),
                 [*fixed, *batch],
                 batched=[False] * len(fixed) + [True] * len(batch),
             )
 
-        key = (*self.code.key(minibatch), self._hyperparameters())
+        key = (*self.code.key(layout), self._hyperparameters())
         function = compiler.bind(compiler.remember(key, make), fixed)
 
         def step(minibatch: TensorDictBase, weight: Tensor | float) -> tuple[Tensor, Tensor]:
-            loss, *rest = function(list(map(minibatch.get, keys)))
+            loss, *rest = function(layout.tensors(minibatch))
             if self._is_whole:
                 return loss, rest[0]
             return self.eager.descend(loss, rest, weight)
@@ -148,7 +148,7 @@ class CompiledStep:
             (k, v) for group in self._groups for k, v in group.items() if k not in left_out
         )
 
-    def _as_function(self, like: TensorDictBase) -> TensorFunction:
+    def _as_function(self, layout: Layout) -> TensorFunction:
         """The step as a function of networks, optimiser state, learning rates and data."""
         num_tensors = len(self.code.tensors())
         trained = self.code.places(self.eager.parameters)
@@ -162,7 +162,7 @@ class CompiledStep:
             # Not strict: of the many that remain, each takes as many as it has names.
             states = [dict(zip(own, remaining, strict=False)) for own in names]
             rates = list(islice(remaining, len(groups)))
-            data = data_of(list(remaining), like)
+            data = layout.fill(list(remaining))
             parameters = [networks[i] for i in trained]
             leaves = [parameter.detach().requires_grad_() for parameter in parameters]
             for i, leaf in zip(trained, leaves, strict=True):

@@ -13,7 +13,7 @@ from torch.distributions import Distribution
 from torchrl_happo.distributions import kl_divergence
 from torchrl_happo.means import masked_mean
 from torchrl_happo.optim.code import Code
-from torchrl_happo.optim.flat import data_keys, data_of
+from torchrl_happo.optim.flat import Layout
 from torchrl_happo.optim.graphs import TensorFunction, split, trace
 from torchrl_happo.optim.line_search import Evaluate
 from torchrl_happo.optim.linearize import linearizable
@@ -88,12 +88,13 @@ class CompiledModel:
             mean divergence from the present policy.
         """
         networks, compiler = self.code.tensors(), self.code.compiler
-        batch = [data.get(key) for key in data_keys(data)]
+        layout = Layout.of(data)
+        batch = layout.tensors(data)
         if rows is not None:
             batch.append(rows)
         functions = compiler.remember(
-            (rows is None, *self.code.key(data)),
-            lambda: self._compile(data, theta, networks, batch, has_rows=rows is not None),
+            (rows is None, *self.code.key(layout)),
+            lambda: self._compile(layout, theta, networks, batch, has_rows=rows is not None),
         )
         at_point, product, trial = (compiler.bind(f, networks) for f in functions)
         surrogate, slope, *saved = at_point([theta, theta, *batch])
@@ -114,7 +115,7 @@ class CompiledModel:
 
     def _compile(
         self,
-        like: TensorDictBase,
+        layout: Layout,
         theta: Tensor,
         networks: Sequence[Tensor],
         batch: Sequence[Tensor],
@@ -128,7 +129,7 @@ class CompiledModel:
         def function(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
             parts, (vector, flat, *rest) = list(tensors[: len(networks)]), tensors[len(networks) :]
             rows = rest.pop() if has_rows else None
-            data = data_of(rest, like)
+            data = layout.fill(rest)
             valid, batch_ndim = data.get(self.step.valid_key, None), self._batch_ndim(data)
             leaves = {name: parts[i].detach().requires_grad_() for name, i in trained.items()}
             with torch.enable_grad(), self.code.reading(parts), linearizable():

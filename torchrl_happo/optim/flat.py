@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, is_tensor_collection
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from torchrl_happo.slots import restored_slots
 
-__all__ = ["data_keys", "data_layout", "data_of", "network_tensors", "network_with", "settings"]
+__all__ = ["Layout", "network_tensors", "network_with", "settings"]
 
 
 def network_tensors(network: nn.Module) -> list[Tensor]:
@@ -31,6 +32,9 @@ def network_tensors(network: nn.Module) -> list[Tensor]:
 @contextmanager
 def network_with(network: nn.Module, tensors: Sequence[Tensor]) -> Iterator[None]:
     """Lets a network run with other tensors in the places of its own.
+
+    Stacked networks keep their parameters in a tensordict, which
+    :func:`torch.func.functional_call` does not reach.
 
     Args:
         network (nn.Module): the network.
@@ -56,56 +60,55 @@ def network_with(network: nn.Module, tensors: Sequence[Tensor]) -> Iterator[None
             swapped.__exit__(None, None, None)
 
 
-def data_keys(data: TensorDictBase) -> list[NestedKey]:
-    """The keys of all tensors in ``data``, in its own order."""
-    return list(data.keys(include_nested=True, leaves_only=True))
+class Layout(NamedTuple):
+    """What must not change from one tensordict of items to the next: all but their number.
 
-
-def data_layout(data: TensorDictBase) -> Hashable:
-    """What must not change from one batch to the next: all but the number of items.
+    Attributes:
+        leaves (tuple): key, shape of an item, type and device of each tensor.
+        batch_size (torch.Size, optional): of an item; ``None``: of the whole, which has no items.
+        nested (tuple): keys and batch sizes of nested tensordicts, of an item again.
 
     Example:
         >>> import torch
         >>> one, two = (TensorDict({"x": torch.zeros(n, 3)}, [n]) for n in (1, 2))
-        >>> data_layout(one) == data_layout(two)
+        >>> layout = Layout.of(one)
+        >>> layout == Layout.of(two)
         True
+        >>> layout.fill(layout.tensors(two)).shape
+        torch.Size([2])
     """
-    leaves = tuple(
-        (key, value.shape[1:], value.dtype, value.device)
-        for key, value in data.items(include_nested=True, leaves_only=True)
-    )
-    return leaves, tuple(_batch_sizes(data))
 
+    leaves: tuple[tuple[NestedKey, torch.Size, torch.dtype, torch.device], ...]
+    batch_size: torch.Size | None
+    nested: tuple[tuple[NestedKey, torch.Size], ...]
 
-def data_of(tensors: Sequence[Tensor], like: TensorDictBase) -> TensorDict:
-    """The tensordict of some tensors, with keys and nested batch sizes of another.
+    @classmethod
+    def of(cls, data: TensorDictBase) -> Layout:
+        """The layout of ``data``."""
+        leaves, nested = [], []
+        for key, value in data.items(include_nested=True):
+            if is_tensor_collection(value):
+                nested.append((key, value.batch_size[1:]))
+            else:
+                leaves.append((key, value.shape[1:], value.dtype, value.device))
+        return cls(tuple(leaves), data.batch_size[1:] if data.batch_dims else None, tuple(nested))
 
-    Args:
-        tensors (sequence of Tensor): in the order of :func:`data_keys`.
-        like (TensorDictBase): any of the same :func:`data_layout`.
+    def tensors(self, data: TensorDictBase) -> list[Tensor]:
+        """The tensors of ``data``, which has this layout."""
+        return [data.get(key) for key, *_ in self.leaves]
 
-    Example:
-        >>> import torch
-        >>> like = TensorDict({"x": torch.zeros(5), "empty": TensorDict(batch_size=[5, 3])}, [5])
-        >>> data = data_of([torch.ones(2)], like)
-        >>> data["x"], data["empty"].batch_size
-        (tensor([1., 1.]), torch.Size([2, 3]))
-    """
-    values = dict(zip(data_keys(like), tensors, strict=True))
-    items = tensors[0].shape[0]
-    data = TensorDict(values, batch_size=[items, *like.batch_size[1:]])
-    for key, size in _batch_sizes(like):
-        if data.get(key, None) is None:
-            data.set(key, TensorDict(batch_size=[items, *size]))
-        data.get(key).batch_size = [items, *size]
-    return data
-
-
-def _batch_sizes(data: TensorDictBase) -> Iterator[tuple[NestedKey, torch.Size]]:
-    """The batch sizes of nested tensordicts, but for the number of items."""
-    for key, value in data.items(include_nested=True):
-        if is_tensor_collection(value):
-            yield key, value.batch_size[1:]
+    def fill(self, tensors: Sequence[Tensor]) -> TensorDict:
+        """The tensordict of this layout that holds these tensors."""
+        values = {leaf[0]: tensor for leaf, tensor in zip(self.leaves, tensors, strict=True)}
+        if self.batch_size is None:
+            return TensorDict(values)
+        items = tensors[0].shape[0]
+        data = TensorDict(values, batch_size=[items, *self.batch_size])
+        for key, size in self.nested:
+            if data.get(key, None) is None:
+                data.set(key, TensorDict(batch_size=[items, *size]))
+            data.get(key).batch_size = [items, *size]
+        return data
 
 
 def settings(modules: Sequence[nn.Module]) -> Hashable:

@@ -10,7 +10,8 @@ same graph and share the compiled code: what tells them apart, parameters and da
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -269,12 +270,26 @@ def trace(
         return function(arguments)
 
     arguments = [symbolic(t, b) for t, b in zip(tensors, batched, strict=True)]
-    with torch.no_grad():
+    with torch.no_grad(), _compiling():
         graph = make_fx(flat, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*arguments)
     if shapes.guards:
         raise ValueError(f"its code depends on the number of items: {shapes.guards[0].expr}")
     graph.graph.eliminate_dead_code()
     return graph
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """Lets code know that it is compiled, as :func:`torch.export.export` does.
+
+    Distributions, for one, then leave out checks that read numbers.
+    """
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
 
 
 def split(
