@@ -155,16 +155,18 @@ def test_hatrpo_is_that_of_eager(loss_kwargs, kwargs):
 
 @pytest.mark.parametrize(("loss_class", "graphs"), [(HAPPOLoss, 4), (HATRPOLoss, 6)])
 def test_no_recompilation(loss_class, graphs):
-    """Thirty updates: random order, a ragged last minibatch, agents that come and go."""
+    """A hundred updates: random order, a ragged last minibatch, agents that come and go."""
     eager, compiled, backend, batch = twins(loss_class, num_epochs=1)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(30):
+    for number in range(100):
         active = torch.rand(*batch.shape, 3, generator=generator) < 0.7
         batch["agents", "active"] = active
-        compiled.load_state_dict(eager.state_dict())  # rounding adds up to another line search
-        eager(batch)
+        if number < 30:  # the same numbers again and again would prove no more
+            compiled.load_state_dict(eager.state_dict())  # rounding adds up to another line search
+            eager(batch)
         compiled(batch)
-        assert_equal(eager, compiled, tolerance=1e-9)
+        if number < 30:
+            assert_equal(eager, compiled, tolerance=1e-9)
     assert backend.graphs == graphs
     compiler = compiled._critic_step._compiled.code.compiler
     assert compiler.num_graphs == graphs
@@ -181,7 +183,7 @@ def test_a_schedule_is_seen(caplog):
         updater.loss.clip_epsilon = torch.tensor(0.01)
         updater(batch)
     assert_equal(eager, compiled)
-    assert backend.graphs == 2
+    assert backend.graphs == 4
     assert "not compiled" not in caplog.text
 
 
@@ -198,7 +200,7 @@ def test_networks_that_were_moved_are_followed(caplog):
         updater.load_state_dict(state)
         updater(batch)
     assert_equal(eager, compiled)
-    assert backend.graphs == 2
+    assert backend.graphs == 4
     assert "not compiled" not in caplog.text
 
 

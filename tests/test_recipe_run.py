@@ -294,5 +294,5 @@ def test_compiled_run(tmp_path, caplog):
     # The first batch is the same but for rounding, on which each action afterwards depends.
     for name in ("critic/loss", "agents_0/entropy"):
         assert float(rows[1][0][name]) == pytest.approx(float(rows[0][0][name]), rel=1e-3)
-    assert num_graphs() == 4  # the agents', the critic's, and the policy's
+    assert num_graphs() == 6  # the agents' step and passes, the critic's, the collector's policy
     assert "not compiled" not in caplog.text
