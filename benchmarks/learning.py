@@ -291,7 +291,7 @@ def figure(name: str) -> Path:
         for (where, algorithm, when), values in SUITES[name].reference.items():
             if where == task:
                 ax.plot([when / 1000] * len(values), values, "x", color=colors[algorithm])
-        ax.set_title(task, fontsize=10)
+        ax.set_title(task, fontsize=9)
         ax.set_xlabel("environment steps (thousands)", fontsize=8)
         ax.tick_params(labelsize=8)
         ax.grid(alpha=0.3)
