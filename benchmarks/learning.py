@@ -77,6 +77,7 @@ COMPILED = {
 # At a checkpoint the environments begin anew: how often that is belongs to the command of a run.
 SELDOM = ["progress=false", "checkpoint.interval=50"]
 CHEETAH = "mujoco/halfcheetah_2x3"
+SPEAKING = ["task=pettingzoo/simple_reference", "task.continuous_actions=false"]
 SUITES = {
     "vmas": Suite(
         tasks={
@@ -84,7 +85,7 @@ SUITES = {
             for name in ("balance", "navigation", "sampling", "wheel", "dispersion")
         },
         algorithms=ALGORITHMS,
-        overrides=["total_frames=600000", "render=false", "progress=false"],
+        overrides=["total_frames=600000", "render=false", *SELDOM],
     ),
     "mujoco": Suite(
         tasks={
@@ -122,6 +123,23 @@ SUITES = {
         algorithms={name: COMPILED[name] for name in ("happo", "hatrpo", "mappo", "ippo")},
         overrides=SELDOM,
         milestones=(500_000, 1_000_000),
+    ),
+    # How far HATRPO may move, where agents have to learn to speak.
+    "mpe2_settings": Suite(
+        tasks={
+            name: [*SPEAKING, *words]
+            for name, words in {
+                "kl_0.01_damping_0.001": ["algorithm.max_kl=0.01", "algorithm.damping=0.001"],
+                "kl_0.03_damping_0.01_torch_init": [
+                    *("algorithm.max_kl=0.03", "algorithm.damping=0.01", "model.actor_init=torch"),
+                    "total_frames=4000000",
+                ],
+            }.items()
+        },
+        algorithms={"hatrpo": COMPILED["hatrpo"]},
+        overrides=SELDOM,
+        seeds=(0,),
+        milestones=(500_000, 1_000_000, 2_000_000, 4_000_000),
     ),
     "speaker_listener": Suite(
         tasks={
