@@ -25,6 +25,7 @@ def make_actor(
     distribution=TanhNormal,
     group="agents",
     share_params=False,
+    depth=2,
     **kwargs,
 ):
     """A joint actor as TorchRL's multi-agent scripts build it."""
@@ -35,7 +36,7 @@ def make_actor(
         n_agents=n_agents,
         centralized=False,
         share_params=share_params,
-        depth=2,
+        depth=depth,
         num_cells=16,
         activation_class=nn.Tanh,
     )
@@ -55,7 +56,7 @@ def make_actor(
     )
 
 
-def make_critic(n_agents=N_AGENTS, *, obs_dim=OBS_DIM, group="agents", share_params=True):
+def make_critic(n_agents=N_AGENTS, *, obs_dim=OBS_DIM, group="agents", share_params=True, depth=2):
     """A centralised critic with one value for each agent."""
     return TensorDictModule(
         MultiAgentMLP(
@@ -64,7 +65,7 @@ def make_critic(n_agents=N_AGENTS, *, obs_dim=OBS_DIM, group="agents", share_par
             n_agents=n_agents,
             centralized=True,
             share_params=share_params,
-            depth=2,
+            depth=depth,
             num_cells=16,
             activation_class=nn.Tanh,
         ),

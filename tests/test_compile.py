@@ -38,9 +38,8 @@ def twins(
 ):
     """An updater, its compiled twin on copies of the networks, the backend, and a batch."""
     torch.manual_seed(0)
-    distribution_kwargs = distribution_kwargs or {}
-    actor = make_actor(distribution=distribution, distribution_kwargs=distribution_kwargs)
-    critic = make_critic()
+    networks = {"distribution": distribution, "distribution_kwargs": distribution_kwargs or {}}
+    actor, critic = make_actor(**networks, depth=1), make_critic(depth=1)
     batch = make_batch(actor, 4, 7)
     backend = Backend()
     settings = {"num_epochs": 3, "minibatch_size": 12, "max_grad_norm": 0.5, **kwargs}
