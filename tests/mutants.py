@@ -47,7 +47,7 @@ PACKAGE = "torchrl_happo"
 
 TARGETS = [
     *(f"objectives/{name}.py" for name in ("functional", "happo", "hatrpo", "common")),
-    "updater.py",
+    *("updater.py", "turn.py", "undo.py"),
     *(f"optim/{name}.py" for name in ("trust_region", "natural_gradient", "line_search")),
     *(f"optim/{name}.py" for name in ("linearize", "second_order", "first_order")),
     *(f"optim/{name}.py" for name in ("factories", "minibatches")),
