@@ -47,7 +47,7 @@ PACKAGE = "torchrl_happo"
 
 TARGETS = [
     *(f"objectives/{name}.py" for name in ("functional", "happo", "hatrpo", "common")),
-    *("updater.py", "turn.py", "undo.py"),
+    *("updater.py", "turn.py", "undo.py", "means.py"),
     *(f"optim/{name}.py" for name in ("trust_region", "natural_gradient", "line_search")),
     *(f"optim/{name}.py" for name in ("linearize", "second_order", "first_order")),
     *(f"optim/{name}.py" for name in ("factories", "minibatches")),
@@ -344,7 +344,7 @@ def main() -> None:
     for module in HEAVY:
         importlib.import_module(module)
     again = options.seconds is not None
-    check = (verdicts, options.targets, options.seconds or 15.0, again)
+    check = (verdicts, options.targets, options.seconds or 10.0, again)
     files = [*(f"tests/test_{name}.py" for name in TESTS)]
     files += [f"{PACKAGE}/{target}" for target in TARGETS]
     child = os.fork()
