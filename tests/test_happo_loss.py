@@ -142,6 +142,15 @@ def test_an_entropy_bonus_can_be_refused():
     assert "loss_entropy" not in output.keys()
 
 
+def test_the_clip_fraction_counts_what_is_outside_the_range():
+    """Below 1 - 0.2 or above 1 + 0.3, among the valid entries."""
+    loss = HAPPOLoss(make_actor(), None, clip_epsilon=(0.2, 0.3))
+    log_ratio = torch.tensor([0.75, 0.85, 1.1, 1.25, 5.0]).log()
+    valid = torch.tensor([True, True, True, True, False])
+    assert loss.agent_report(log_ratio, valid)["clip_fraction"] == 1 / 4
+    assert loss.agent_report(log_ratio, None)["clip_fraction"] == 2 / 5
+
+
 def test_gradient_reaches_the_stack():
     """A loop of one's own trains the parameters of the actor that was passed."""
     actor, critic, batch = team()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from torchrl.modules import IndependentNormal, TanhNormal
 from torchrl.objectives import PPOLoss, ValueEstimators
 
 from torchrl_happo import HATRPOLoss, SequentialUpdater
+from torchrl_happo.optim.trust_region import TrustRegion
 
 NAMES = [f"agents_{i}" for i in range(N_AGENTS)]
 KEYS = {"value": ("agents", "state_value"), "action": ("agents", "action")}
@@ -100,6 +102,7 @@ def test_both_line_searches_take_the_same_step(distribution):
     for line_search in ("sequential", "batched"):
         twin = copy.deepcopy(actor)
         loss = HATRPOLoss(twin, None, max_kl=0.05, line_search=line_search)
+        assert loss._trust_regions[NAMES[0]].line_search == line_search
         SequentialUpdater(loss)(batch)
         states.append(state_of(twin))
         assert all(p.requires_grad for p in twin.parameters())
@@ -120,6 +123,27 @@ def test_kl_split():
         HATRPOLoss(make_actor(), None, kl_split=lambda agents: [1.0])
     with pytest.raises(ValueError, match="kl_split must be"):
         HATRPOLoss(make_actor(), None, kl_split="greedy")
+
+
+@pytest.mark.parametrize("chosen", ["batched", "sequential", None])
+def test_the_settings_of_the_step_are_the_losses(chosen):
+    """Each of them, under its name; but shared networks are not tried all at once."""
+    settings = {
+        "max_kl": 0.02,
+        "damping": 0.3,
+        "cg_iterations": 4,
+        "cg_tolerance": 1e-3,
+        "backtrack_factor": 0.6,
+        "max_backtracks": 3,
+        "accept_ratio": 0.2,
+        "fisher_fraction": 0.5,
+    }
+    settings["line_search"] = chosen
+    loss = HATRPOLoss(make_actor(), None, **settings)
+    own = TrustRegion(**{**settings, "line_search": chosen or "sequential"})
+    assert list(loss._trust_regions.values()) == [own] * 3
+    block = HATRPOLoss(make_actor(share_params=True), None, blocks=["agents"], **settings)
+    assert list(block._trust_regions.values()) == [replace(own, line_search="sequential")]
 
 
 def test_a_share_of_the_samples_in_the_fisher_matrix():

@@ -222,6 +222,17 @@ def test_settings_at_the_edge_of_their_range_are_taken():
     assert result.curvature > 0
 
 
+def test_a_loose_tolerance_ends_conjugate_gradient():
+    """After the first iteration, whatever the residual."""
+    steps = [
+        trust_region_step(*make_problem(), TrustRegion(**settings))[0]
+        for settings in ({"cg_tolerance": 1e9}, {"cg_iterations": 1}, {})
+    ]
+    for name, moved in steps[0].items():
+        assert torch.equal(moved, steps[1][name])
+        assert not torch.equal(moved, steps[2][name])
+
+
 def test_settings_cannot_be_changed_behind_the_checks():
     """The agents of a team may share them."""
     with pytest.raises(AttributeError):

@@ -263,11 +263,29 @@ def test_gradient_norm_is_clipped():
 
 
 def test_early_stop_at_a_target_kl():
-    """An agent stops after the epoch in which it went too far."""
-    updater = make_updater(num_epochs=20, target_kl=1e-4)
-    metrics = updater(make_batch(updater.loss.actor_network))
-    for name in NAMES:
-        assert 1 <= metrics[name, "epochs"] < 20
+    r"""An agent stops after the epoch in which :math:`E[r - 1 - \log r]` has gone too far."""
+    actor = make_actor(distribution=IndependentNormal).double()
+    batch = make_batch(actor)
+    batch["advantage"] = torch.randn(*batch.shape, 1).double()
+    batch["agents", "active"] = torch.rand(*batch.shape, N_AGENTS) < 0.7
+    valid = batch["agents", "active"][..., 0]
+
+    def updated(actor, **settings):
+        loss = HAPPOLoss(actor, None, entropy_coeff=0.0)
+        return SequentialUpdater(loss, optimizer=ADAM, order="fixed", **settings)(batch)
+
+    divergences = []
+    for epochs in range(1, 8):
+        twin = copy.deepcopy(actor)
+        updated(twin, num_epochs=epochs)
+        with torch.no_grad():
+            log_prob = twin.get_dist(batch).log_prob(batch["agents", "action"])[..., 0]
+        log_ratio = (log_prob - batch["agents", "action_log_prob"][..., 0])[valid]
+        divergences.append((log_ratio.exp() - 1 - log_ratio).mean())
+    for epochs in (1, 4, 6):  # too far after one more of them
+        target = (divergences[epochs - 1] + divergences[epochs]) / 2
+        metrics = updated(copy.deepcopy(actor), num_epochs=20, target_kl=target.item())
+        assert metrics[NAMES[0], "epochs"] == epochs + 1
 
 
 def test_metrics():
