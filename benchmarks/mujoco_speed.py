@@ -4,8 +4,9 @@
 
 Collecting is TorchRL's ``Collector`` with a random policy, EnvPool on one and on two threads.
 Training is whole iterations of the recipe with the task's own settings: collecting, update, metrics
-brought back; the same number of frames in a batch, from more environments and fewer steps. One
-thread of torch and one of EnvPool. All take turns, repetition by repetition.
+brought back; the same number of frames in a batch, from more environments and fewer steps.
+``-compiled``: with ``algorithm.compile=true`` and ``collector.compile_policy=true``. One thread of
+torch and one of EnvPool. All take turns, repetition by repetition.
 
 Times are of the wall clock, medians over the repetitions: run it on a quiet machine, on which the
 spread that is printed is small. On a busy one ``--clock cpu`` gives the processor's time, of all
@@ -34,6 +35,14 @@ from torchrl_happo.recipe.records import flatten
 
 FRAMES = 4000
 TASK = "mujoco/halfcheetah_2x3"
+COMPILED = ["algorithm.compile=true", "collector.compile_policy=true"]
+LEARNERS = {
+    "happo": ["algorithm=happo"],
+    "happo-compiled": ["algorithm=happo", *COMPILED],
+    "hatrpo": ["algorithm=hatrpo"],
+    "hatrpo-compiled": ["algorithm=hatrpo", *COMPILED],
+    "mappo": ["algorithm=mappo", "algorithm.share_params=false"],
+}
 Timed = Callable[[], dict[str, float]]
 
 
@@ -51,10 +60,10 @@ def collecting(num_envs: int, num_threads: int, clock: Callable[[], float]) -> T
     return batch
 
 
-def training(algorithm: str, num_envs: int, clock: Callable[[], float]) -> Timed:
+def training(overrides: list[str], num_envs: int, clock: Callable[[], float]) -> Timed:
     """One iteration of the recipe."""
     config = compose_config(
-        *(f"task={TASK}", f"algorithm={algorithm}"),
+        *(f"task={TASK}", *overrides),
         *(f"num_envs={num_envs}", f"steps_per_batch={FRAMES // num_envs}"),
     )
     learner = make_learner(config, make_env(config.task, num_envs=1, seed=0))
@@ -91,15 +100,15 @@ def main() -> None:
         for threads in (1, 2)
     }
     timed |= {
-        f"{algorithm}, {num_envs} x {FRAMES // num_envs}": training(algorithm, num_envs, clock)
-        for algorithm in ("happo", "hatrpo", "mappo")
+        f"{name}, {num_envs} x {FRAMES // num_envs}": training(overrides, num_envs, clock)
+        for name, overrides in LEARNERS.items()
         for num_envs in (20, 40, 80)
     }
     seconds: dict[str, list[dict[str, float]]] = {name: [] for name in timed}
-    for repetition in range(args.repetitions + 1):
+    for repetition in range(-3, args.repetitions):
         for name, run in timed.items():
             parts = run()
-            if repetition:  # the first one warms up
+            if repetition >= 0:  # the first ones warm up and compile
                 seconds[name].append(parts)
     for name, runs in seconds.items():
         rates = sorted(FRAMES / sum(parts.values()) for parts in runs)
