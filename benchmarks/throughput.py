@@ -7,6 +7,7 @@
 Collecting, iteration by iteration in turn:
 
 - ``raw``: the simulator's own ``step`` and the same networks in plain torch, tensors kept in lists;
+  With ``--compile-simulator`` also ``raw-compiled``, with ``torch.compile`` of the world's step;
 - ``torchrl``: TorchRL's collector with the ``MultiAgentMLP`` actor of its MAPPO script;
 - ``ours``: the recipe's collector (TorchRL's) with its actor; ``ours-compiled`` with
   ``collector.compile_policy=true``.
@@ -90,10 +91,14 @@ def torchrl_actor(env: EnvBase, hidden: list[int]) -> ProbabilisticActor:
     )
 
 
-def raw_batches(env: EnvBase, hidden: list[int], steps: int, episode: int) -> Iterator[tuple]:
+def raw_batches(
+    env: EnvBase, hidden: list[int], steps: int, episode: int, *, compiled: bool = False
+) -> Iterator[tuple]:
     """The simulator's own steps, and the same networks without any framework."""
     net = torchrl_actor(env, hidden).module[0].module  # MultiAgentMLP, NormalParamExtractor
     simulator = env.base_env._env
+    if compiled:
+        simulator.world.step = torch.compile(simulator.world.step)
     (group,) = env.group_map
     space = env.full_action_spec_unbatched[group, "action"].space
     half, middle = (space.high - space.low) / 2, (space.high + space.low) / 2
@@ -187,6 +192,10 @@ class Benchmark:
             "raw": raw_batches(self.env(), args.hidden, args.steps, episode),
             "torchrl": torchrl_batches(env, torchrl_actor(env, args.hidden), self.frames),
         }
+        if args.compile_simulator:
+            streams["raw-compiled"] = raw_batches(
+                self.env(), args.hidden, args.steps, episode, compiled=True
+            )
         for name, overrides in (("ours", []), ("ours-compiled", COMPILED)):
             policy = make_actor(env, num_cells=args.hidden)
             streams[name] = iter(make_collector(self.config(*overrides), policy, seed=0))
@@ -283,6 +292,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--minibatch", type=int, default=1500)
     parser.add_argument("--learners", nargs="*", default=names, choices=names)
+    parser.add_argument("--compile-simulator", action="store_true")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
