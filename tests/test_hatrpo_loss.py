@@ -49,6 +49,38 @@ def test_forward_equals_ppo_without_clipping(distribution):
         torch.testing.assert_close(got[key], wanted[key], rtol=1e-13, atol=1e-13, msg=key)
 
 
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"clip_value": 0.2},
+        {"loss_critic_type": "l2"},
+        {"critic_coeff": 0.5},
+        {"normalize_advantage": True, "normalize_advantage_exclude_dims": (-2,)},
+        {"reduction": "sum"},
+        {"reduction": "none"},
+        {"log_explained_variance": False},
+    ],
+    ids=str,
+)
+def test_forward_equals_ppo_with_its_options(kwargs):
+    """Value clipping, critic type and weight, standardisation, reduction: as TorchRL."""
+    actor, critic = make_actor(distribution=IndependentNormal).double(), make_critic().double()
+    batch = make_batch(actor)
+    ours = HATRPOLoss(actor, critic, **kwargs)
+    theirs = PPOLoss(actor, critic, entropy_bonus=False, **kwargs)
+    for loss in (ours, theirs):
+        loss.set_keys(**KEYS)
+        loss.make_value_estimator(ValueEstimators.MAGAE)
+        with torch.no_grad():
+            loss.value_estimator(batch)
+    perturb(actor)
+    perturb(critic, scale=0.5)
+    got, wanted = ours(batch.copy()), theirs(batch.copy())
+    assert wanted.keys() <= got.keys() <= {*wanted.keys(), "kl"}
+    for key in wanted.keys():
+        torch.testing.assert_close(got[key], wanted[key], rtol=1e-13, atol=1e-13, msg=key)
+
+
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_forward_gives_the_exact_divergence(distribution):
     """It is the mean of torch's own divergence of the old policy's distribution from the new."""

@@ -99,6 +99,14 @@ LOSSES = built([
     ("damping below 0", lambda: hatrpo(damping=-1), ValueError, "damping .*got -1"),
     ("cg_iterations 0", lambda: hatrpo(cg_iterations=0), ValueError, "cg_iterations .*got 0"),
     ("accept_ratio 2", lambda: hatrpo(accept_ratio=2.0), ValueError, "accept_ratio .*got 2"),
+    *(
+        (f"{name} in words", lambda name=name: hatrpo(**{name: "half"}), TypeError, f"{name}.*half")
+        for name in ("accept_ratio", "backtrack_factor", "cg_tolerance", "fisher_fraction")
+    ),
+    ("critic_coeff of HATRPO below 0", lambda: hatrpo(critic_coeff=-1.0), ValueError,
+     "critic_coeff.*got -1"),
+    ("an actor of HATRPO that is a plain network", lambda: HATRPOLoss(nn.Linear(2, 2)), TypeError,
+     "actor is a Linear; pass a Prob"),
     ("line_search", lambda: hatrpo(line_search="binary"), ValueError, "line_search .*'binary'"),
     ("kl_split", lambda: hatrpo(kl_split="half"), ValueError, 'kl_split must be None, "equal"'),
     ("shares of more than all", lambda: hatrpo(kl_split=lambda agents: [1, 1, 1]), ValueError,
