@@ -8,7 +8,7 @@ them may live.
 
     python tests/mutants.py verdicts.jsonl                       # hours on one core
     python tests/mutants.py verdicts.jsonl optim/line_search.py  # some files only
-    python tests/mutants.py verdicts.jsonl --seconds 600         # the survivors so far, again
+    python tests/mutants.py verdicts.jsonl --again --seconds 600 # the survivors so far
 
 First all tests run once, which shows how long each takes and which lines it reaches. A mutant is
 a fork of the process that has collected them: the code of one function is replaced there, and
@@ -336,15 +336,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Mutation check.")
     parser.add_argument("verdicts", type=Path, help="file of the verdicts, a line for each mutant")
     parser.add_argument("targets", nargs="*", default=TARGETS, help="files to break")
-    parser.add_argument("--seconds", type=float, help="of tests for each mutant; survivors again")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of tests for each mutant")
+    parser.add_argument("--again", action="store_true", help="try the survivors so far")
     options = parser.parse_args()
     verdicts = options.verdicts.resolve()
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
     for module in HEAVY:
         importlib.import_module(module)
-    again = options.seconds is not None
-    check = (verdicts, options.targets, options.seconds or 10.0, again)
+    check = (verdicts, options.targets, options.seconds, options.again)
     files = [*(f"tests/test_{name}.py" for name in TESTS)]
     files += [f"{PACKAGE}/{target}" for target in TARGETS]
     child = os.fork()
