@@ -159,7 +159,7 @@ class Forked:
 
     def run(self, names: Iterable[str]) -> Iterator[str]:
         """Runs tests and yields the name of each one as it begins."""
-        chosen = [self.items[name] for name in names]
+        chosen = [self.items[name] for name in names if name in self.items]
         for item, following in zip(chosen, [*chosen[1:], None], strict=True):
             yield item.nodeid
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
