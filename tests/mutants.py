@@ -275,6 +275,7 @@ class Check:
         alive = {target: living(ROOT / PACKAGE / target) for target in TARGETS}
         gc.freeze()
         others = []
+        newer = [name for name in tests.items if name not in reached.seconds]
         for target, line, name, make in self.todo:
             path = ROOT / PACKAGE / target
             source = compile(path.read_text(), str(path), "exec", dont_inherit=True)
@@ -283,7 +284,7 @@ class Check:
             if changed is None or not changed.keys() <= alive[target].keys():
                 others.append((target, name))
                 continue
-            chosen = reached(target, line, self.seconds)
+            chosen = reached(target, line, self.seconds) + newer
 
             def work(
                 changed: dict[tuple[str, int], CodeType] = changed,
