@@ -107,7 +107,8 @@ class SequentialUpdater:
             in each batch, and for a non-finite gradient, at the price of synchronising with the
             device. Defaults to ``None``: yes on the CPU, only at the first batch elsewhere.
         compile (bool or mapping): whether to compile the agents' steps and passes and the critic's
-            steps, once for all agents of one architecture; or keyword arguments of :func:`torch.compile`. Defaults to ``False``.
+            steps, once for all agents of one architecture; or keyword arguments of
+            :func:`torch.compile`. Defaults to ``False``.
         cudagraphs (bool): whether to replay the inner steps from CUDA graphs, compiled or not.
             Without a CUDA device they run as they are, with one warning. Defaults to ``False``.
         seed (int): seed of the order and of the minibatches. Defaults to ``0``.
