@@ -179,7 +179,7 @@ def test_the_settings_of_the_step_are_the_losses(chosen):
 
 
 def test_a_share_of_the_samples_in_the_fisher_matrix():
-    """The step differs a little, is repeatable from the state, and still obeys the bound."""
+    """Each agent draws its own; the step is repeatable from the state, and obeys the bound."""
     actor = make_actor()
     batch = make_batch(actor, num_envs=20)
     updater = make_updater(actor, fisher_fraction=0.2)
@@ -187,6 +187,8 @@ def test_a_share_of_the_samples_in_the_fisher_matrix():
     one, two = updater(batch), twin(batch)
     assert (one == two).all()
     assert all(one[name, "kl"] < 0.01 for name in NAMES)
+    draws = [updater.state_dict()["steps"][name]["generator"] for name in NAMES]
+    assert not torch.equal(draws[0], draws[1])  # no two agents look at the same samples
     twin.load_state_dict(updater.state_dict())
     assert (updater(batch) == twin(batch)).all()
 

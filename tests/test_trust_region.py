@@ -31,7 +31,12 @@ from torchrl_happo.optim.natural_gradient import (
     flatten,
     gradient,
 )
-from torchrl_happo.optim.trust_region import TrustRegion, step_length, trust_region_step
+from torchrl_happo.optim.trust_region import (
+    LocalModel,
+    TrustRegion,
+    step_length,
+    trust_region_step,
+)
 
 LINE_SEARCHES = ["sequential", "batched"]
 
@@ -384,3 +389,37 @@ def test_step_of_a_tensordict_actor(line_search):
         assert p is params[name]
         assert torch.equal(p, before[name])
         assert not torch.equal(new[name], p)
+
+
+def test_a_model_of_several_learners_is_their_average():
+    """Surrogate, gradient and products, each by the samples that it is a mean over."""
+    gradient = torch.tensor([1.0, 2.0])
+    model = LocalModel(torch.tensor(3.0), gradient, lambda v: 5 * v, 7.0, 11.0)
+    common = model.common(lambda values, weight: [2 * value + weight for value in values])
+    assert common.surrogate == 2 * 3 + 7
+    assert torch.equal(common.gradient, 2 * gradient + 7)
+    assert torch.equal(common.fisher_product(gradient), 2 * 5 * gradient + 11)
+
+
+@pytest.mark.parametrize("line_search", LINE_SEARCHES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_learners_count_the_samples_that_are_valid(line_search, masked):
+    """Of the whole batch for surrogate, gradient and trials; of the rows drawn for products."""
+    valid = torch.arange(64) % 4 != 0 if masked else None
+    weights = []
+
+    def average(values, weight):
+        weights.append(int(weight))
+        return values
+
+    fraction = 0.9 if masked else 0.5  # of which the valid ones come first
+    settings = TrustRegion(fisher_fraction=fraction, cg_iterations=3, line_search=line_search)
+    generator = torch.Generator().manual_seed(0)
+    trust_region_step(
+        *make_problem(samples=64), settings, valid=valid, generator=generator, average=average
+    )
+    everything = 48 if masked else 64
+    model, *products = weights[:4]
+    assert model == everything
+    assert products == [48 if masked else 32] * 3
+    assert set(weights[4:]) == {everything}
