@@ -174,9 +174,10 @@ def test_random_order_is_seeded_and_changes():
     assert len(set(lines[0])) == 6
 
 
-def test_number_of_epochs_and_of_steps():
-    """As many epochs as asked for, of the agents and of the critic, each of four minibatches."""
-    updater = make_updater(num_epochs=3, critic_epochs=2)
+@pytest.mark.parametrize(("size", "minibatches"), [(None, 4), (12, 2)])
+def test_number_of_epochs_and_of_steps(size, minibatches):
+    """As many epochs as asked for, and minibatches, of the agents and of the critic."""
+    updater = make_updater(num_epochs=3, critic_epochs=2, critic_minibatch_size=size)
     steps = dict.fromkeys(updater._steps, 0)
     for name, step in updater._steps.items():
 
@@ -185,7 +186,7 @@ def test_number_of_epochs_and_of_steps():
 
         step.optimizer.register_step_post_hook(counted)
     metrics = updater(make_batch(updater.loss.actor_network))
-    assert steps == {**dict.fromkeys(NAMES, 3 * 4), "critic": 2 * 4}
+    assert steps == {**dict.fromkeys(NAMES, 3 * 4), "critic": 2 * minibatches}
     assert [metrics[name, "epochs"].item() for name in steps] == [3, 3, 3, 2]
 
 
