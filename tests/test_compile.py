@@ -252,6 +252,28 @@ def test_what_cannot_be_traced_runs_as_it_is(caplog):
     assert "not compiled" in caplog.text
 
 
+class Cautious(nn.Module):
+    """A layer whose Python looks at numbers."""
+
+    def forward(self, x):
+        return x if x.sum() < torch.inf else -x
+
+
+def test_one_warning_for_a_team(caplog):
+    """Three agents whose networks branch on numbers complain once, not in each of their passes."""
+    torch.manual_seed(0)
+    actor = make_actor()
+    actor[0].module.insert(1, Cautious())
+    batch = make_batch(actor, 4, 7)
+    loss = HAPPOLoss(actor, make_critic(), entropy_coeff=0.0)
+    updater = SequentialUpdater(loss, num_epochs=2, compile={"backend": Backend()})
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            updater(batch)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "not compiled" in caplog.text
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the default backend needs a C++ compiler")
 def test_default_backend(caplog):

@@ -118,6 +118,9 @@ class Code:
         return self.compiler(of_tensors, [*networks, *batch], batched=batched), result
 
     def give_up(self, error: Exception) -> None:
-        """Leaves the step as it is, uncompiled, and says why, once."""
+        """Leaves the code as it is, uncompiled, and says why, once for all of a team."""
         self.is_given_up = True
-        logger.warning("A step is not compiled, and slower than it could be: %s", first_line(error))
+        why = first_line(error)
+        if why not in self.compiler.complaints:
+            self.compiler.complaints.add(why)
+            logger.warning("A step is not compiled, and slower than it could be: %s", why)

@@ -63,6 +63,7 @@ class GraphCompiler:
         self._compiled: dict[Hashable, Callable[..., tuple[Tensor, ...]]] = {}
         self._made: dict[Hashable, Any] = {}
         self.cudagraphs = cudagraphs
+        self.complaints: set[str] = set()  # why something was not compiled
         self._replays: dict[Hashable, GraphReplay] = {}
 
     @property
