@@ -131,15 +131,14 @@ SUITES = {
             for name, words in {
                 "kl_0.01_damping_0.001": ["algorithm.max_kl=0.01", "algorithm.damping=0.001"],
                 "kl_0.03_damping_0.01_torch_init": [
-                    *("algorithm.max_kl=0.03", "algorithm.damping=0.01", "model.actor_init=torch"),
-                    "total_frames=4000000",
+                    *("algorithm.max_kl=0.03", "algorithm.damping=0.01", "model.actor_init=torch")
                 ],
             }.items()
         },
         algorithms={"hatrpo": COMPILED["hatrpo"]},
         overrides=SELDOM,
         seeds=(0,),
-        milestones=(500_000, 1_000_000, 2_000_000, 4_000_000),
+        milestones=(500_000, 1_000_000),
     ),
     "speaker_listener": Suite(
         tasks={
@@ -298,13 +297,14 @@ def figure(name: str) -> Path:
         1, len(tasks), figsize=(max(3.1 * len(tasks), 5.0), 3.0), squeeze=False
     )
     colors = {a: f"C{i}" for i, a in enumerate(SUITES[name].algorithms)}
+    seeds_of: dict[str, set[int]] = defaultdict(set)
     for ax, task in zip(axes[0], tasks, strict=True):
         for algorithm, seeds in curves[task].items():
             frames, returns = _at_common_frames(list(seeds.values()))
             middle, low, high = _interquartile_mean(returns)
-            label = f"{algorithm} ({len(returns)} seed{'s' if len(returns) > 1 else ''})"
+            seeds_of[algorithm].add(len(returns))
             frames = frames / 1000
-            ax.plot(frames, middle, color=colors[algorithm], label=label, lw=1.5)
+            ax.plot(frames, middle, color=colors[algorithm], lw=1.5)
             ax.fill_between(frames, low, high, color=colors[algorithm], alpha=0.2, lw=0)
         for (where, algorithm, when), values in SUITES[name].reference.items():
             if where == task:
@@ -315,9 +315,9 @@ def figure(name: str) -> Path:
         ax.grid(alpha=0.3)
     axes[0][0].set_ylabel("team return, deterministic", fontsize=8)
     labelled = {
-        label: handle
-        for ax in axes[0]
-        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+        _label(algorithm, seeds_of[algorithm]): mpl.lines.Line2D([], [], color=color, lw=1.5)
+        for algorithm, color in colors.items()
+        if seeds_of[algorithm]
     }
     if SUITES[name].reference:
         cross = mpl.lines.Line2D([], [], color="gray", marker="x", ls="")
@@ -331,6 +331,12 @@ def figure(name: str) -> Path:
     fig.savefig(path, dpi=110)
     plt.close(fig)
     return path
+
+
+def _label(algorithm: str, seeds: set[int]) -> str:
+    few, many = min(seeds), max(seeds)
+    count = f"{many}" if few == many else f"{few} to {many}"
+    return f"{algorithm} ({count} seed{'s' if many > 1 else ''})"
 
 
 def _interquartile_mean(returns: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
