@@ -309,6 +309,49 @@ def test_metrics():
         assert agent["surrogate"] > agent["surrogate_before"]
 
 
+def test_metrics_are_what_their_names_say():
+    """Of each agent, from the policies before and after the update and plain definitions."""
+    actor = make_actor(distribution=IndependentNormal).double()
+    batch = make_batch(actor)
+    batch["advantage"] = torch.randn(*batch.shape, 1).double()
+    batch["agents", "active"] = torch.rand(*batch.shape, N_AGENTS) < 0.7
+    before = copy.deepcopy(actor)
+    loss = HAPPOLoss(actor, None, entropy_coeff=0.0)
+    updater = SequentialUpdater(
+        loss, optimizer=ADAM, num_epochs=3, order=[1, 2, 0], standardize_advantage=False
+    )
+    metrics = updater(batch)
+    with torch.no_grad():
+        old, new = before.get_dist(batch), actor.get_dist(batch)
+        log_ratios = new.log_prob(batch["agents", "action"]) - old.log_prob(
+            batch["agents", "action"]
+        )
+        kl = torch.distributions.kl_divergence(old, new)
+        entropies = new.entropy()
+    factor = torch.ones(batch.shape).double()
+    for position, agent in enumerate([1, 2, 0]):
+        valid = batch["agents", "active"][..., agent]
+        ratio = log_ratios[..., agent].exp()
+        gain = factor * batch["advantage"].squeeze(-1)
+        expected = {
+            "position": position,
+            "ratio_mean": ratio[valid].mean(),
+            "ratio_max": ratio[valid].max(),
+            "ratio_min": ratio[valid].min(),
+            "clip_fraction": ((ratio < 0.8) | (ratio > 1.2))[valid].double().mean(),
+            "kl": kl[..., agent][valid].mean(),
+            "entropy": entropies[..., agent][valid].mean(),
+            "surrogate_before": gain[valid].mean(),
+            "surrogate": (ratio * gain)[valid].mean(),
+            "factor_mean": factor.mean(),
+            "factor_max": factor.max(),
+            "factor_ess": factor.mean() ** 2 / factor.square().mean(),
+        }
+        for name, value in expected.items():
+            assert metrics[NAMES[agent], name].item() == pytest.approx(float(value)), name
+        factor = torch.where(valid, factor * ratio, factor)
+
+
 def test_advantage_is_estimated_unless_it_is_there():
     """A batch with its own advantage and target is used as it is, and left as it is."""
     actor, critic = make_actor(), make_critic()
