@@ -12,10 +12,10 @@ them may live.
 
 First all tests run once, which shows how long each takes and which lines it reaches. A mutant is
 a fork of the process that has collected them: the code of one function is replaced there, and
-those tests run that reach the line, until they have taken ``--seconds``, first those that are
-quick and reach little else. What lies outside of functions, or changes what they close over, needs
-the package to be imported anew, which takes longer and is done last. A run that was stopped goes
-on from its file of verdicts.
+those tests run that reach the line, until they have taken ``--seconds``: first those of the module
+itself, then those that are quick and reach little else. What lies outside of functions, or changes
+what they close over, needs the package to be imported anew, which takes longer and is done last. A
+run that was stopped goes on from its file of verdicts.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ def reach(tests: Forked, file: Path) -> None:
 
 
 class Reach:
-    """Which tests reach a line, first those that are quick and reach little else."""
+    """Which tests reach a line: first the module's, then those that are quick and reach little."""
 
     def __init__(self, file: Path) -> None:
         known = json.loads(file.read_text())
@@ -221,7 +221,8 @@ class Reach:
         lines = self.lines[target]
         above = (lines[str(n)] for n in range(line, 0, -1) if str(n) in lines)
         tests = [test for test in next(above, []) if test]
-        tests.sort(key=self.rank.__getitem__)
+        stem = "updater" if target in ("turn.py", "undo.py") else Path(target).stem
+        tests.sort(key=lambda test: (f"test_{stem}" not in test, self.rank[test]))
         total = itertools.accumulate(self.seconds[test] for test in tests)
         return [test for test, sum_ in zip(tests, total, strict=True) if sum_ <= seconds]
 
