@@ -121,8 +121,7 @@ def _make_vmas(task: VmasTask, num_envs: int, device: str) -> EnvBase:
         raise ConfigError(
             f"The task {task.name!r} cannot be built: {first_line(error)}."
         ) from error
-    # VmasEnv asks its simulator for these at every step, through a search of all its attributes
-    # that takes a tenth of the step.
+    # VmasEnv asks its simulator for these at every step, through a search of all its attributes.
     for name in ("n_agents", "continuous_actions"):
         setattr(env, name, getattr(env, name))
     return env
