@@ -51,6 +51,8 @@ def shared_numbers(rank, group):
     half = learners.mean([torch.full((3,), 2.0 + rank, dtype=torch.half)], 40_000)
     followed = [torch.tensor([rank, 7]), torch.tensor([rank == 0]), torch.full((2, 2), float(rank))]
     learners.follow_first(followed)
+    generator = torch.Generator().manual_seed(rank)
+    learners.draw_as_first([generator])
     return {
         "place": (learners.rank, learners.size),
         "mean": learners.mean([own, own.expand(2, 1)], torch.tensor([3, 1])[rank]),
@@ -61,11 +63,12 @@ def shared_numbers(rank, group):
         "most": learners.most(rank + 3),
         "gather": learners.gather(torch.full((2 + rank, 1), float(rank))),
         "followed": followed,
+        "drawn": torch.rand(3, generator=generator),
     }
 
 
 def test_the_numbers_learners_share(ranks):
-    """Means by weight, also of nothing; maxima; rows of unlike number; what the first one holds."""
+    """Means by weight, also of nothing; maxima; unlike rows; what the first one holds and draws."""
     for rank, got in enumerate(ranks(shared_numbers)):
         assert got["place"] == (rank, 2)
         assert [m.tolist() for m in got["mean"]] == [2.0, [[2.0], [2.0]]]
@@ -77,6 +80,7 @@ def test_the_numbers_learners_share(ranks):
         assert got["most"] == 4
         assert got["gather"].flatten().tolist() == [0, 0, 1, 1, 1]
         assert [t.tolist() for t in got["followed"]] == [[0, 7], [True], [[0, 0], [0, 0]]]
+        assert got["drawn"].equal(torch.rand(3, generator=torch.Generator().manual_seed(0)))
 
 
 def test_alone_nothing_is_sent(monkeypatch):

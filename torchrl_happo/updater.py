@@ -21,9 +21,9 @@ from torchrl_happo.batch import TeamBatch
 from torchrl_happo.learners import Learners
 from torchrl_happo.metrics import factor_metrics
 from torchrl_happo.objectives.common import SequentialLossMixin
+from torchrl_happo.optim.code import make_compiler
 from torchrl_happo.optim.factories import OptimizerFactory, SchedulerFactory
 from torchrl_happo.optim.first_order import FirstOrderStep, InnerStep
-from torchrl_happo.optim.graphs import make_compiler
 from torchrl_happo.optim.minibatches import (
     MinibatchSampler,
     ReplayBufferMinibatches,
@@ -214,10 +214,8 @@ class SequentialUpdater:
 
         self._agent_steps, self._turns = {}, {}
         for agent in loss.agents:
-            code = passes = None
-            if compiler is not None:
-                # Two: what cannot be compiled of the one may yet be of the other.
-                code, passes = (loss.agent_code(agent, compiler) for _ in range(2))
+            # Two: what cannot be compiled of the one may yet be of the other.
+            code, passes = (loss.agent_code(agent, compiler) for _ in range(2))
             self._turns[agent.name] = Turn(loss, agent, code=passes, learners=self.learners)
             self._agent_steps[agent.name] = loss.make_agent_step(
                 agent,
@@ -232,7 +230,7 @@ class SequentialUpdater:
             self._critic_step = first_order(
                 loss.critic_objective,
                 loss.critic_network.parameters,
-                code=None if compiler is None else loss.critic_code(compiler),
+                code=loss.critic_code(compiler),
                 optimizer=optimizer if critic_optimizer is None else critic_optimizer,
                 minibatches=minibatches(size),
                 num_epochs=num_epochs if critic_epochs is None else critic_epochs,

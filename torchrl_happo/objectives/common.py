@@ -215,8 +215,10 @@ class SequentialLossMixin(_Base):
         valid = data.get(VALID, None)
         return agent.sample_shape(data).numel() if valid is None else valid.sum()
 
-    def agent_code(self, agent: Agent, compiler: GraphCompiler) -> Code:
-        """What an agent's objective and policy read besides their data."""
+    def agent_code(self, agent: Agent, compiler: GraphCompiler | None) -> Code | None:
+        """What an agent's objective and policy read besides their data, to compile them."""
+        if compiler is None:
+            return None
         return Code(compiler, [agent.actor], owner=self, template=agent.template)
 
     def agent_report(self, log_ratio: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
@@ -281,8 +283,10 @@ class SequentialLossMixin(_Base):
         values = data.get(self.tensor_keys.value_target)
         return count(values, value_mask(values, step_mask(self, data), self.active(data)))
 
-    def critic_code(self, compiler: GraphCompiler) -> Code:
-        """What :meth:`critic_objective` reads besides its data."""
+    def critic_code(self, compiler: GraphCompiler | None) -> Code | None:
+        """What :meth:`critic_objective` reads besides its data, to compile it."""
+        if compiler is None:
+            return None
         modules = [self.critic_network, self.value_norm]
         return Code(compiler, [module for module in modules if module is not None], owner=self)
 

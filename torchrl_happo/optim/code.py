@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any
 
+import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
@@ -19,7 +21,7 @@ from torchrl_happo.optim.flat import (
 from torchrl_happo.optim.graphs import GraphCompiler, TensorFunction
 from torchrl_happo.validation.arguments import first_line
 
-__all__ = ["Code"]
+__all__ = ["Code", "make_compiler"]
 
 logger = logging.getLogger(__name__)
 
@@ -124,3 +126,32 @@ class Code:
         if why not in self.compiler.complaints:
             self.compiler.complaints.add(why)
             logger.warning("A step is not compiled, and slower than it could be: %s", why)
+
+
+def make_compiler(
+    compile: bool | Mapping[str, Any], cudagraphs: bool, device: torch.device
+) -> GraphCompiler | None:
+    """The compiler that an updater was asked for.
+
+    Args:
+        compile (bool or mapping): whether to compile, or keyword arguments of
+            :func:`torch.compile`.
+        cudagraphs (bool): whether to replay from CUDA graphs, compiled or not. Without a CUDA
+            device a warning says that this is not possible.
+        device (torch.device): where the networks are.
+
+    Returns:
+        the compiler, or ``None`` if there is nothing to do.
+    """
+    if cudagraphs and device.type != "cuda":
+        logger.warning(
+            "cudagraphs=True needs networks on a CUDA device, but these are on %r; the update runs "
+            "without.",
+            str(device),
+        )
+        cudagraphs = False
+    if compile is False and not cudagraphs:
+        return None
+    if isinstance(compile, bool):
+        return GraphCompiler({} if compile else {"backend": "eager"}, cudagraphs=cudagraphs)
+    return GraphCompiler(compile, cudagraphs=cudagraphs)

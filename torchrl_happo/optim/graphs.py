@@ -9,7 +9,6 @@ same graph and share the compiled code: what tells them apart, parameters and da
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -21,9 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from torchrl_happo.optim.cuda_graphs import GraphReplay, TensorFunction
 
-__all__ = ["GraphCompiler", "TensorFunction", "make_compiler", "split", "trace"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["GraphCompiler", "TensorFunction", "split", "trace"]
 
 Compiled = TypeVar("Compiled")
 
@@ -147,35 +144,6 @@ class GraphCompiler:
                 return compiled(*arguments)
 
         return call
-
-
-def make_compiler(
-    compile: bool | Mapping[str, Any], cudagraphs: bool, device: torch.device
-) -> GraphCompiler | None:
-    """The compiler that an updater was asked for.
-
-    Args:
-        compile (bool or mapping): whether to compile, or keyword arguments of
-            :func:`torch.compile`.
-        cudagraphs (bool): whether to replay from CUDA graphs, compiled or not. Without a CUDA
-            device a warning says that this is not possible.
-        device (torch.device): where the networks are.
-
-    Returns:
-        the compiler, or ``None`` if there is nothing to do.
-    """
-    if cudagraphs and device.type != "cuda":
-        logger.warning(
-            "cudagraphs=True needs networks on a CUDA device, but these are on %r; the update runs "
-            "without.",
-            str(device),
-        )
-        cudagraphs = False
-    if compile is False and not cudagraphs:
-        return None
-    if isinstance(compile, bool):
-        return GraphCompiler({} if compile else {"backend": "eager"}, cudagraphs=cudagraphs)
-    return GraphCompiler(compile, cudagraphs=cudagraphs)
 
 
 def _mark_symbols(tensor: Tensor, kind: Tensor) -> Tensor:
