@@ -6,16 +6,17 @@ them fails and so *kills* it. A mutant that survives is a line that no test hold
 makes no difference; the survivors are listed in ``tests/README.md``, with the reason why each of
 them may live.
 
-    python tests/mutants.py verdicts.jsonl                       # hours on one core
+    python tests/mutants.py verdicts.jsonl                       # more than an hour on one core
     python tests/mutants.py verdicts.jsonl optim/line_search.py  # some files only
     python tests/mutants.py verdicts.jsonl --again --seconds 600 # the survivors so far
 
 First all tests run once, which shows how long each takes and which lines it reaches. A mutant is
 a fork of the process that has collected them: the code of one function is replaced there, and
-those tests run that reach the line, until they have taken ``--seconds``: first those of the module
-itself, then those that are quick and reach little else. What lies outside of functions, or changes
-what they close over, needs the package to be imported anew, which takes longer and is done last. A
-run that was stopped goes on from its file of verdicts.
+those tests run that reach the line, until they have taken ``--seconds``: first those that have
+killed mutants of lines nearby, then those of the module itself, then those that are quick and reach
+little else. What lies outside of functions, or changes what they close over, needs the package to
+be imported anew, which takes longer and is done last. A run that was stopped goes on from its file
+of verdicts.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ import importlib.machinery
 import inspect
 import itertools
 import json
+import mmap
 import os
 import random
 import resource
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -66,7 +68,8 @@ HEAVY = [
     *["sb3_contrib", "vmas", "torch.optim", "torch.func"],
 ]
 # Rewriting assertions, pytest would load the modules from their files.
-OPTIONS = ["-q", "-p", "no:cacheprovider", "--assert=plain", "-m", "not slow and not learning"]
+OPTIONS = ["-q", "-s", "-p", "no:cacheprovider", "--assert=plain", "--no-summary"]
+OPTIONS += ["-m", "not slow and not learning"]
 
 # -- replaced code ---------------------------------------------------------------------------------
 
@@ -142,15 +145,25 @@ class Finder(importlib.abc.MetaPathFinder):
 class Forked:
     """A pytest plugin that lends the collected tests to ``work`` in place of running them."""
 
-    def __init__(self, work: Callable[[Forked], None]) -> None:
+    def __init__(self, work: Callable[[Forked], object]) -> None:
         self.work = work
         self.items: dict[str, Any] = {}
+        self.begun = mmap.mmap(-1, 4096)  # shared with the forks
 
     def pytest_runtestloop(self, session: Any) -> bool:
         """Called by pytest once it has collected the tests."""
         self.items = {item.nodeid: item for item in session.items}
         self.work(self)
         return True
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        """Called by pytest before each test."""
+        self.begun[:] = nodeid.encode().ljust(len(self.begun))
+
+    @property
+    def last(self) -> str:
+        """The test that began last, here or in a fork."""
+        return self.begun[:].decode().strip()
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         """The first failure ends the fork."""
@@ -206,7 +219,7 @@ def reach(tests: Forked, file: Path) -> None:
 
 
 class Reach:
-    """Which tests reach a line: first the module's, then those that are quick and reach little."""
+    """Which tests reach a line, and in which order they run."""
 
     def __init__(self, file: Path) -> None:
         known = json.loads(file.read_text())
@@ -216,13 +229,18 @@ class Reach:
         number = Counter(itertools.chain.from_iterable(lines))
         self.rank = {test: number[test] * seconds for test, seconds in self.seconds.items()}
 
-    def __call__(self, target: str, line: int, seconds: float) -> list[str]:
-        """Tests of a line, or else of the one before it, as many as these seconds suffice for."""
+    def __call__(self, target: str, line: int, seconds: float, killers: list[str]) -> list[str]:
+        """Tests of a line, or else of the one before it, as many as these seconds suffice for.
+
+        First those of ``killers``, then the module's, then those that are quick and reach little.
+        """
         lines = self.lines[target]
         above = (lines[str(n)] for n in range(line, 0, -1) if str(n) in lines)
         tests = [test for test in next(above, []) if test]
         stem = "updater" if target in ("turn.py", "undo.py") else Path(target).stem
         tests.sort(key=lambda test: (f"test_{stem}" not in test, self.rank[test]))
+        tests = [*(test for test in dict.fromkeys(killers) if test in tests), *tests]
+        tests = list(dict.fromkeys(tests))
         total = itertools.accumulate(self.seconds[test] for test in tests)
         return [test for test, sum_ in zip(tests, total, strict=True) if sum_ <= seconds]
 
@@ -253,20 +271,32 @@ class Check:
         self.verdicts, self.seconds = verdicts, seconds
         self.reach = verdicts.with_suffix(".reach.json")
         self.others = verdicts.with_suffix(".others.json")
+        self.killers: dict[str, list[tuple[int, str]]] = {target: [] for target in TARGETS}
         known = {}
         if verdicts.exists():
-            entries = map(json.loads, verdicts.read_text().splitlines())
-            known = {(entry["file"], entry["mutant"]): entry["verdict"] for entry in entries}
+            for entry in map(json.loads, verdicts.read_text().splitlines()):
+                known[entry["file"], entry["mutant"]] = entry["verdict"]
+                if entry["by"]:
+                    self.killers[entry["file"]].append((entry["line"], entry["by"]))
         wanted = "survived" if again else None
         self.todo = [m for m in lines_first(targets) if known.get((m[0], m[2])) == wanted]
 
-    def note(self, target: str, name: str, survived: bool) -> None:
+    def likely(self, target: str, line: int) -> list[str]:
+        """The tests that have killed mutants of this file, those of the nearest lines first."""
+        nearest = sorted(self.killers[target], key=lambda killer: abs(killer[0] - line))
+        return [test for _, test in nearest]
+
+    def note(self, target: str, line: int, name: str, survived: bool, last: str) -> None:
         """Writes a verdict down, and says who has survived."""
         verdict = "survived" if survived else "killed"
+        by = "" if survived else last
+        entry = {"file": target, "line": line, "mutant": name, "verdict": verdict, "by": by}
         with self.verdicts.open("a") as file:
-            file.write(json.dumps({"file": target, "mutant": name, "verdict": verdict}) + "\n")
+            file.write(json.dumps(entry) + "\n")
+        if by:
+            self.killers[target].append((line, by))
         if survived:
-            say(f"{target}: {name}")
+            say(f"{target}:{line}: {name}")
 
     def code(self, tests: Forked) -> None:
         """Tries the mutants that are one function's code."""
@@ -285,7 +315,7 @@ class Check:
             if changed is None or not changed.keys() <= alive[target].keys():
                 others.append((target, name))
                 continue
-            chosen = reached(target, line, self.seconds) + newer
+            chosen = reached(target, line, self.seconds, self.likely(target, line)) + newer
 
             def work(
                 changed: dict[tuple[str, int], CodeType] = changed,
@@ -295,10 +325,10 @@ class Check:
                 for place, code in changed.items():
                     for function in alive[place]:
                         function.__code__ = code
-                for _ in tests.run(chosen):
-                    pass
+                deque(tests.run(chosen))
 
-            self.note(target, name, forked(work, 3 * self.seconds + 10))
+            survived = forked(work, 3 * self.seconds + 10)
+            self.note(target, line, name, survived, tests.last)
         self.others.write_text(json.dumps(others))
 
     def modules(self) -> None:
@@ -308,18 +338,23 @@ class Check:
         for target, line, name, make in self.todo:
             if (target, name) not in others:
                 continue
-            chosen = reached(target, line, self.seconds)
+            chosen = reached(target, line, self.seconds, self.likely(target, line))
             tree = make()
+            tests = Forked(lambda tests: deque(tests.run(tests.items)))
 
             def work(
-                target: str = target, tree: ast.Module = tree, chosen: list[str] = chosen
+                target: str = target,
+                tree: ast.Module = tree,
+                chosen: list[str] = chosen,
+                tests: Forked = tests,
             ) -> None:
                 module = f"{PACKAGE}.{target.removesuffix('.py').replace('/', '.')}"
                 sys.meta_path.insert(0, Finder(module, ROOT / PACKAGE / target, tree))
-                if pytest_main([*OPTIONS, "-x", *chosen]):
+                if pytest_main([*OPTIONS, *chosen], [tests]):
                     os._exit(1)
 
-            self.note(target, name, not chosen or forked(work, 3 * self.seconds + 60))
+            survived = not chosen or forked(work, 3 * self.seconds + 60)
+            self.note(target, line, name, survived, tests.last)
 
 
 def pytest_main(arguments: list[str], plugins: Iterable[Any] = ()) -> int:
@@ -338,7 +373,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Mutation check.")
     parser.add_argument("verdicts", type=Path, help="file of the verdicts, a line for each mutant")
     parser.add_argument("targets", nargs="*", default=TARGETS, help="files to break")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of tests for each mutant")
+    parser.add_argument("--seconds", type=float, default=6.0, help="of tests for each mutant")
     parser.add_argument("--again", action="store_true", help="try the survivors so far")
     options = parser.parse_args()
     verdicts = options.verdicts.resolve()
@@ -351,9 +386,7 @@ def main() -> None:
     files += [f"{PACKAGE}/{target}" for target in TARGETS]
     child = os.fork()
     if not child:
-        os._exit(
-            pytest_main([*OPTIONS, "-s", "--no-summary", *files], [Forked(Check(*check).code)])
-        )
+        os._exit(pytest_main([*OPTIONS, *files], [Forked(Check(*check).code)]))
     if os.waitpid(child, 0)[1]:
         sys.exit(1)
     Check(*check).modules()
