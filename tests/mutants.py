@@ -9,6 +9,7 @@ them may live.
     python tests/mutants.py verdicts.jsonl                       # more than an hour on one core
     python tests/mutants.py verdicts.jsonl optim/line_search.py  # some files only
     python tests/mutants.py verdicts.jsonl --again --seconds 600 # the survivors so far
+    python tests/mutants.py verdicts.jsonl --again --tests learners --only "learners|weight"
 
 First all tests run once, which shows how long each takes and which lines it reaches. A mutant is
 a fork of the process that has collected them: the code of one function is replaced there, and
@@ -16,7 +17,8 @@ those tests run that reach the line, until they have taken ``--seconds``: first 
 killed mutants of lines nearby, then those of the module itself, then those that are quick and reach
 little else. What lies outside of functions, or changes what they close over, needs the package to
 be imported anew, which takes longer and is done last. A run that was stopped goes on from its file
-of verdicts.
+of verdicts. With ``--tests`` a mutant meets all tests of the files named, the slow ones included,
+but for those that compile for a minute.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ import json
 import mmap
 import os
 import random
+import re
 import resource
 import sys
 import time
@@ -42,6 +45,7 @@ from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
 
+import ranks
 from mutations import mutants
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,7 +73,7 @@ HEAVY = [
 ]
 # Rewriting assertions, pytest would load the modules from their files.
 OPTIONS = ["-q", "-s", "-p", "no:cacheprovider", "--assert=plain", "--no-summary"]
-OPTIONS += ["-m", "not slow and not learning"]
+QUICK = ["-m", "not slow and not learning"]
 
 # -- replaced code ---------------------------------------------------------------------------------
 
@@ -267,8 +271,8 @@ def lines_first(targets: list[str]) -> list[tuple[str, int, str, Callable[[], as
 class Check:
     """The mutants that have no verdict yet, and how they get one."""
 
-    def __init__(self, verdicts: Path, targets: list[str], seconds: float, again: bool) -> None:
-        self.verdicts, self.seconds = verdicts, seconds
+    def __init__(self, verdicts: Path, options: argparse.Namespace) -> None:
+        self.verdicts, self.seconds = verdicts, options.seconds
         self.reach = verdicts.with_suffix(".reach.json")
         self.others = verdicts.with_suffix(".others.json")
         self.killers: dict[str, list[tuple[int, str]]] = {target: [] for target in TARGETS}
@@ -278,8 +282,13 @@ class Check:
                 known[entry["file"], entry["mutant"]] = entry["verdict"]
                 if entry["by"]:
                     self.killers[entry["file"]].append((entry["line"], entry["by"]))
-        wanted = "survived" if again else None
-        self.todo = [m for m in lines_first(targets) if known.get((m[0], m[2])) == wanted]
+        wanted = "survived" if options.again else None
+        self.todo = [
+            (target, line, name, make)
+            for target, line, name, make in lines_first(options.targets)
+            if known.get((target, name)) == wanted
+            and re.search(options.only, f"{target}:{line}: {name}")
+        ]
 
     def likely(self, target: str, line: int) -> list[str]:
         """The tests that have killed mutants of this file, those of the nearest lines first."""
@@ -315,7 +324,9 @@ class Check:
             if changed is None or not changed.keys() <= alive[target].keys():
                 others.append((target, name))
                 continue
-            chosen = reached(target, line, self.seconds, self.likely(target, line)) + newer
+            likely = self.likely(target, line)
+            newer.sort(key=lambda test: likely.index(test) if test in likely else len(likely))
+            chosen = reached(target, line, self.seconds, likely) + newer
 
             def work(
                 changed: dict[tuple[str, int], CodeType] = changed,
@@ -375,21 +386,29 @@ def main() -> None:
     parser.add_argument("targets", nargs="*", default=TARGETS, help="files to break")
     parser.add_argument("--seconds", type=float, default=6.0, help="of tests for each mutant")
     parser.add_argument("--again", action="store_true", help="try the survivors so far")
+    parser.add_argument(
+        "--only", default="", help="whose 'file:line: name' this pattern is found in"
+    )
+    parser.add_argument("--tests", nargs="+", default=[], help="files to run in place of the usual")
     options = parser.parse_args()
     verdicts = options.verdicts.resolve()
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
     for module in HEAVY:
         importlib.import_module(module)
-    check = (verdicts, options.targets, options.seconds, options.again)
-    files = [*(f"tests/test_{name}.py" for name in TESTS)]
-    files += [f"{PACKAGE}/{target}" for target in TARGETS]
+    # Started anew, a process would import what is not broken.
+    ranks.METHOD, ranks.SECONDS = "fork", 20
+    if options.tests:
+        files = [*(f"tests/test_{name}.py" for name in options.tests), "-k", "not compiled"]
+    else:
+        files = [f"tests/test_{name}.py" for name in TESTS]
+        files += [*QUICK, *(f"{PACKAGE}/{target}" for target in TARGETS)]
     child = os.fork()
     if not child:
-        os._exit(pytest_main([*OPTIONS, *files], [Forked(Check(*check).code)]))
+        os._exit(pytest_main([*OPTIONS, *files], [Forked(Check(verdicts, options).code)]))
     if os.waitpid(child, 0)[1]:
         sys.exit(1)
-    Check(*check).modules()
+    Check(verdicts, options).modules()
 
 
 if __name__ == "__main__":
