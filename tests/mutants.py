@@ -14,11 +14,11 @@ them may live.
 First all tests run once, which shows how long each takes and which lines it reaches. A mutant is
 a fork of the process that has collected them: the code of one function is replaced there, and
 those tests run that reach the line, until they have taken ``--seconds``: first those that have
-killed mutants of lines nearby, then those of the module itself, then those that are quick and reach
-little else. What lies outside of functions, or changes what they close over, needs the package to
-be imported anew, which takes longer and is done last. A run that was stopped goes on from its file
-of verdicts. With ``--tests`` a mutant meets all tests of the files named, the slow ones included,
-but for those that compile for a minute.
+killed mutants of lines nearby, then those of the module itself, then those of the other files in
+turn, the quick ones that reach little else before the others. What lies outside of functions, or
+changes what they close over, needs the package to be imported anew, which takes longer and is done
+last. A run that was stopped goes on from its file of verdicts. With ``--tests`` a mutant meets all
+tests of the files named, the slow ones included, but for those that compile for a minute.
 """
 
 from __future__ import annotations
@@ -236,15 +236,22 @@ class Reach:
     def __call__(self, target: str, line: int, seconds: float, killers: list[str]) -> list[str]:
         """Tests of a line, or else of the one before it, as many as these seconds suffice for.
 
-        First those of ``killers``, then the module's, then those that are quick and reach little.
+        First those of ``killers``, then the module's, then one of each other file in turn; of a
+        file, those that are quick and reach little come first.
         """
         lines = self.lines[target]
         above = (lines[str(n)] for n in range(line, 0, -1) if str(n) in lines)
         tests = [test for test in next(above, []) if test]
         stem = "updater" if target in ("turn.py", "undo.py") else Path(target).stem
-        tests.sort(key=lambda test: (f"test_{stem}" not in test, self.rank[test]))
-        tests = [*(test for test in dict.fromkeys(killers) if test in tests), *tests]
-        tests = list(dict.fromkeys(tests))
+        tests.sort(key=self.rank.__getitem__)
+        files: dict[str, list[str]] = {}
+        for test in tests:
+            files.setdefault(test.partition("::")[0], []).append(test)
+        own = [tests for file, tests in files.items() if file.startswith(f"tests/test_{stem}")]
+        in_turn = itertools.zip_longest(*files.values())
+        known = [test for test in killers if test in tests]
+        ordered = itertools.chain(known, *own, *in_turn)
+        tests = [test for test in dict.fromkeys(ordered) if test]
         total = itertools.accumulate(self.seconds[test] for test in tests)
         return [test for test, sum_ in zip(tests, total, strict=True) if sum_ <= seconds]
 
