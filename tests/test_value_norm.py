@@ -96,8 +96,10 @@ def test_the_first_statistics_leave_the_critic_alone(norm):
     restore()
     assert same_state(before, updater.loss.critic_network.state_dict())
     for _ in range(2):
-        updater.loss.update_value_norm(torch.randn(50, 1) * 40 - 60)
+        restore = updater.loss.update_value_norm(torch.randn(50, 1) * 40 - 60)
     assert not same_state(before, updater.loss.critic_network.state_dict())
+    restore()
+    assert same_state(before, updater.loss.critic_network.state_dict())
 
 
 def test_popart_wants_a_linear_last_layer():
