@@ -130,6 +130,8 @@ class TeamReward(Transform):
         return tensordict
 
     def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
+        if self._is_there(next_tensordict):
+            return next_tensordict
         reward = self._team_reward(next_tensordict)
         if self.reduction is None:
             self._verify_shared(reward)
@@ -170,6 +172,13 @@ class TeamReward(Transform):
                 "(a single agent) or [*B, n, 1] (a group); reshape it first."
             )
         return reward.unsqueeze(-2) if len(event_shape) == 1 else reward
+
+    def _is_there(self, tensordict: TensorDictBase) -> bool:
+        """Whether the only reward is the team's already, ``[*B, 1]`` under its key."""
+        if list(self.in_keys) != self.out_keys:
+            return False
+        reward = tensordict.get(self.out_key, default=None)
+        return reward is not None and reward.shape == (*tensordict.batch_size, 1)
 
     def _reduce(self, reward: torch.Tensor) -> torch.Tensor:
         if self.reduction == "sum":

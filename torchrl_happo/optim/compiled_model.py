@@ -18,12 +18,15 @@ from torchrl_happo.optim.graphs import TensorFunction, split, trace
 from torchrl_happo.optim.line_search import Evaluate
 from torchrl_happo.optim.linearize import linearizable
 from torchrl_happo.optim.natural_gradient import (
+    Iteration,
+    Solution,
     fisher_vector_product,
     flatten,
     gradient,
+    iterate,
     unflatten,
 )
-from torchrl_happo.optim.trust_region import LocalModel
+from torchrl_happo.optim.trust_region import LocalModel, TrustRegion
 
 __all__ = ["CompiledModel"]
 
@@ -34,6 +37,7 @@ class Compilable(Protocol):
     distribution: Callable[[Mapping[str, Tensor], TensorDictBase], Distribution]
     surrogate: Callable[[Distribution, TensorDictBase], Tensor]
     named_parameters: Callable[[], Iterable[tuple[str, nn.Parameter]]]
+    settings: TrustRegion
     valid_key: str
     sample_shape: Callable[[TensorDictBase], torch.Size]
 
@@ -41,18 +45,21 @@ class Compilable(Protocol):
 class _Functions(NamedTuple):
     """What is compiled for one layout of the data.
 
-    Each takes the networks' tensors, a vector, parameters to try, the data, and perhaps the rows of
-    the Fisher matrix; the last two also take what :attr:`at_point` computed for them.
+    The first three take the networks' tensors, a vector, parameters to try, the data, and perhaps
+    the rows of the Fisher matrix; two of them also take what :attr:`at_point` computed for them.
 
     Attributes:
         at_point (callable): surrogate, gradient, and what the other two need besides.
         product (callable): the product of the Fisher matrix and the vector.
         trial (callable): surrogate and divergence at the parameters to try.
+        iteration (callable): from the tensors of a :class:`Solution`, and the product of the Fisher
+            matrix and its direction, to the next one.
     """
 
     at_point: TensorFunction
     product: TensorFunction
     trial: TensorFunction
+    iteration: TensorFunction
 
 
 class CompiledModel:
@@ -62,7 +69,8 @@ class CompiledModel:
     traced once, for symbolic :math:`v` and :math:`\theta`, and cut in three. What depends on
     neither is computed once for a batch: the present policy's forward pass, and all that a
     linearisation of the network keeps. What depends on :math:`v` is computed at each iteration of
-    conjugate gradient, what depends on :math:`\theta` at each try of the line search.
+    conjugate gradient, whose own arithmetic is compiled, too, and what depends on :math:`\theta` at
+    each try of the line search.
 
     Args:
         step (TrustRegionStep): the step.
@@ -75,8 +83,8 @@ class CompiledModel:
 
     def at(
         self, theta: Tensor, data: TensorDictBase, rows: Tensor | None
-    ) -> tuple[LocalModel, Evaluate]:
-        """The policy near its present parameters, and the trial of others.
+    ) -> tuple[LocalModel, Evaluate, Iteration]:
+        """The policy near its present parameters, the trial of others, and the way to them.
 
         Args:
             theta (Tensor): the trainable parameters as a vector.
@@ -84,8 +92,8 @@ class CompiledModel:
             rows (Tensor, optional): rows that the Fisher matrix is averaged over. ``None``: all.
 
         Returns:
-            the local model, and a callable from a vector of parameters to the surrogate and the
-            mean divergence from the present policy.
+            the local model, a callable from a vector of parameters to the surrogate and the mean
+            divergence from the present policy, and one iteration of conjugate gradient.
         """
         networks, compiler = self.code.tensors(), self.code.compiler
         layout = Layout.of(data)
@@ -93,10 +101,11 @@ class CompiledModel:
         if rows is not None:
             batch.append(rows)
         functions = compiler.remember(
-            (rows is None, *self.code.key(layout)),
+            (rows is None, self.step.settings, *self.code.key(layout)),
             lambda: self._compile(layout, theta, networks, batch, has_rows=rows is not None),
         )
-        at_point, product, trial = (compiler.bind(f, networks) for f in functions)
+        at_point, product, trial = (compiler.bind(f, networks) for f in functions[:3])
+        advance = compiler.bind(functions.iteration, [])
         surrogate, slope, *saved = at_point([theta, theta, *batch])
 
         def fisher_product(vector: Tensor) -> Tensor:
@@ -106,8 +115,11 @@ class CompiledModel:
             surrogate, kl = trial([theta, flat, *batch, *saved])
             return surrogate, kl
 
+        def iteration(solution: Solution, product: Tensor, *_: float) -> Solution:
+            return Solution(*advance([*solution, product]))
+
         counts = [self._num_samples(part) for part in (data, data if rows is None else data[rows])]
-        return LocalModel(surrogate, slope, fisher_product, *counts), evaluate
+        return LocalModel(surrogate, slope, fisher_product, *counts), evaluate, iteration
 
     def _num_samples(self, data: TensorDictBase) -> Tensor | float:
         valid = data.get(self.step.valid_key, None)
@@ -149,11 +161,23 @@ class CompiledModel:
         graph = trace(function, tensors, batched)
         vector, flat = len(networks), len(networks) + 1
         parts = split(graph, arguments=[vector, flat], outputs=[2, 1, 2])
-        functions = _Functions(*map(self.code.compiler.compile_graph, parts))
-        _, _, *saved = functions.at_point(tensors)
+        at_point, product, trial = map(self.code.compiler.compile_graph, parts)
+        functions = _Functions(at_point, product, trial, self._compile_iteration(theta))
+        _, slope, *saved = functions.at_point(tensors)
         functions.product([*tensors, *saved])
         functions.trial([*tensors, *saved])
+        functions.iteration([*Solution.begin(slope), torch.zeros_like(slope)])
         return functions
+
+    def _compile_iteration(self, theta: Tensor) -> TensorFunction:
+        settings = self.step.settings
+
+        def function(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+            *solution, product = tensors
+            return iterate(Solution(*solution), product, settings.damping, settings.cg_tolerance)
+
+        tensors = [*Solution.begin(theta), theta]
+        return self.code.compiler(function, tensors, batched=[False] * len(tensors))
 
     def _batch_ndim(self, data: TensorDictBase) -> int:
         """Number of leading dimensions that count samples."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,10 +13,13 @@ from torch.distributions import Distribution
 from torchrl_happo.distributions import distribution_parameters, fisher_product
 
 __all__ = [
+    "Iteration",
+    "Solution",
     "conjugate_gradient",
     "fisher_vector_product",
     "flatten",
     "gradient",
+    "iterate",
     "unflatten",
 ]
 
@@ -85,15 +88,21 @@ def fisher_vector_product(
 
 
 def conjugate_gradient(
-    matvec: MatVec, b: Tensor, *, num_iterations: int = 10, residual_tolerance: float = 1e-10
+    matvec: MatVec,
+    b: Tensor,
+    *,
+    damping: float = 0.0,
+    num_iterations: int = 10,
+    residual_tolerance: float = 1e-10,
+    iteration: Iteration | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""Approximate solution of :math:`A x = b` for a positive definite :math:`A`, from zero.
+    r"""Approximate solution of :math:`(A + \lambda I) x = b` for a positive definite matrix.
 
     From :math:`x = 0, r = p = b`, each iteration is (Hestenes and Stiefel, 1952)
 
     .. math::
-        \alpha = \frac{r^\top r}{p^\top A p}, \quad x \leftarrow x + \alpha p, \quad
-        r' = r - \alpha A p, \quad p \leftarrow r' + \frac{r'^\top r'}{r^\top r} p.
+        \alpha = \frac{r^\top r}{p^\top (A + \lambda I) p}, \quad x \leftarrow x + \alpha p, \quad
+        r' = r - \alpha (A + \lambda I) p, \quad p \leftarrow r' + \frac{r'^\top r'}{r^\top r} p.
 
     The number of products is fixed, so that nothing is read back from the device: iterations after
     :math:`r^\top r` has fallen below the tolerance, or along a direction whose curvature is not
@@ -104,11 +113,15 @@ def conjugate_gradient(
         b (Tensor): the right-hand side, a vector. Zero gives zero.
 
     Keyword Args:
+        damping (float): :math:`\lambda`. Defaults to ``0.0``.
         num_iterations (int): number of iterations. Defaults to ``10``.
         residual_tolerance (float): tolerance of :math:`r^\top r`. Defaults to ``1e-10``.
+        iteration (callable, optional): from a :class:`Solution`, :math:`A p` for its direction
+            :math:`p`, damping and tolerance to the next one. Defaults to ``None``:
+            :func:`iterate`, of which this may be a compiled version.
 
     Returns:
-        the solution :math:`x` and the residual :math:`r = b - A x`.
+        the solution :math:`x` and the residual :math:`r = b - (A + \lambda I) x`.
 
     Example:
         >>> import torch
@@ -117,21 +130,63 @@ def conjugate_gradient(
         >>> conjugate_gradient(lambda v: a @ v, torch.tensor([3.0, 4.0]), num_iterations=2)[0]
         tensor([1.0000, 1.0000])
     """
-    x, r, p = torch.zeros_like(b), b, b
-    rr = r.dot(r)
-    active = rr > 0
+    iteration = iterate if iteration is None else iteration
+    solution = Solution.begin(b)
     for _ in range(num_iterations):
-        product = matvec(p)
-        curvature = p.dot(product)
-        active = active & (curvature > 0)
-        alpha = rr / curvature
-        x = torch.where(active, x + alpha * p, x)
-        r = torch.where(active, r - alpha * product, r)
-        rr_next = r.dot(r)
-        p = torch.where(active, r + rr_next / rr * p, p)
-        rr = rr_next
-        active = active & (rr >= residual_tolerance)
-    return x, r
+        solution = iteration(solution, matvec(solution.direction), damping, residual_tolerance)
+    return solution.x, solution.residual
+
+
+class Solution(NamedTuple):
+    """A system of equations, half solved by conjugate gradient.
+
+    Attributes:
+        x (Tensor): the solution so far.
+        residual (Tensor): what it leaves of the right-hand side.
+        direction (Tensor): along which it goes on.
+        square (Tensor): the squared norm of the residual.
+        active (Tensor): whether it goes on at all.
+    """
+
+    x: Tensor
+    residual: Tensor
+    direction: Tensor
+    square: Tensor
+    active: Tensor
+
+    @classmethod
+    def begin(cls, b: Tensor) -> Solution:
+        """Zero, for the right-hand side ``b``."""
+        square = b.dot(b)
+        # A copy: compiled code would be made anew for two arguments that are one.
+        return cls(torch.zeros_like(b), b.clone(), b, square, square > 0)
+
+
+Iteration: TypeAlias = Callable[[Solution, Tensor, float, float], Solution]
+
+
+def iterate(solution: Solution, product: Tensor, damping: float, tolerance: float) -> Solution:
+    """One iteration of :func:`conjugate_gradient`.
+
+    Args:
+        solution (Solution): the one so far.
+        product (Tensor): the matrix times its direction.
+        damping (float): added to the diagonal of the matrix.
+        tolerance (float): the squared norm of the residual that is small enough.
+
+    Returns:
+        the next one.
+    """
+    x, r, p, rr, active = solution
+    product = torch.add(product, p, alpha=damping)
+    curvature = p.dot(product)
+    active = active & (curvature > 0)
+    alpha = rr / curvature
+    x = torch.where(active, torch.addcmul(x, alpha, p), x)
+    r = torch.where(active, torch.addcmul(r, alpha, product, value=-1), r)
+    rr_next = r.dot(r)
+    p = torch.where(active, torch.addcmul(r, rr_next / rr, p), p)
+    return Solution(x, r, p, rr_next, active & (rr_next >= tolerance))
 
 
 def gradient(

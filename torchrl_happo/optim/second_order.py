@@ -138,13 +138,18 @@ class TrustRegionStep:
         theta = flatten(trained.values())
         before = self.state_dict()
         try:
-            local, evaluate = model.at(theta, data, self._rows(data))
+            local, evaluate, iteration = model.at(theta, data, self._rows(data))
         except Exception as error:
             model.code.give_up(error)
             self.load_state_dict(before)
             return None
         moved, result = step_within_trust_region(
-            theta, local, evaluate, self.settings, average=self.learners.mean
+            theta,
+            local,
+            evaluate,
+            self.settings,
+            average=self.learners.mean,
+            iteration=iteration,
         )
         return unflatten(moved, trained), result
 

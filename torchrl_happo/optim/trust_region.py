@@ -46,6 +46,7 @@ from torchrl_happo.optim.line_search import (
 from torchrl_happo.optim.linearize import linearizable
 from torchrl_happo.optim.minibatches import draw_rows
 from torchrl_happo.optim.natural_gradient import (
+    Iteration,
     MatVec,
     conjugate_gradient,
     fisher_vector_product,
@@ -283,6 +284,7 @@ def step_within_trust_region(
     settings: TrustRegion,
     *,
     average: Average = own_mean,
+    iteration: Iteration | None = None,
 ) -> tuple[Tensor, TrustRegionResult]:
     r"""One trust-region step from ``theta``, for a policy that is known by its local model.
 
@@ -301,6 +303,7 @@ def step_within_trust_region(
             the samples of all processes that take the step together (see
             :data:`~torchrl_happo.learners.Average`). Surrogate, gradient, divergence and products
             pass through it. Defaults to this process's own.
+        iteration (callable, optional): see :func:`conjugate_gradient`.
 
     Returns:
         the new parameters, which are ``theta`` bit for bit if no step was accepted, and the
@@ -328,10 +331,12 @@ def step_within_trust_region(
     # A gradient that is not finite is replaced by zero: every step below is then zero as well.
     target = torch.where(g.isfinite().all(), g, 0)
     x, residual = conjugate_gradient(
-        lambda v: model.fisher_product(v) + settings.damping * v,
+        model.fisher_product,
         target,
+        damping=settings.damping,
         num_iterations=settings.cg_iterations,
         residual_tolerance=settings.cg_tolerance,
+        iteration=iteration,
     )
     product = target - residual  # (F + damping I) x, for free
     length, usable = step_length(x, product, settings.max_kl)
