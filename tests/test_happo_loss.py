@@ -110,6 +110,16 @@ def test_an_advantage_of_another_shape_is_refused():
         HAPPOLoss(actor, None)(batch)
 
 
+def test_a_batch_without_actions_is_refused():
+    """By its own sentence, before anything is computed of the rest."""
+    actor, _, batch = team()
+    batch["advantage"] = torch.randn(*batch.shape, 1, dtype=torch.double)
+    with pytest.raises(
+        KeyError, match=r"no entry \('agents', 'action'\), which agent 'agents' needs"
+    ):
+        HAPPOLoss(actor, None)(batch.exclude(("agents", "action")))
+
+
 def test_a_log_probability_with_a_gradient_is_refused():
     """The old policy is data; a gradient through it would train the wrong thing."""
     actor, _, batch = team()

@@ -10,11 +10,12 @@ import copy
 from functools import partial
 
 import pytest
+import team
 import torch
 from tensordict import TensorDict
 from torchrl.collectors import Collector
 from torchrl.envs import Compose, InitTracker, StepCounter, TransformedEnv, VmasEnv
-from torchrl.modules import PopArtValueNorm
+from torchrl.modules import IndependentNormal, PopArtValueNorm
 
 from torchrl_happo import (
     HAPPOLoss,
@@ -176,6 +177,39 @@ def test_steps_that_are_padding(mask, team, loss_class):
         data[mask] = counts
     assert (batch != other).any()
     assert_same(update(updater, batch), update(twin, other))
+
+
+@pytest.mark.parametrize("loss_class", LOSSES, ids=["happo", "hatrpo"])
+@pytest.mark.parametrize("blocks", [(), ("agents",)], ids=["agents", "block"])
+@pytest.mark.parametrize("own", [False, True], ids=["joint advantage", "own advantages"])
+@pytest.mark.parametrize("inactive", [False, True], ids=["all active", "some inactive"])
+def test_a_mask_is_as_good_as_leaving_out(inactive, own, blocks, loss_class):
+    """Where some steps do not count, the update is that of a batch of the others alone.
+
+    Gradient descent sees the scale of a loss, on which Adam would not depend.
+    """
+    actor = team.make_actor(distribution=IndependentNormal).double()
+    critic, batch = team.make_critic().double(), team.make_batch(actor)
+    n_agents, counts = team.N_AGENTS, torch.rand(batch.shape) < 0.6
+    shape = (*batch.shape, n_agents, 1) if own else (*batch.shape, 1)
+    batch["advantage"] = torch.randn(shape).double() + 1
+    for key in ("value_target", ("agents", "state_value")):
+        batch[key] = torch.randn(*batch.shape, n_agents, 1).double()
+    if inactive:
+        batch["agents", "active"] = torch.rand(*batch.shape, n_agents) < 0.7
+    masked = batch.clone()
+    masked["collector", "mask"] = counts
+    ends = []
+    for data in (masked, batch[counts]):
+        loss = loss_class(*copy.deepcopy((actor, critic)), blocks=blocks)
+        updater = SequentialUpdater(
+            loss, optimizer=partial(torch.optim.SGD, lr=0.1), order="fixed", num_epochs=2
+        )
+        metrics = updater(data).flatten_keys(".")
+        # The factor is one at steps that do not count, which its own metrics are over, too.
+        of_the_factor = [key for key in metrics.keys() if ".factor_" in key]
+        ends.append((metrics.exclude(*of_the_factor).to_dict(), loss.state_dict()))
+    torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-9)
 
 
 def test_padding_behind_a_cut_trajectory():

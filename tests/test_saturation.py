@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from policies import all_policies
+from team import make_actor, make_batch, perturb
 from tensordict import TensorDict
 from tensordict.nn import CompositeDistribution
 from torch import distributions as D
@@ -14,9 +15,9 @@ from torchrl.modules import (
     TanhNormal,
 )
 
-from torchrl_happo.distributions import (
-    is_saturated,
-)
+from torchrl_happo import HAPPOLoss
+from torchrl_happo.distributions import is_saturated
+from torchrl_happo.objectives.common import behaviour_log_prob
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -90,3 +91,31 @@ def test_a_composite_is_saturated_where_a_component_is():
     move[1, 2] = 1.0
     action = TensorDict({"move": move, ("talk", "word"): torch.zeros(2, dtype=torch.long)}, [2])
     assert is_saturated(dist, action).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("parameters", [True, False])
+def test_who_scores_saturated_actions(parameters):
+    """The policy that acted, if the data has its parameters; else the present one, if it is given.
+
+    What is not saturated keeps the log-probability that the collector has stored.
+    """
+    actor = make_actor(distribution=TanhNormal).double()
+    batch = make_batch(actor)
+    batch["agents", "action"][0] = 1.0
+    agent = HAPPOLoss(actor, None).agents[1]
+    with torch.no_grad():
+        acted = actor.get_dist(batch.copy()).log_prob(batch["agents", "action"])[..., 1]
+        perturb(actor)
+        current = actor.get_dist(batch.copy()).log_prob(batch["agents", "action"])[..., 1]
+    if not parameters:
+        batch = batch.exclude(("agents", "loc"), ("agents", "scale"))
+    keys = [("agents", name) for name in ("observation", "action", "action_log_prob")]
+    data = agent.view(batch, [*keys, *agent.policy.parameter_keys])
+    stored = batch["agents", "action_log_prob"][..., 1]
+    for given in (None, current):
+        got = behaviour_log_prob(agent, data, given)
+        assert torch.equal(got[1:], stored[1:])
+        if parameters:
+            torch.testing.assert_close(got[0], acted[0])
+        else:
+            assert torch.equal(got[0], (stored if given is None else current)[0])

@@ -15,6 +15,7 @@ from functools import partial
 
 import pytest
 import torch
+from team import perturb
 from tensordict import TensorDict
 from tensordict.nn import (
     AddStateIndependentNormalScale,
@@ -41,7 +42,7 @@ from torchrl_happo import ActorList, HAPPOLoss, HATRPOLoss, SequentialUpdater, j
 from torchrl_happo.memory import state_specs
 from torchrl_happo.recurrent import CELLS
 
-OBS_DIM, N_AGENTS, BATCH = 4, 2, (6, 5)
+OBS_DIM, N_AGENTS, BATCH = 4, 2, torch.Size([6, 5])
 
 
 class Beta(d.Independent):
@@ -395,3 +396,51 @@ def test_entropy_of_groups_of_unlike_sizes():
     loss = HAPPOLoss(actors, None, entropy_coeff=1.0, reduction="none")
     entropies = [actor.get_dist(batch).entropy().reshape(*BATCH, -1) for actor in actors.values()]
     torch.testing.assert_close(-loss(batch)["loss_entropy"], torch.cat(entropies, -1))
+
+
+SIX = {"pair": 2, "alone": None, "three": 3}
+
+
+@pytest.mark.parametrize("loss_class", LOSSES)
+@pytest.mark.parametrize("own", ["nothing", "advantage", "factor"])
+@pytest.mark.parametrize(
+    ("sizes", "inactive"),
+    [({"alone": None}, False), (SIX, False), (SIX, True)],
+    ids=["one", "six", "six_some_inactive"],
+)
+def test_forward_knows_no_dimensions_of_the_batch(sizes, inactive, own, loss_class):
+    """The same terms whether the batch is flat or of three dimensions, and their mean counts them.
+
+    Advantage and factor are the team's, or one of the two is each agent's own.
+    """
+    actors = {name: make_actor(SPACES["normal"], name, size) for name, size in sizes.items()}
+    groups = {name: () if size is None else (size,) for name, size in sizes.items()}
+    batch = make_batch(actors, groups, False, inactive)
+    n_agents = sum(size or 1 for size in sizes.values())
+    if own == "advantage":
+        batch["advantage"] = torch.randn(*BATCH, n_agents, 1)
+    shape = (*BATCH, n_agents, 1) if own == "factor" else (*BATCH, 1)
+    batch["factor"] = torch.rand(shape)
+    counts = torch.ones(BATCH.numel() * n_agents, dtype=torch.bool)
+    if inactive:
+        masks = [batch[name, "active"].reshape(*BATCH, -1) for name in sizes]
+        counts = torch.cat(masks, -1).flatten()
+    for actor in actors.values():
+        perturb(actor)
+    bonus = {"entropy_coeff": 0.01} if loss_class is HAPPOLoss else {}
+    terms, means = (
+        [
+            loss_class(actors, None, reduction=reduction, **bonus)(batch.reshape(shape))
+            for shape in (BATCH, [BATCH.numel()], [5, 2, 3])
+        ]
+        for reduction in ("none", "mean")
+    )
+    names = ["loss_objective", "loss_entropy" if bonus else "kl"]
+    for name in names:
+        expected = terms[0][name].flatten()
+        assert expected.shape == counts.shape
+        assert not expected[~counts].any()
+        for each in terms:
+            torch.testing.assert_close(each[name].flatten(), expected)
+        for each in means:
+            torch.testing.assert_close(each[name], expected.sum() / counts.sum())
