@@ -236,12 +236,14 @@ class Reach:
     def __call__(self, target: str, line: int, seconds: float, killers: list[str]) -> list[str]:
         """Tests of a line, or else of the one before it, as many as these seconds suffice for.
 
+        A line that runs when the module is imported has those of the whole file.
         First those of ``killers``, then the module's, then one of each other file in turn; of a
         file, those that are quick and reach little come first.
         """
         lines = self.lines[target]
         above = (lines[str(n)] for n in range(line, 0, -1) if str(n) in lines)
         tests = [test for test in next(above, []) if test]
+        tests = tests or list({test for tests in lines.values() for test in tests if test})
         stem = "updater" if target in ("turn.py", "undo.py") else Path(target).stem
         tests.sort(key=self.rank.__getitem__)
         files: dict[str, list[str]] = {}
