@@ -62,6 +62,7 @@ def test_equals_mappo_without_a_factor(distribution, reduction):
         {"clip_value": True},
         {"loss_critic_type": "l2"},
         {"critic_coeff": 0.5},
+        {"log_explained_variance": False},
         {"normalize_advantage": True, "normalize_advantage_exclude_dims": (-2,)},
     ],
     ids=str,
@@ -257,11 +258,34 @@ def test_ratio_is_one_for_saturated_actions(dtype):
     assert abs(their_ratio - 1) > 0.01
 
 
+def test_the_entropy_is_estimated_from_as_many_samples_as_asked_for():
+    """Where it has no closed form: the draws are those of TorchRL's loss."""
+    actor, _, batch = team(TanhNormal)
+    batch["advantage"] = torch.randn(*batch.shape, N_AGENTS, 1, dtype=torch.double)
+    ours = HAPPOLoss(actor, None, samples_mc_entropy=3)
+    theirs = MAPPOLoss(actor, None, entropy_coeff=0.01, samples_mc_entropy=3)
+    theirs.set_keys(**KEYS)
+    entropies = []
+    for loss in (ours, theirs):
+        torch.manual_seed(1)
+        entropies.append(loss(batch.copy())["entropy"])
+    torch.testing.assert_close(*entropies, rtol=1e-13, atol=1e-13)
+
+
+def test_the_value_estimator_is_the_one_that_was_asked_for():
+    """Its kind and its numbers; and the call can be chained, as TorchRL's."""
+    actor, critic, _ = team()
+    loss = HAPPOLoss(actor, critic)
+    assert loss.make_value_estimator(ValueEstimators.GAE, gamma=0.5, lmbda=0.25) is loss
+    assert (loss.value_estimator.gamma, loss.value_estimator.lmbda) == (0.5, 0.25)
+
+
 def test_entropy_bonus_can_be_scheduled_from_zero():
     """Built without an entropy bonus, the loss gains one when its coefficient is set."""
     actor, critic, batch = team()
     loss = HAPPOLoss(actor, critic, entropy_coeff=0.0)
     loss.set_keys(**KEYS)
+    loss.entropy_coeff = 0.0
     assert "loss_entropy" not in loss(batch.copy()).keys()
     loss.entropy_coeff = 0.01
     output = loss(batch.copy())

@@ -232,6 +232,13 @@ def test_conjugate_gradient_keeps_off_directions_without_curvature(curvature):
     assert x.isfinite().all()
 
 
+def test_of_nothing_there_is_no_gradient():
+    """No parameters: no gradient, and a vector without entries."""
+    x = torch.ones(2, requires_grad=True)
+    assert gradient([x.sum()], []) == []
+    assert flatten([]).shape == (0,)
+
+
 def test_flatten_and_unflatten_are_inverse():
     """Names, shapes (scalars too) and order survive."""
     tensors = {"b": torch.randn(2, 3), "a": torch.randn(()), "c": torch.randn(1)}

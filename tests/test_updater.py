@@ -18,7 +18,7 @@ from team import (
     same_state,
     state_of,
 )
-from tensordict import TensorDict
+from tensordict import TensorDict, lazy_stack
 from torchrl.data import LazyTensorStorage, ReplayBuffer
 from torchrl.data.replay_buffers.samplers import SamplerWithoutReplacement
 from torchrl.modules import IndependentNormal, TanhNormal
@@ -27,7 +27,11 @@ from wrong_calls import same
 from torchrl_happo import HAPPOLoss, SequentialUpdater
 from torchrl_happo.batch import TeamBatch
 from torchrl_happo.distributions import entropy
-from torchrl_happo.optim.minibatches import ReplayBufferMinibatches
+from torchrl_happo.optim.minibatches import (
+    ReplayBufferMinibatches,
+    ShuffledMinibatches,
+    draw_rows,
+)
 
 ADAM = partial(torch.optim.Adam, lr=1e-2)
 NAMES = [f"agents_{i}" for i in range(N_AGENTS)]
@@ -234,6 +238,26 @@ def test_replay_buffer_of_the_users_own():
     assert not same_state(before, state_of(actor))
 
 
+def test_minibatches_of_agents_of_unlike_sizes():
+    """What cannot be one tensor is cut like everything else, without loss."""
+    rows = [TensorDict({"x": torch.randn(9, size)}, [9]) for size in (2, 3)]
+    data = TensorDict({"number": torch.arange(9), "agents": lazy_stack(rows, 1)}, [9])
+    minibatches = list(ShuffledMinibatches(4, torch.Generator())(data))
+    assert [len(minibatch) for minibatch in minibatches] == [4, 4, 1]
+    for minibatch in minibatches:
+        for agent, row in enumerate(rows):
+            expected = row["x"][minibatch["number"]]
+            assert torch.equal(minibatch["agents"][:, agent]["x"], expected)
+
+
+def test_a_share_of_the_rows_is_at_least_one():
+    """However small it is; and those with a valid sample come first."""
+    valid = torch.zeros(10, 2, dtype=torch.bool)
+    valid[7, 1] = True
+    assert draw_rows(10, valid, 0.01, torch.Generator()).tolist() == [7]
+    assert len(draw_rows(10, None, 0.3, torch.Generator())) == 3
+
+
 def test_a_replay_buffer_holds_one_batch_at_a_time():
     """Each epoch draws from the data it is given, and of earlier data nothing is left."""
     buffer = ReplayBuffer(
@@ -313,6 +337,7 @@ def test_metrics():
     for value in metrics.values(include_nested=True, leaves_only=True):
         assert value.shape == ()
         assert value.isfinite()
+        assert not value.requires_grad
     first = metrics[NAMES[0]]
     assert first["factor_mean"] == first["factor_max"] == 1
     torch.testing.assert_close(first["factor_ess"], torch.tensor(1.0))
@@ -579,9 +604,11 @@ def test_an_interrupted_update_leaves_no_trace(where, error):
     assert same(updater.state_dict(), twin.state_dict())
 
 
-def test_an_optimiser_that_fails_leaves_no_gradient():
-    """Gradients are there for the length of a step only, also of one that does not end."""
+def test_gradients_are_there_for_the_length_of_a_step():
+    """Also of one that does not end."""
     updater = make_updater()
+    updater(make_batch(updater.loss.actor_network))
+    assert all(parameter.grad is None for parameter in updater.loss.parameters())
 
     def fails(*args, **kwargs):
         raise RuntimeError("in the middle")
@@ -589,8 +616,7 @@ def test_an_optimiser_that_fails_leaves_no_gradient():
     updater._agent_steps[NAMES[1]].optimizer.step = fails
     with pytest.raises(RuntimeError, match="in the middle"):
         updater(make_batch(updater.loss.actor_network))
-    for agent in updater.loss.agents:
-        assert all(parameter.grad is None for parameter in agent.parameters())
+    assert all(parameter.grad is None for parameter in updater.loss.parameters())
 
 
 @SPOILED_GRADIENTS

@@ -72,6 +72,25 @@ def test_statistics_are_part_of_the_state():
     assert updater.loss.to("meta").value_norm.running_mean.device.type == "meta"
 
 
+@pytest.mark.parametrize("num_returns", [0, 1])
+def test_statistics_of_few_returns(num_returns):
+    """None changes nothing, a single one counts; either way there is something to take back."""
+    updater = make_updater()
+    before = state_of(updater.loss.value_norm)
+    restore = updater.loss.update_value_norm(torch.full((num_returns, 1), 5.0))
+    assert same_state(before, state_of(updater.loss.value_norm)) == (num_returns == 0)
+    restore()
+    assert same_state(before, state_of(updater.loss.value_norm))
+
+
+def test_without_statistics_there_is_nothing_to_update():
+    """A loss without value normalisation takes returns in, and back, all the same."""
+    loss = HAPPOLoss(make_actor(), make_critic())
+    before = state_of(loss)
+    loss.update_value_norm(torch.ones(5, 1))()
+    assert same_state(before, state_of(loss))
+
+
 def test_popart_keeps_the_values():
     """When the statistics move, the critic's real values stay where they are."""
     updater = make_updater(popart=True)
@@ -102,10 +121,11 @@ def test_the_first_statistics_leave_the_critic_alone(norm):
     assert same_state(before, updater.loss.critic_network.state_dict())
 
 
-def test_popart_wants_a_linear_last_layer():
+@pytest.mark.parametrize("bias", [False, True])
+def test_popart_wants_a_linear_last_layer(bias):
     """A critic that ends in something else is refused, and nothing is changed."""
     critic = TensorDictModule(
-        nn.Sequential(nn.Linear(5, 1), nn.LayerNorm(1, bias=False)),
+        nn.Sequential(nn.Linear(5, 1), nn.LayerNorm(1, bias=bias)),
         in_keys=[("agents", "observation")],
         out_keys=[("agents", "state_value")],
     )

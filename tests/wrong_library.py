@@ -46,6 +46,7 @@ from torchrl_happo import (
     SequentialUpdater,
 )
 from torchrl_happo.optim import FirstOrderStep, ShuffledMinibatches, TrustRegion
+from torchrl_happo.optim.factories import build_optimizer, build_scheduler
 
 OBS, ACT, LOG_PROB = [("agents", name) for name in ("observation", "action", "action_log_prob")]
 REWARD, DONE, NEXT_OBS = ("next", "reward"), ("next", "done"), ("next", *OBS)
@@ -101,8 +102,13 @@ LOSSES = built([
     ("accept_ratio 2", lambda: hatrpo(accept_ratio=2.0), ValueError, "accept_ratio .*got 2"),
     *(
         (f"{name} in words", lambda name=name: hatrpo(**{name: "half"}), TypeError, f"{name}.*half")
-        for name in ("accept_ratio", "backtrack_factor", "cg_tolerance", "fisher_fraction")
+        for name in (
+            "accept_ratio", "backtrack_factor", "cg_tolerance", "damping", "fisher_fraction",
+            "max_kl",
+        )
     ),
+    ("cg_iterations 1.5", lambda: hatrpo(cg_iterations=1.5), TypeError, "cg_iterations .*whole"),
+    ("max_backtracks 1.5", lambda: hatrpo(max_backtracks=1.5), TypeError, "max_backtracks .*whole"),
     ("critic_coeff of HATRPO below 0", lambda: hatrpo(critic_coeff=-1.0), ValueError,
      "critic_coeff.*got -1"),
     ("an actor of HATRPO that is a plain network", lambda: HATRPOLoss(nn.Linear(2, 2)), TypeError,
@@ -111,6 +117,10 @@ LOSSES = built([
     ("kl_split", lambda: hatrpo(kl_split="half"), ValueError, 'kl_split must be None, "equal"'),
     ("shares of more than all", lambda: hatrpo(kl_split=lambda agents: [1, 1, 1]), ValueError,
      r"kl_split returned \[1, 1, 1\]; it must return 3 positive shares"),
+    ("shares of less than all", lambda: hatrpo(kl_split=lambda agents: [0.5, 0.3, 0.1]), ValueError,
+     r"it must return 3 positive shares that sum to 1"),
+    ("no share for one", lambda: hatrpo(kl_split=lambda agents: [0.5, 0.0, 0.5]), ValueError,
+     r"it must return 3 positive shares"),
     ("a share in place of shares", lambda: hatrpo(kl_split=lambda agents: 1.0), ValueError,
      "kl_split returned 1.0; it must return 3"),
     ("a weight of no critic", lambda: HAPPOLoss(make_actor(), None, critic_coeff=1.0), ValueError,
@@ -150,6 +160,8 @@ UPDATERS = built([
     ("num_epochs 1.5", lambda: Team(num_epochs=1.5), TypeError, "num_epochs .*whole .*got 1.5"),
     ("critic_epochs 0", lambda: Team(critic_epochs=0), ValueError, "critic_epochs .*got 0"),
     ("minibatch_size 0", lambda: Team(minibatch_size=0), ValueError, "minibatch_size .*got 0"),
+    ("critic_minibatch_size 0", lambda: Team(critic_minibatch_size=0), ValueError,
+     "critic_minibatch_size .*got 0"),
     ("minibatch_size in words", lambda: Team(minibatch_size="7"), TypeError, "minibatch_.*'7'"),
     ("max_grad_norm below 0", lambda: Team(max_grad_norm=-1.0), ValueError, "positive .*got -1"),
     ("max_grad_norm in words", lambda: Team(max_grad_norm="1"), TypeError, "above 0 .*got '1'"),
@@ -171,6 +183,13 @@ UPDATERS = built([
     ("a step without epochs", lambda: FirstOrderStep(
         len, list, optimizer=elsewhere, minibatches=ShuffledMinibatches(None, None), num_epochs=0),
      ValueError, "num_epochs must be at least 1"),
+    ("a step of too short gradients", lambda: FirstOrderStep(
+        len, list, optimizer=elsewhere, minibatches=ShuffledMinibatches(None, None), num_epochs=1,
+        max_grad_norm=-1.0), ValueError, "max_grad_norm must be positive"),
+    ("an optimiser that is no factory", lambda: build_optimizer(3, []), TypeError,
+     "optimizer must be a callable"),
+    ("a scheduler that is no factory", lambda: build_scheduler(3, elsewhere([])), TypeError,
+     "scheduler must be a callable"),
     ("minibatches of nothing", lambda: ShuffledMinibatches(-1, None), ValueError, "got -1"),
     ("a trust region without trust", lambda: TrustRegion(backtrack_factor=1.0), ValueError,
      "backtrack_factor must be between 0 and 1"),
