@@ -387,6 +387,35 @@ def test_all_inactive_agent_is_left_alone(loss_class):
         assert not torch.equal(value[0], before[key][0])
 
 
+@pytest.mark.parametrize("loss_class", LOSSES)
+def test_a_mask_of_one_group_alone(loss_class):
+    """Whose group says nothing of it is active; numbers that are not zero say so, too."""
+    actors, groups = make_team("groups_of_one", SPACES["normal"])
+    batch = make_batch(actors, groups, False, True)
+    batch["listener", "active"][:] = True
+    other = batch.clone()
+    del other["listener", "active"]
+    other["speaker", "active"] = other["speaker", "active"].to(torch.uint8)
+    ends = []
+    for data in (batch, other):
+        networks = copy.deepcopy(actors)
+        metrics = SequentialUpdater(loss_class(networks, None), num_epochs=2)(data)
+        moved = [p for actor in networks.values() for p in actor.parameters()]
+        ends.append([*moved, *metrics.values(True, True), loss_class(networks, None)(data)])
+    for one, same in zip(*ends, strict=True):
+        assert (one == same).all()
+
+
+def test_the_keys_of_several_groups():
+    """The loss reads the action and the log-probability of each."""
+    actors, _ = make_team("groups", SPACES["normal"])
+    loss = HAPPOLoss(actors, None)
+    for name in actors:
+        assert (name, "action") in loss.tensor_keys.action
+        assert (name, "action_log_prob") in loss.tensor_keys.sample_log_prob
+        assert {(name, "observation"), (name, "action")} <= set(loss.in_keys)
+
+
 def test_entropy_of_groups_of_unlike_sizes():
     """The loss of the whole team has the entropy of each agent, with an agent dimension or none."""
     sizes = {"pair": 2, "single": 1, "alone": None, "three": 3}
