@@ -335,7 +335,12 @@ def out_of_range(batch):
     batch["agents", "action"] = batch["agents", "action"][..., :1]
 
 
-@pytest.mark.parametrize("spoil", [not_a_number, no_action, out_of_range])
+def narrow(batch):
+    for place in (batch, batch["next"]):
+        place["agents", "observation"] = place["agents", "observation"][..., :1]
+
+
+@pytest.mark.parametrize("spoil", [not_a_number, no_action, out_of_range, narrow])
 def test_what_one_refuses_all_refuse(ranks, spoil):
     """One sentence each, nothing changed with anyone, and the next batch is learned from."""
     (first, first_unchanged, ours), (second, second_unchanged, theirs) = ranks(refuse, spoil)
