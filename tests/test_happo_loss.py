@@ -99,6 +99,7 @@ def test_one_agent_takes_the_advantage_of_the_team():
     loss = HAPPOLoss(actor, None, entropy_coeff=0.0, reduction="none")
     batch["advantage"] = torch.randn(*batch.shape, 1, dtype=torch.double)
     of_the_team = loss(batch)["loss_objective"]
+    assert of_the_team.shape == batch.shape  # as of ClipPPOLoss
     batch["advantage"] = batch["advantage"].unsqueeze(-2)
     assert torch.equal(of_the_team.flatten(), loss(batch)["loss_objective"].flatten())
 

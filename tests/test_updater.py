@@ -421,6 +421,7 @@ def test_state_survives_a_file_bit_for_bit():
     file.seek(0)
     resumed = make_updater(make_actor(), scheduler=scheduler, seed=99)
     resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert (resumed.num_updates, updater.num_updates) == (2, 4)
     for batch, metrics in zip(batches[2:], expected, strict=True):
         assert (resumed(batch) == metrics).all()
     assert same(updater.state_dict(), resumed.state_dict())
