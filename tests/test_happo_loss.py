@@ -80,6 +80,8 @@ def test_equals_mappo_with_its_options(kwargs):
             loss.value_estimator(batch)
     perturb(critic)
     compare(ours, theirs, batch)
+    explained = "explained_variance" in ours(batch.copy()).keys()
+    assert explained == kwargs.get("log_explained_variance", True)
 
 
 def test_one_agent_equals_clip_ppo():

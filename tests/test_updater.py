@@ -27,6 +27,8 @@ from wrong_calls import same
 from torchrl_happo import HAPPOLoss, SequentialUpdater
 from torchrl_happo.batch import TeamBatch
 from torchrl_happo.distributions import entropy
+from torchrl_happo.learners import Learners
+from torchrl_happo.optim.first_order import FirstOrderStep
 from torchrl_happo.optim.minibatches import (
     ReplayBufferMinibatches,
     ShuffledMinibatches,
@@ -248,6 +250,42 @@ def test_minibatches_of_agents_of_unlike_sizes():
         for agent, row in enumerate(rows):
             expected = row["x"][minibatch["number"]]
             assert torch.equal(minibatch["agents"][:, agent]["x"], expected)
+    (half, _) = ShuffledMinibatches(10, torch.Generator())(data["agents"])
+    assert half.shape == (5, 2)
+
+
+class OfTwo(Learners):
+    """A learner whose companion has the same numbers, and one minibatch more."""
+
+    alone = False
+
+    def __init__(self):
+        super().__init__()
+        self.weights = []
+
+    def mean(self, means, weight):
+        """The mean over both, which is this learner's; its weight is noted."""
+        self.weights.append(weight)
+        return list(means)
+
+    def most(self, number):
+        """The other one's."""
+        return number + 1
+
+
+def test_a_learner_that_has_run_out_counts_for_nothing():
+    """Its minibatches count by their entries, the one that it computes once more by 0."""
+    learners, number = OfTwo(), torch.nn.Parameter(torch.zeros(()))
+    step = FirstOrderStep(
+        lambda data: (data["x"] - number).square().mean(),
+        lambda: [number],
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+        minibatches=ShuffledMinibatches(4, torch.Generator()),
+        num_epochs=2,
+        learners=learners,
+    )
+    step(TensorDict({"x": torch.randn(6)}, [6]))
+    assert learners.weights == [4, 2, 0] * 2
 
 
 def test_a_share_of_the_rows_is_at_least_one():
@@ -609,7 +647,9 @@ def test_gradients_are_there_for_the_length_of_a_step():
     """Also of one that does not end."""
     updater = make_updater()
     updater(make_batch(updater.loss.actor_network))
-    assert all(parameter.grad is None for parameter in updater.loss.parameters())
+    own = [agent.parameters() for agent in updater.loss.agents]
+    parameters = [*updater.loss.parameters(), *(p for each in own for p in each)]
+    assert all(parameter.grad is None for parameter in parameters)
 
     def fails(*args, **kwargs):
         raise RuntimeError("in the middle")
@@ -617,7 +657,7 @@ def test_gradients_are_there_for_the_length_of_a_step():
     updater._agent_steps[NAMES[1]].optimizer.step = fails
     with pytest.raises(RuntimeError, match="in the middle"):
         updater(make_batch(updater.loss.actor_network))
-    assert all(parameter.grad is None for parameter in updater.loss.parameters())
+    assert all(parameter.grad is None for parameter in parameters)
 
 
 @SPOILED_GRADIENTS
@@ -645,7 +685,39 @@ def test_a_non_finite_gradient_takes_the_agents_step_back(spoil, caplog):
     assert all(map(torch.equal, flat(optimizer_before), flat(after)))
     assert metrics[NAMES[1], "ratio_mean"] == 1
     assert metrics[NAMES[1], "kl"] == 0
-    assert "agents_1 was not finite" in caplog.text
+    (record,) = caplog.records
+    assert record.name == "torchrl_happo.updater"
+    assert "agents_1 was not finite" in record.message
+
+
+def test_the_explained_variance_is_what_its_name_says():
+    """Of the returns that count, as the critic's values were before the fit."""
+    updater = make_updater()
+    batch = make_batch(updater.loss.actor_network)
+    batch["advantage"] = torch.randn(*batch.shape, 1)
+    value, target = torch.randn(2, *batch.shape, N_AGENTS, 1)
+    batch["agents", "state_value"], batch["value_target"] = value, target
+    active = torch.rand(*batch.shape, N_AGENTS) < 0.7
+    batch["agents", "active"] = active
+    residual = (target - value)[active].var(unbiased=False)
+    expected = 1 - residual / target[active].var(unbiased=False)
+    got = updater(batch)["critic", "explained_variance"]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_critic_is_not_fitted_to_those_who_do_not_act():
+    """Returns of inactive agents may say anything."""
+    updater = make_updater()
+    batch = make_batch(updater.loss.actor_network)
+    batch["advantage"] = torch.randn(*batch.shape, 1)
+    batch["value_target"] = torch.randn(*batch.shape, N_AGENTS, 1)
+    active = torch.rand(*batch.shape, N_AGENTS) < 0.7
+    batch["agents", "active"] = active
+    twin, other = copy.deepcopy(updater), batch.clone()
+    other["value_target"] = torch.where(active.unsqueeze(-1), batch["value_target"], 7.0)
+    updater(batch)
+    twin(other)
+    assert same(updater.state_dict(), twin.state_dict())
 
 
 def test_targets_without_values_explain_nothing():

@@ -35,6 +35,11 @@ def test_advantage_is_estimated_from_real_values():
         loss.value_estimator(batch)
         predicted = loss.critic_network(batch.copy())["agents", "state_value"]
     assert torch.equal(batch["agents", "state_value"], loss.value_norm.denormalize(predicted))
+    real = loss.value_estimator.value_network
+    assert (real.in_keys, real.out_keys) == (
+        loss.critic_network.in_keys,
+        loss.critic_network.out_keys,
+    )
 
 
 @pytest.mark.parametrize("loss_class", [HAPPOLoss, HATRPOLoss])

@@ -310,7 +310,6 @@ class SequentialUpdater:
         """The fit of the critic, and of the statistics of its values."""
         report = TensorDict()
         if team.has_values():
-            undo.append(partial(step.restore, step.snapshot()))
             if self.loss.value_norm is not None:
                 undo.append(self.loss.update_value_norm(team.valid_returns()))
             report = self._run("critic", step, team.critic_view(), undo)
