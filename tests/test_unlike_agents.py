@@ -101,6 +101,7 @@ LAYOUTS = ["stack", "list", "groups", "groups_of_one"]
 #: Memories, and the layouts that can have them: a stack of networks is feed-forward.
 MEMORIES = {None: LAYOUTS, "gru": ["list", "groups"], "lstm": ["list", "groups"]}
 LOSSES = [HAPPOLoss, HATRPOLoss]
+SIX = {"pair": 2, "alone": None, "three": 3}
 
 
 def make_memory(group: str, memory: str, hidden: int):
@@ -406,6 +407,28 @@ def test_a_mask_of_one_group_alone(loss_class):
         assert (one == same).all()
 
 
+@pytest.mark.parametrize("loss_class", LOSSES)
+@pytest.mark.parametrize("inactive", [False, True], ids=["all_active", "some_inactive"])
+def test_chunks_of_those_who_have_no_memory(inactive, loss_class):
+    """Without minibatches nothing depends on how many steps an item has; blocks included."""
+    actors = {name: make_actor(SPACES["normal"], name, size) for name, size in SIX.items()}
+    groups = {name: () if size is None else (size,) for name, size in SIX.items()}
+    batch = make_batch(actors, groups, False, inactive)
+    ends = []
+    for chunk in (None, 5):
+        networks = copy.deepcopy(actors)
+        updater = SequentialUpdater(
+            loss_class(networks, None, blocks=["pair", "three"]),
+            order=["alone", "three", "pair"],
+            num_epochs=2,
+            sequence_length=chunk,
+        )
+        metrics = updater(batch)
+        ends.append([*nn.ModuleDict(networks).parameters(), *metrics.values(True, True)])
+    for one, other in zip(*ends, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 def test_the_keys_of_several_groups():
     """The loss reads the action and the log-probability of each."""
     actors, _ = make_team("groups", SPACES["normal"])
@@ -425,9 +448,6 @@ def test_entropy_of_groups_of_unlike_sizes():
     loss = HAPPOLoss(actors, None, entropy_coeff=1.0, reduction="none")
     entropies = [actor.get_dist(batch).entropy().reshape(*BATCH, -1) for actor in actors.values()]
     torch.testing.assert_close(-loss(batch)["loss_entropy"], torch.cat(entropies, -1))
-
-
-SIX = {"pair": 2, "alone": None, "three": 3}
 
 
 @pytest.mark.parametrize("loss_class", LOSSES)
