@@ -516,6 +516,14 @@ def test_deepcopied_updater_gives_the_same_numbers():
     assert same_state(updater.loss.state_dict(), twin.loss.state_dict())
 
 
+def test_the_default_optimiser():
+    """Adam at 3e-4, for each agent and for the critic."""
+    updater = SequentialUpdater(HAPPOLoss(make_actor(), make_critic()))
+    for step in updater._steps.values():
+        assert type(step.optimizer) is torch.optim.Adam
+        assert step.optimizer.param_groups[0]["lr"] == 3e-4
+
+
 @pytest.mark.parametrize(
     ("kwargs", "fused"),
     [
