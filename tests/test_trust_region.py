@@ -35,6 +35,7 @@ from torchrl_happo.optim.trust_region import (
     LocalModel,
     TrustRegion,
     step_length,
+    step_within_trust_region,
     trust_region_step,
 )
 
@@ -423,3 +424,29 @@ def test_learners_count_the_samples_that_are_valid(line_search, masked):
     assert model == everything
     assert products == [48 if masked else 32] * 3
     assert set(weights[4:]) == {everything}
+
+
+@pytest.mark.parametrize("line_search", ["sequential", "batched"])
+@pytest.mark.parametrize(("tries", "fraction"), [(2, 0.0), (3, 0.25)])
+def test_the_settings_of_the_line_search_are_its_own(line_search, tries, fraction):
+    """The divergence allows a third of the step, and three tenths of what was promised come true.
+
+    So the third of the tries 1, 0.5 and 0.25 is taken.
+    """
+    settings = TrustRegion(
+        max_kl=0.02,
+        damping=0.0,
+        backtrack_factor=0.5,
+        accept_ratio=0.2,
+        max_backtracks=tries,
+        line_search=line_search,
+    )
+    theta = torch.zeros(2)
+    _, result = step_within_trust_region(
+        theta,
+        LocalModel(theta.sum(), torch.ones(2), lambda v: v),
+        lambda theta: (0.3 * theta.sum(), 4 * theta.square().sum()),
+        settings,
+    )
+    assert result.step_fraction == fraction
+    assert bool(result.success) == (fraction > 0)

@@ -429,6 +429,19 @@ def test_chunks_of_those_who_have_no_memory(inactive, loss_class):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+def test_a_divergence_sums_over_the_dimensions_of_an_action():
+    """Whether the distribution counts them as its own or as samples."""
+    divergences = []
+    for space in ("normal", "bare_normal"):
+        torch.manual_seed(0)
+        actor = make_actor(SPACES[space], "agents", N_AGENTS)
+        batch = make_batch(actor, {"agents": (N_AGENTS,)}, False, False)
+        perturb(actor)
+        divergences.append(HATRPOLoss(actor, None)(batch)["kl"])
+    assert divergences[0] > 0
+    torch.testing.assert_close(*divergences)
+
+
 def test_the_keys_of_several_groups():
     """The loss reads the action and the log-probability of each."""
     actors, _ = make_team("groups", SPACES["normal"])

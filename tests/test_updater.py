@@ -517,11 +517,15 @@ def test_deepcopied_updater_gives_the_same_numbers():
 
 
 def test_the_default_optimiser():
-    """Adam at 3e-4, for each agent and for the critic."""
+    """Adam at 3e-4, for each agent and for the critic, which may have one of its own."""
     updater = SequentialUpdater(HAPPOLoss(make_actor(), make_critic()))
     for step in updater._steps.values():
         assert type(step.optimizer) is torch.optim.Adam
         assert step.optimizer.param_groups[0]["lr"] == 3e-4
+    loss = HAPPOLoss(make_actor(), make_critic())
+    own = SequentialUpdater(loss, critic_optimizer=partial(torch.optim.SGD, lr=0.1))
+    kinds = {name: type(step.optimizer) for name, step in own._steps.items()}
+    assert kinds == {**dict.fromkeys(NAMES, torch.optim.Adam), "critic": torch.optim.SGD}
 
 
 @pytest.mark.parametrize(
