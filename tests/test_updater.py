@@ -590,6 +590,27 @@ def test_buffers_of_the_joint_actor_are_those_of_the_agents():
         assert torch.equal(shift, torch.ones(5))
 
 
+def test_an_actor_that_cannot_read_the_batch_is_named():
+    """With the shapes of what it was to read, as items."""
+    actor = make_actor()
+    batch = make_batch(actor)
+    batch["advantage"] = torch.randn(*batch.shape, 1)
+    batch["agents", "observation"] = batch["agents", "observation"][..., :2]
+    updater = SequentialUpdater(HAPPOLoss(actor, None), order="fixed")
+    words = r"The actor of agent 'agents_0' cannot read the batch .*observation.* \[24, 2\]"
+    with pytest.raises(ValueError, match=words):
+        updater(batch)
+
+
+def test_the_first_batch_is_looked_at_in_any_case():
+    """For what is not finite, also where nobody wants to wait for the device later."""
+    updater = make_updater(check_finite=False)
+    batch = make_batch(updater.loss.actor_network)
+    batch["next", "reward"][0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        updater(batch)
+
+
 def test_running_out_of_memory_is_said_as_such():
     """It is no fault of the batch, and whoever catches it must be able to."""
     updater = make_updater()
