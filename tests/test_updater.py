@@ -753,6 +753,33 @@ def test_the_critic_is_not_fitted_to_those_who_do_not_act():
     assert same(updater.state_dict(), twin.state_dict())
 
 
+def test_one_step_is_enough():
+    """An agent that acts at a single step of a batch learns from it."""
+    updater = make_updater(standardize_advantage=False)
+    batch = make_batch(updater.loss.actor_network)
+    batch["agents", "active"] = torch.ones(*batch.shape, N_AGENTS, dtype=torch.bool)
+    batch["agents", "active"][..., 1] = False
+    batch["agents", "active"][2, 3, 1] = True
+    before = state_of(updater.loss.actor_network)
+    updater(batch)
+    for key, value in updater.loss.actor_network.state_dict().items():
+        assert not torch.equal(value[1], before[key][1])
+
+
+@pytest.mark.parametrize("blocks", [(), ("agents",)])
+def test_the_inactive_may_act_out_of_bounds(blocks):
+    """What they are said to have done is neither refused nor learned from."""
+    updater = make_updater(loss_kwargs={"blocks": blocks})
+    batch = make_batch(updater.loss.actor_network)
+    active = torch.rand(*batch.shape, N_AGENTS, 1) < 0.7
+    batch["agents", "active"] = active
+    twin, other = copy.deepcopy(updater), batch.clone()
+    other["agents", "action"] = torch.where(active, batch["agents", "action"], 7.0)
+    updater(batch)
+    twin(other)
+    assert same(updater.state_dict(), twin.state_dict())
+
+
 def test_targets_without_values_explain_nothing():
     """What the critic thought of the states is not known, and NaN says so."""
     updater = make_updater()
