@@ -97,3 +97,19 @@ def test_layout_changes_nothing(layout, loss_class, seed, masked):
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
     for name, value in reference.items():
         torch.testing.assert_close(metrics[name], value, rtol=1e-6, atol=1e-9, msg=name)
+
+
+def test_an_agent_at_the_root_has_a_critic():
+    """In a tensordict without groups both learn."""
+    actor = make_actor("root", [torch.randn(()) for _ in range(4)])
+    critic = TensorDictModule(nn.Linear(OBS, 1).double(), ["observation"], ["state_value"])
+    numbers = torch.randn(2, STEPS, 1).double()
+    batch = TensorDict({"advantage": numbers[0], "value_target": numbers[1]}, [STEPS])
+    batch["observation"] = torch.randn(STEPS, OBS).double()
+    with torch.no_grad():
+        actor(batch)
+    networks = nn.ModuleList([actor, critic])
+    before = [parameter.clone() for parameter in networks.parameters()]
+    SequentialUpdater(HAPPOLoss(actor, critic), num_epochs=1)(batch)
+    for old, new in zip(before, networks.parameters(), strict=True):
+        assert not torch.equal(old, new)
