@@ -467,8 +467,8 @@ def test_entropy_of_groups_of_unlike_sizes():
 @pytest.mark.parametrize("own", ["nothing", "advantage", "factor"])
 @pytest.mark.parametrize(
     ("sizes", "inactive"),
-    [({"alone": None}, False), (SIX, False), (SIX, True)],
-    ids=["one", "six", "six_some_inactive"],
+    [({"alone": None}, False), ({"alone": None}, True), (SIX, False), (SIX, True)],
+    ids=["one", "one_some_inactive", "six", "six_some_inactive"],
 )
 def test_forward_knows_no_dimensions_of_the_batch(sizes, inactive, own, loss_class):
     """The same terms whether the batch is flat or of three dimensions, and their mean counts them.

@@ -383,9 +383,11 @@ class SequentialLossMixin(_Base):
     ) -> Tensor:
         if tensordict is not None and kwargs.get("mask") is None:
             active = self.active(tensordict)
-            if active is not None and active.shape == loss.shape[:-1]:
+            if active is not None and active.shape != loss.shape:
+                active = active.unsqueeze(-1)  # an agent without an agent dimension has none to add
+            if active is not None and active.shape == loss.shape:
                 if self.reduction == "none":
-                    loss = torch.where(active.unsqueeze(-1), loss, torch.zeros_like(loss))
+                    loss = torch.where(active, loss, torch.zeros_like(loss))
                 else:
-                    kwargs["mask"] = active.unsqueeze(-1)
+                    kwargs["mask"] = active
         return super()._reduce_loss(loss, tensordict, **kwargs)
