@@ -129,16 +129,21 @@ SUITES = {
         tasks={
             name: [*SPEAKING, *words]
             for name, words in {
-                "kl_0.01_damping_0.001": ["algorithm.max_kl=0.01", "algorithm.damping=0.001"],
-                "kl_0.03_damping_0.01_torch_init": [
-                    *("algorithm.max_kl=0.03", "algorithm.damping=0.01", "model.actor_init=torch")
+                "kl_0.01_damping_0.001": [
+                    *("~tuned/task", "algorithm.max_kl=0.01", "algorithm.damping=0.001")
                 ],
+                "kl_0.03_damping_0.01_torch_init": [
+                    *("~tuned/task", "algorithm.max_kl=0.03", "algorithm.damping=0.01"),
+                    "model.actor_init=torch",
+                ],
+                # The task's own settings now (conf/tuned), for four times as long.
+                "kl_0.02_batches_of_1000": ["total_frames=4000000", "checkpoint.interval=200"],
             }.items()
         },
         algorithms={"hatrpo": COMPILED["hatrpo"]},
         overrides=SELDOM,
         seeds=(0,),
-        milestones=(500_000, 1_000_000),
+        milestones=(500_000, 1_000_000, 2_000_000, 4_000_000),
     ),
     "speaker_listener": Suite(
         tasks={
