@@ -96,7 +96,7 @@ LOSSES = built([
     ("a value that no critic writes", lambda: loss().set_keys(value="v"), KeyError,
      r"critic writes .*from 'v'; call loss.set_keys"),
     ("max_kl 0", lambda: hatrpo(max_kl=0.0), ValueError, "max_kl must be positive .*got 0.0"),
-    ("max_kl in words", lambda: hatrpo(max_kl="0.01"), TypeError, "max_kl .*got '0.01'"),
+    ("max_kl as text", lambda: hatrpo(max_kl="0.01"), TypeError, "max_kl .*got '0.01'"),
     ("damping below 0", lambda: hatrpo(damping=-1), ValueError, "damping .*got -1"),
     ("cg_iterations 0", lambda: hatrpo(cg_iterations=0), ValueError, "cg_iterations .*got 0"),
     ("accept_ratio 2", lambda: hatrpo(accept_ratio=2.0), ValueError, "accept_ratio .*got 2"),
