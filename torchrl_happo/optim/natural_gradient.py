@@ -1,4 +1,4 @@
-"""Natural gradients: products with the Fisher information matrix, and equations in it."""
+"""Natural gradients: products with the Fisher matrix, equations in it, and the length of a step."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ __all__ = [
     "flatten",
     "gradient",
     "iterate",
+    "step_length",
     "unflatten",
 ]
 
@@ -87,56 +88,6 @@ def fisher_vector_product(
     return matvec
 
 
-def conjugate_gradient(
-    matvec: MatVec,
-    b: Tensor,
-    *,
-    damping: float = 0.0,
-    num_iterations: int = 10,
-    residual_tolerance: float = 1e-10,
-    iteration: Iteration | None = None,
-) -> tuple[Tensor, Tensor]:
-    r"""Approximate solution of :math:`(A + \lambda I) x = b` for a positive definite matrix.
-
-    From :math:`x = 0, r = p = b`, each iteration is (Hestenes and Stiefel, 1952)
-
-    .. math::
-        \alpha = \frac{r^\top r}{p^\top (A + \lambda I) p}, \quad x \leftarrow x + \alpha p, \quad
-        r' = r - \alpha (A + \lambda I) p, \quad p \leftarrow r' + \frac{r'^\top r'}{r^\top r} p.
-
-    The number of products is fixed, so that nothing is read back from the device: iterations after
-    :math:`r^\top r` has fallen below the tolerance, or along a direction whose curvature is not
-    positive, leave the solution as it is.
-
-    Args:
-        matvec (callable): multiplication by :math:`A`.
-        b (Tensor): the right-hand side, a vector. Zero gives zero.
-
-    Keyword Args:
-        damping (float): :math:`\lambda`. Defaults to ``0.0``.
-        num_iterations (int): number of iterations. Defaults to ``10``.
-        residual_tolerance (float): tolerance of :math:`r^\top r`. Defaults to ``1e-10``.
-        iteration (callable, optional): from a :class:`Solution`, :math:`A p` for its direction
-            :math:`p`, damping and tolerance to the next one. Defaults to ``None``:
-            :func:`iterate`, of which this may be a compiled version.
-
-    Returns:
-        the solution :math:`x` and the residual :math:`r = b - (A + \lambda I) x`.
-
-    Example:
-        >>> import torch
-        >>> from torchrl_happo.optim.natural_gradient import conjugate_gradient
-        >>> a = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
-        >>> conjugate_gradient(lambda v: a @ v, torch.tensor([3.0, 4.0]), num_iterations=2)[0]
-        tensor([1.0000, 1.0000])
-    """
-    iteration = iterate if iteration is None else iteration
-    solution = Solution.begin(b)
-    for _ in range(num_iterations):
-        solution = iteration(solution, matvec(solution.direction), damping, residual_tolerance)
-    return solution.x, solution.residual
-
-
 class Solution(NamedTuple):
     """A system of equations, half solved by conjugate gradient.
 
@@ -187,6 +138,83 @@ def iterate(solution: Solution, product: Tensor, damping: float, tolerance: floa
     rr_next = r.dot(r)
     p = torch.where(active, torch.addcmul(r, rr_next / rr, p), p)
     return Solution(x, r, p, rr_next, active & (rr_next >= tolerance))
+
+
+def conjugate_gradient(
+    matvec: MatVec,
+    b: Tensor,
+    *,
+    damping: float = 0.0,
+    num_iterations: int = 10,
+    residual_tolerance: float = 1e-10,
+    iteration: Iteration = iterate,
+) -> tuple[Tensor, Tensor]:
+    r"""Approximate solution of :math:`(A + \lambda I) x = b` for a positive definite matrix.
+
+    From :math:`x = 0, r = p = b`, each iteration is (Hestenes and Stiefel, 1952)
+
+    .. math::
+        \alpha = \frac{r^\top r}{p^\top (A + \lambda I) p}, \quad x \leftarrow x + \alpha p, \quad
+        r' = r - \alpha (A + \lambda I) p, \quad p \leftarrow r' + \frac{r'^\top r'}{r^\top r} p.
+
+    The number of products is fixed, so that nothing is read back from the device: iterations after
+    :math:`r^\top r` has fallen below the tolerance, or along a direction whose curvature is not
+    positive, leave the solution as it is.
+
+    Args:
+        matvec (callable): multiplication by :math:`A`.
+        b (Tensor): the right-hand side, a vector. Zero gives zero.
+
+    Keyword Args:
+        damping (float): :math:`\lambda`. Defaults to ``0.0``.
+        num_iterations (int): number of iterations. Defaults to ``10``.
+        residual_tolerance (float): tolerance of :math:`r^\top r`. Defaults to ``1e-10``.
+        iteration (callable): from a :class:`Solution`, :math:`A p` for its direction :math:`p`,
+            damping and tolerance to the next one. Defaults to :func:`iterate`, of which this may
+            be a compiled version.
+
+    Returns:
+        the solution :math:`x` and the residual :math:`r = b - (A + \lambda I) x`.
+
+    Example:
+        >>> import torch
+        >>> from torchrl_happo.optim.natural_gradient import conjugate_gradient
+        >>> a = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
+        >>> conjugate_gradient(lambda v: a @ v, torch.tensor([3.0, 4.0]), num_iterations=2)[0]
+        tensor([1.0000, 1.0000])
+    """
+    solution = Solution.begin(b)
+    for _ in range(num_iterations):
+        solution = iteration(solution, matvec(solution.direction), damping, residual_tolerance)
+    return solution.x, solution.residual
+
+
+def step_length(x: Tensor, product: Tensor, max_kl: float) -> tuple[Tensor, Tensor]:
+    r"""Length of the step along ``x`` whose quadratic divergence is ``max_kl``.
+
+    .. math::
+        \frac{1}{2} \beta^2 x^\top A x = \delta \quad \Rightarrow \quad
+        \beta = \sqrt{\frac{2 \delta}{x^\top A x}}
+
+    Args:
+        x (Tensor): the direction.
+        product (Tensor): :math:`A x`.
+        max_kl (float): :math:`\delta`.
+
+    Returns:
+        the length, and whether there is one: ``False``, with length 0, unless the curvature
+        :math:`x^\top A x` is positive and finite.
+
+    Example:
+        >>> import torch
+        >>> from torchrl_happo.optim.natural_gradient import step_length
+        >>> step_length(torch.tensor([2.0]), torch.tensor([1.0]), max_kl=0.01)
+        (tensor(0.1000), tensor(True))
+    """
+    curvature = x.dot(product)
+    usable = (curvature > 0) & curvature.isfinite()
+    length = (2 * max_kl / torch.where(usable, curvature, 1)).sqrt()
+    return torch.where(usable, length, 0), usable
 
 
 def gradient(

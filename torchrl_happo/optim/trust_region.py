@@ -52,6 +52,8 @@ from torchrl_happo.optim.natural_gradient import (
     fisher_vector_product,
     flatten,
     gradient,
+    iterate,
+    step_length,
     unflatten,
 )
 
@@ -284,7 +286,7 @@ def step_within_trust_region(
     settings: TrustRegion,
     *,
     average: Average = own_mean,
-    iteration: Iteration | None = None,
+    iteration: Iteration = iterate,
 ) -> tuple[Tensor, TrustRegionResult]:
     r"""One trust-region step from ``theta``, for a policy that is known by its local model.
 
@@ -303,7 +305,7 @@ def step_within_trust_region(
             the samples of all processes that take the step together (see
             :data:`~torchrl_happo.learners.Average`). Surrogate, gradient, divergence and products
             pass through it. Defaults to this process's own.
-        iteration (callable, optional): see :func:`conjugate_gradient`.
+        iteration (callable): see :func:`conjugate_gradient`.
 
     Returns:
         the new parameters, which are ``theta`` bit for bit if no step was accepted, and the
@@ -366,34 +368,6 @@ def step_within_trust_region(
         curvature=x.dot(product),
         cg_residual=residual.norm() / target.norm().clamp_min(torch.finfo(target.dtype).tiny),
     )
-
-
-def step_length(x: Tensor, product: Tensor, max_kl: float) -> tuple[Tensor, Tensor]:
-    r"""Length of the step along ``x`` whose quadratic divergence is ``max_kl``.
-
-    .. math::
-        \frac{1}{2} \beta^2 x^\top A x = \delta \quad \Rightarrow \quad
-        \beta = \sqrt{\frac{2 \delta}{x^\top A x}}
-
-    Args:
-        x (Tensor): the direction.
-        product (Tensor): :math:`A x`.
-        max_kl (float): :math:`\delta`.
-
-    Returns:
-        the length, and whether there is one: ``False``, with length 0, unless the curvature
-        :math:`x^\top A x` is positive and finite.
-
-    Example:
-        >>> import torch
-        >>> from torchrl_happo.optim.trust_region import step_length
-        >>> step_length(torch.tensor([2.0]), torch.tensor([1.0]), max_kl=0.01)
-        (tensor(0.1000), tensor(True))
-    """
-    curvature = x.dot(product)
-    usable = (curvature > 0) & curvature.isfinite()
-    length = (2 * max_kl / torch.where(usable, curvature, 1)).sqrt()
-    return torch.where(usable, length, 0), usable
 
 
 def _count(dist: Distribution, valid: Tensor | None, batch_ndim: int | None) -> Tensor | float:
