@@ -285,3 +285,20 @@ def test_refuses_rewards_it_cannot_read():
         TeamReward(in_keys=["reward"], out_key="team")(batch)
     with pytest.raises(ValueError, match="pass in_keys"):
         TeamReward()(batch)
+
+
+def test_a_batch_is_reduced_anew():
+    """What stands under the team's key gives way to the agents' rewards of now."""
+    batch = TensorDict(
+        {"agents": {"reward": torch.ones(4, 3, 1)}, "reward": torch.zeros(4, 1)}, [4]
+    )
+    reward = TeamReward("sum", in_keys=[("agents", "reward")])(batch)["reward"]
+    assert torch.equal(reward, torch.full((4, 1), 3.0))
+
+
+def test_rewards_of_agents_under_the_teams_own_key():
+    """They are reduced; the team's own reward is kept as it is."""
+    transform = TeamReward("sum", in_keys=["reward"])
+    batch = TensorDict({"reward": torch.ones(4, 3, 1)}, [4])
+    for _ in range(2):
+        assert torch.equal(transform(batch)["reward"], torch.full((4, 1), 3.0))
