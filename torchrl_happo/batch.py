@@ -186,6 +186,19 @@ class TeamBatch:
         # Single steps of a single agent that are left all count.
         return data.exclude(VALID) if kept is not None and data.get(VALID).ndim == 1 else data
 
+    def starts_from(self, agent: Agent) -> tuple[Tensor, Tensor | None]:
+        """The log of the factor when an agent's turn comes, and where the agent acts.
+
+        Returns:
+            two tensors of one shape, items first; the second is ``None`` if the agent acts at
+            every step, or nowhere.
+        """
+        valid = self.valid(agent) if self.acts(agent) else None
+        if valid is None:
+            return self.log_factor, None
+        valid = self._as_items(valid)
+        return self.log_factor, valid.any(-1) if valid.ndim > self.log_factor.ndim else valid
+
     def include(self, agent: Agent, log_ratio: Tensor) -> None:
         """Multiplies the factor by an agent's ratio, which is 1 where the agent was not valid.
 

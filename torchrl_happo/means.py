@@ -7,7 +7,7 @@ from torch import Tensor
 
 from torchrl_happo.learners import Average, own_mean
 
-__all__ = ["count", "masked_mean", "moments"]
+__all__ = ["count", "largest", "masked_mean", "moments"]
 
 
 def masked_mean(value: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -33,6 +33,24 @@ def masked_mean(value: Tensor, valid: Tensor | None = None) -> Tensor:
 def count(value: Tensor, valid: Tensor | None = None) -> Tensor | float:
     """Number of entries that :func:`masked_mean` averages over."""
     return value.numel() if valid is None else valid.sum()
+
+
+def largest(value: Tensor, valid: Tensor | None = None) -> Tensor:
+    """The largest valid entry; minus infinity if there is none.
+
+    Args:
+        value (Tensor): any shape.
+        valid (Tensor, optional): boolean, same shape. ``None``: all entries are valid.
+
+    Returns:
+        a scalar tensor.
+
+    Example:
+        >>> largest(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([True, True, False]))
+        tensor(2.)
+    """
+    kept = value if valid is None else value.masked_fill(~valid, -torch.inf)
+    return kept.max()
 
 
 def moments(

@@ -9,21 +9,29 @@ from torch.distributions import Distribution
 
 from torchrl_happo.distributions import kl_divergence
 from torchrl_happo.learners import Learners
-from torchrl_happo.means import masked_mean
+from torchrl_happo.means import count, largest, masked_mean
 from torchrl_happo.objectives.functional import effective_sample_size, surrogate
 
 __all__ = ["agent_metrics", "factor_metrics", "ratio_range"]
 
 
-def factor_metrics(log_factor: Tensor, learners: Learners) -> TensorDict:
-    """Mean, largest value and effective sample size of the factor an agent starts from."""
-    peak = learners.maximum(log_factor.max())
-    (mean,) = learners.mean([log_factor.exp().mean()], log_factor.numel())
+def factor_metrics(log_factor: Tensor, valid: Tensor | None, learners: Learners) -> TensorDict:
+    """Mean, largest value and effective sample size of the factor an agent starts from.
+
+    Args:
+        log_factor (Tensor): any shape.
+        valid (Tensor, optional): boolean, same shape: where the agent acts. ``None``: everywhere.
+        learners (Learners): over whose entries they are taken.
+    """
+    peak = learners.maximum(largest(log_factor, valid))
+    (mean,) = learners.mean([masked_mean(log_factor.exp(), valid)], count(log_factor, valid))
     return TensorDict(
         {
             "factor_mean": mean,
             "factor_max": peak.exp(),
-            "factor_ess": effective_sample_size(log_factor, peak=peak, average=learners.mean),
+            "factor_ess": effective_sample_size(
+                log_factor, valid, peak=peak, average=learners.mean
+            ),
         }
     )
 

@@ -317,7 +317,7 @@ class SequentialUpdater:
 
     def _update_agent(self, agent: Agent, team: TeamBatch, undo: list[Undo]) -> TensorDict:
         """One agent's turn; the factor takes in its ratio."""
-        report = factor_metrics(team.log_factor, self.learners)
+        report = factor_metrics(*team.starts_from(agent), self.learners)
         if not team.acts(agent):
             return report
         turn, step = self._turns[agent.name], self._agent_steps[agent.name]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from torchrl_happo.learners import Average, own_mean
-from torchrl_happo.means import moments
+from torchrl_happo.means import count, largest, masked_mean, moments
 
 __all__ = [
     "clipped_surrogate",
@@ -95,7 +95,11 @@ def standardize(
 
 
 def effective_sample_size(
-    log_weight: Tensor, *, peak: Tensor | None = None, average: Average = own_mean
+    log_weight: Tensor,
+    valid: Tensor | None = None,
+    *,
+    peak: Tensor | None = None,
+    average: Average = own_mean,
 ) -> Tensor:
     r"""Effective sample size of importance weights as a share of the samples.
 
@@ -105,9 +109,10 @@ def effective_sample_size(
 
     Args:
         log_weight (Tensor): :math:`\log w`, any shape.
+        valid (Tensor, optional): boolean, same shape. ``None``: all entries are valid.
 
     Keyword Args:
-        peak (Tensor, optional): the largest of them, over all that ``average`` is over. Defaults
+        peak (Tensor, optional): the largest valid one, over all that ``average`` is over. Defaults
             to ``None``: the largest of these.
         average (callable): of :func:`~torchrl_happo.means.moments`.
 
@@ -118,6 +123,8 @@ def effective_sample_size(
         >>> effective_sample_size(torch.zeros(10))
         tensor(1.)
     """
-    weight = (log_weight - (log_weight.max() if peak is None else peak)).exp()
-    mean, mean_square = average([weight.mean(), weight.square().mean()], weight.numel())
+    peak = largest(log_weight, valid) if peak is None else peak
+    weight = (log_weight - peak).exp()
+    means = [masked_mean(weight, valid), masked_mean(weight.square(), valid)]
+    mean, mean_square = average(means, count(weight, valid))
     return mean.square() / mean_square
