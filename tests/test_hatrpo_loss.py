@@ -97,6 +97,11 @@ def test_forward_gives_the_exact_divergence(distribution):
     loss.set_keys(**KEYS)
     kl = loss(batch)["kl"]
     torch.testing.assert_close(kl, expected, rtol=1e-12, atol=0)
+    unreduced = HATRPOLoss(actor, make_critic().double(), reduction="none")
+    unreduced.set_keys(**KEYS)
+    each = unreduced(batch.copy())
+    assert each["kl"].shape == each["loss_objective"].shape
+    torch.testing.assert_close(each["kl"].mean(), expected, rtol=1e-12, atol=0)
     kl.backward()  # a penalty of one's own can be built from it
     assert all(p.grad is not None for p in actor.parameters())
 

@@ -179,7 +179,7 @@ class HATRPOLoss(SequentialLossMixin, PPOLoss):
         kl = self._team_kl(tensordict)
         output = super().forward(tensordict)
         if kl is not None:
-            output.set("kl", kl)
+            output.set("kl", kl.view_as(output.get("loss_objective")))
         return output
 
     def _team_kl(self, tensordict: TensorDictBase) -> Tensor | None:
