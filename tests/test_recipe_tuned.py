@@ -37,14 +37,23 @@ def test_each_file_composes(task, algorithm):
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize(
-    ("task", "minibatch_size"), [("mujoco/swimmer_2x1", None), ("pettingzoo/simple_spread", 400)]
-)
-def test_a_family_has_settings_for_every_algorithm(task, algorithm, minibatch_size):
+@pytest.mark.parametrize("task", ["mujoco/swimmer_2x1", "pettingzoo/simple_spread"])
+def test_a_family_has_settings_for_every_algorithm(task, algorithm):
     """A task without a file of its own trains with those of its family."""
     config = compose_config(f"task={task}", f"algorithm={algorithm}")
     assert (config.num_envs, config.steps_per_batch, config.algorithm.lr) == (20, 200, 5e-4)
-    assert (config.model.activation, config.algorithm.minibatch_size) == ("relu", minibatch_size)
+    assert (config.model.activation, config.model.layer_norm) == ("relu", True)
+
+
+def test_an_algorithm_is_above_the_base_of_its_family():
+    """On particles HAPPO takes whole batches, the other algorithms minibatches."""
+    sizes = {
+        algorithm: compose_config(
+            "task=pettingzoo/simple_spread", f"algorithm={algorithm}"
+        ).algorithm.minibatch_size
+        for algorithm in ALGORITHMS
+    }
+    assert sizes == {"happo": None, "hatrpo": 400, "mappo": 400, "ippo": 400}
 
 
 def test_the_task_is_above_its_family_and_the_command_line_above_both():
