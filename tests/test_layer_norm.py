@@ -31,10 +31,27 @@ def test_what_is_normalised():
     seen = []
     for layer in norms:
         layer.register_forward_hook(lambda *call: seen.append(call[-1]))
-    net(torch.randn(7, 5))
+    nn.Sequential.forward(net, torch.randn(7, 5))
     for out in seen:
         torch.testing.assert_close(out.mean(-1), torch.zeros(7), atol=1e-5, rtol=0)
         torch.testing.assert_close(out.std(-1, correction=0), torch.ones(7), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("activate_last_layer", [False, True])
+@pytest.mark.parametrize("shape", [(5,), (7, 5), (2, 3, 5), (0, 5)])
+def test_a_network_is_its_layers(shape, activate_last_layer):
+    """Scale and shift inside the linear layers change neither outputs nor gradients."""
+    net = LayerNormMLP(5, 2, activate_last_layer=activate_last_layer, **SIZES).double()
+    for parameter in net.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(shape).double().requires_grad_()
+    weight = torch.randn(*shape[:-1], 2).double()
+    results = []
+    for forward in (net.forward, super(LayerNormMLP, net).forward):
+        out = forward(x)
+        gradients = torch.autograd.grad((out * weight).sum(), [x, *net.parameters()])
+        results.append([out, *gradients])
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
 def test_a_scaled_and_shifted_observation_is_the_same_one():

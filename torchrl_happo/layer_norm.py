@@ -58,6 +58,27 @@ class LayerNormMLP(nn.Sequential):
             layers += [activation_class(), nn.LayerNorm(n_outputs, device=device)]
         super().__init__(*(layers if activate_last_layer else layers[:-2]))
 
+    def forward(self, x: Tensor) -> Tensor:
+        """The outputs ``[*B, out_features]`` of inputs ``[*B, in_features]``."""
+        layers = iter(self)
+        for layer in layers:
+            linear = next(layers, None) if isinstance(layer, nn.LayerNorm) else None
+            x = layer(x) if linear is None else _linear_of_normalized(x, layer, linear)
+        return x
+
+
+def _linear_of_normalized(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
+    r"""A linear layer behind a normalisation, whose scale and shift it takes over.
+
+    .. math:: W (\gamma \odot n + \beta) + b = (W \, \mathrm{diag}(\gamma)) n + (W \beta + b)
+
+    Their gradients then come from those of a matrix. Taken one after the other, the layers would
+    add up the batch for them once more, and go back as far as the network's input.
+    """
+    normalized = F.layer_norm(x, norm.normalized_shape, eps=norm.eps)
+    bias = torch.addmv(linear.bias, linear.weight, norm.bias)
+    return F.linear(normalized, linear.weight * norm.weight, bias)
+
 
 class MultiAgentLayerNormMLP(MultiAgentMLP):
     """A :class:`~torchrl.modules.MultiAgentMLP` of :class:`LayerNormMLP`; takes what that takes.
