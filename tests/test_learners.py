@@ -21,7 +21,7 @@ from wrong_calls import same
 
 from torchrl_happo import HAPPOLoss, HATRPOLoss, SequentialUpdater
 from torchrl_happo.learners import Learners
-from torchrl_happo.optim import line_search, trust_region
+from torchrl_happo.optim import line_search, minibatches, trust_region
 from torchrl_happo.optim.minibatches import ShuffledMinibatches
 from torchrl_happo.recipe.ranks import Ranks as RecipeRanks
 
@@ -162,8 +162,19 @@ class HalvesTogether(ShuffledMinibatches):
 class Case:
     """A team in float64, its data, and how it is trained; the same in every process."""
 
-    def __init__(self, algorithm, *, discrete=False, masks=(), blocks=(), norm=None, **settings):
+    def __init__(
+        self,
+        algorithm,
+        *,
+        discrete=False,
+        masks=(),
+        blocks=(),
+        norm=None,
+        fisher_fraction=1.0,
+        **settings,
+    ):
         self.algorithm, self.masks, self.blocks, self.norm = algorithm, masks, blocks, norm
+        self.fisher_fraction = fisher_fraction
         self.distribution = Categorical if discrete else IndependentNormal
         self.settings = settings
 
@@ -178,7 +189,10 @@ class Case:
             torch.manual_seed(seed)
             for parameter in [*actor.parameters(), *critic.parameters()]:
                 torch.nn.init.normal_(parameter)
-        happo = {"entropy_coeff": 0.01} if self.algorithm == "happo" else {}
+        own = {
+            "happo": {"entropy_coeff": 0.01},
+            "hatrpo": {"fisher_fraction": self.fisher_fraction},
+        }[self.algorithm]
         norm = self.norm and {"popart": PopArtValueNorm, "running": RunningValueNorm}[self.norm]
         loss = {"happo": HAPPOLoss, "hatrpo": HATRPOLoss}[self.algorithm](
             actor,
@@ -186,7 +200,7 @@ class Case:
             blocks=self.blocks,
             value_norm=norm and norm(shape=1).double(),
             popart=self.norm == "popart",
-            **happo,
+            **own,
         )
         loss.set_keys(value=("agents", "state_value"), action=("agents", "action"))
         settings = {"num_epochs": 3, "max_grad_norm": 0.5, **self.settings}
@@ -278,6 +292,25 @@ def test_two_halves_are_a_whole(ranks, algorithm, settings):
     assert first.keys() == second.keys() == whole.keys()
     for name, value in whole.items():
         assert torch.equal(first[name], second[name]) or value.isnan().any(), name
+        torch.testing.assert_close(first[name], value, rtol=1e-10, atol=1e-10, msg=name)
+
+
+def test_a_share_of_the_samples_in_the_fisher_matrix(ranks, monkeypatch):
+    """Each learner draws from its own, by the same numbers; the matrix is that of all drawn."""
+    case = Case("hatrpo", fisher_fraction=0.5)
+    (first, _), (second, _) = ranks(train_half, case)
+    drawn = []
+
+    def draw_rows(num_rows, valid, share, generator):
+        rows = minibatches.draw_rows(num_rows // 2, valid, share, generator)
+        drawn.append(rows)
+        return torch.cat([rows, rows + num_rows // 2])
+
+    monkeypatch.setattr(trust_region, "draw_rows", draw_rows)
+    whole = train_whole(case)
+    assert [len(rows) for rows in drawn] == [N_ENVS * TIME // 4] * (3 * UPDATES)
+    for name, value in whole.items():
+        assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(first[name], value, rtol=1e-10, atol=1e-10, msg=name)
 
 
