@@ -374,6 +374,13 @@ def test_a_block_beside_single_agents(loss_class):
     factor = log_ratio.sum(-1).exp()[batch["single", "active"]]
     torch.testing.assert_close(metrics["single", "factor_mean"], factor.mean(), rtol=1e-4, atol=0)
     torch.testing.assert_close(metrics["single", "factor_max"], factor.max(), rtol=1e-4, atol=0)
+    # The other way round: a block acts where one of its members does.
+    before = joint_log_prob(loss, loss.agents[1], batch).detach()
+    metrics = SequentialUpdater(loss, num_epochs=2, order=["single", "twins"])(batch)
+    after = joint_log_prob(loss, loss.agents[1], batch).detach()
+    factor = torch.where(batch["single", "active"], after - before, 0.0).exp()
+    factor = factor[batch["twins", "active"].any(-1)]
+    torch.testing.assert_close(metrics["twins", "factor_mean"], factor.mean(), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("loss_class", LOSSES)
@@ -383,10 +390,17 @@ def test_all_inactive_agent_is_left_alone(loss_class):
     batch = make_batch(actors, groups, False, True)
     batch["agents", "active"][..., 1] = False
     before = copy.deepcopy(actors.state_dict())
-    SequentialUpdater(loss_class(actors, None), num_epochs=2)(batch)
+    loss = loss_class(actors, None)
+    old = joint_log_prob(loss, loss.agents[0], batch).detach()
+    metrics = SequentialUpdater(loss, num_epochs=2, order="fixed")(batch)
     for key, value in actors.state_dict().items():
         assert torch.equal(value[1], before[key][1])
         assert not torch.equal(value[0], before[key][0])
+    ratio = (joint_log_prob(loss, loss.agents[0], batch).detach() - old).exp()
+    factor = torch.where(batch["agents", "active"][..., 0], ratio, 1.0)
+    report = metrics[loss.agents[1].name]  # with no steps of its own, it is about all of them
+    torch.testing.assert_close(report["factor_mean"], factor.mean(), rtol=1e-4, atol=0)
+    assert report.keys() == {"factor_mean", "factor_max", "factor_ess", "position"}
 
 
 @pytest.mark.parametrize("loss_class", LOSSES)
