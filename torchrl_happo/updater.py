@@ -252,10 +252,11 @@ class SequentialUpdater:
         Returns:
             scalars that have not been read back from the device. Under each agent's name:
             ``surrogate_before``, ``surrogate``, ``ratio_mean``, ``ratio_max``, ``ratio_min``,
-            ``kl``, ``entropy``, ``factor_mean``, ``factor_max``, ``factor_ess``, ``position`` (its
-            place in the order) and what its step reports (``loss``, ``grad_norm``, ``epochs``,
-            ``clip_fraction``; a trust region's own). Under ``"critic"``: ``loss``, ``grad_norm``,
-            ``epochs``, ``explained_variance`` (before the fit).
+            ``kl``, ``entropy``, ``factor_mean``, ``factor_max``, ``factor_ess`` (of the factor it
+            starts from, where it acts), ``position`` (its place in the order) and what its step
+            reports (``loss``, ``grad_norm``, ``epochs``, ``clip_fraction``; a trust region's own).
+            Under ``"critic"``: ``loss``, ``grad_norm``, ``epochs``, ``explained_variance`` (before
+            the fit).
 
         Raises:
             KeyError: if an entry is missing.
