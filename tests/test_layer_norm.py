@@ -54,6 +54,19 @@ def test_a_network_is_its_layers(shape, activate_last_layer):
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
+def test_a_layer_of_the_users_own():
+    """Whatever is put in the place of a linear layer is called."""
+
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    net = LayerNormMLP(5, 2, **SIZES)
+    net[-1] = Doubled(8, 2)
+    x = torch.randn(7, 5)
+    torch.testing.assert_close(net(x), super(LayerNormMLP, net).forward(x))
+
+
 def test_a_scaled_and_shifted_observation_is_the_same_one():
     """Whatever unit an observation is in, the network says the same."""
     net, x = LayerNormMLP(5, 2, **SIZES), 10 * torch.randn(7, 5)

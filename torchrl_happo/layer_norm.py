@@ -62,8 +62,12 @@ class LayerNormMLP(nn.Sequential):
         """The outputs ``[*B, out_features]`` of inputs ``[*B, in_features]``."""
         layers = iter(self)
         for layer in layers:
-            linear = next(layers, None) if isinstance(layer, nn.LayerNorm) else None
-            x = layer(x) if linear is None else _linear_of_normalized(x, layer, linear)
+            behind = next(layers, None) if isinstance(layer, nn.LayerNorm) else None
+            # What is more than a linear layer, a user's own, has a forward pass of its own, too.
+            if isinstance(layer, nn.LayerNorm) and type(behind) is nn.Linear:
+                x = _linear_of_normalized(x, layer, behind)
+            else:
+                x = layer(x) if behind is None else behind(layer(x))
         return x
 
 
