@@ -97,20 +97,6 @@ def test_a_group_must_be_one():
         Case("happo").team("gloo")
 
 
-def add_up(rank, group):
-    loss = HAPPOLoss(*Case("happo").networks(), reduction="sum")
-    try:
-        SequentialUpdater(loss, process_group=group)
-    except ValueError as error:
-        return str(error)
-
-
-def test_sums_are_refused(ranks):
-    """Learners average: a critic's loss that is a sum would be another with more of them."""
-    for words in ranks(add_up):
-        assert "reduction='sum'" in words
-
-
 def pool_rows(rank, group):
     """What the recipe makes of the learners' rows, flags and answers."""
     ranks = RecipeRanks("cpu", timeout=60)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from policies import all_policies
 from team import make_actor, make_batch, perturb
 from tensordict import TensorDict
-from tensordict.nn import CompositeDistribution
+from tensordict.nn import CompositeDistribution, TensorDictModule
 from torch import distributions as D
-from torchrl.modules import (
-    TanhNormal,
-)
+from torch import nn
+from torchrl.modules import ProbabilisticActor, TanhNormal
+from wrong_calls import stack
 
 from torchrl_happo import HAPPOLoss
 from torchrl_happo.distributions import is_saturated
@@ -91,6 +92,71 @@ def test_a_composite_is_saturated_where_a_component_is():
     move[1, 2] = 1.0
     action = TensorDict({"move": move, ("talk", "word"): torch.zeros(2, dtype=torch.long)}, [2])
     assert is_saturated(dist, action).tolist() == [False, True]
+
+
+def composite_actor():
+    """Agents that move within bounds and say a word."""
+    kinds = {("agents", "action", "move"): TanhNormal, ("agents", "action", "word"): D.Categorical}
+    leaves = [("move", "loc"), ("move", "scale"), ("word", "logits")]
+
+    def heads(net):
+        loc, scale, logits = net.split([2, 2, 3], -1)
+        return loc, scale.exp(), logits
+
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = stack(n_agent_outputs=7)
+
+        def forward(self, observation):
+            return heads(self.net(observation))
+
+    return ProbabilisticActor(
+        TensorDictModule(
+            Heads(),
+            in_keys=[("agents", "observation")],
+            out_keys=[("agents", "params", "agents", "action", *leaf) for leaf in leaves],
+        ),
+        in_keys=[("agents", "params")],
+        out_keys=list(kinds),
+        distribution_class=CompositeDistribution,
+        distribution_kwargs={"distribution_map": kinds},
+        return_log_prob=True,
+    )
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        make_actor,
+        partial(make_actor, distribution_kwargs={"tanh_loc": True}),
+        partial(make_actor, distribution_kwargs={"event_dims": 0}),
+        composite_actor,
+    ],
+    ids=["default", "tanh_loc", "event_dims=0", "composite"],
+)
+def test_a_policy_compared_with_itself_has_ratio_one(build):
+    """Whatever form of squashed normal it is, and however often it draws actions at its bounds.
+
+    Against the log-probabilities that were stored it would be far from that.
+    """
+    actor = build()
+    with torch.no_grad():
+        for parameter in actor.parameters():
+            parameter.mul_(6)
+    batch = make_batch(actor, num_envs=40, time=10)
+    loss = HAPPOLoss(actor, None, entropy_coeff=0.0)
+    worst = 0.0
+    for agent in loss.agents:
+        data = agent.view(batch, loss.agent_keys(agent))
+        with torch.no_grad():
+            parameters = agent.policy.parameters(data)
+            agent.policy.prepare(data, parameters)
+            new = agent.log_prob(parameters, data)
+            old = behaviour_log_prob(agent, data, new)
+        torch.testing.assert_close(new, old, rtol=0, atol=0.05)
+        worst = max(worst, (agent.stored_log_prob(data) - new).abs().max().item())
+    assert worst > 0.5
 
 
 @pytest.mark.parametrize("parameters", [True, False])

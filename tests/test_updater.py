@@ -24,7 +24,7 @@ from torchrl.data.replay_buffers.samplers import SamplerWithoutReplacement
 from torchrl.modules import IndependentNormal, TanhNormal
 from wrong_calls import same
 
-from torchrl_happo import HAPPOLoss, SequentialUpdater
+from torchrl_happo import HAPPOLoss, HATRPOLoss, SequentialUpdater
 from torchrl_happo.batch import TeamBatch
 from torchrl_happo.distributions import entropy
 from torchrl_happo.learners import Learners
@@ -321,6 +321,54 @@ def test_scheduler_steps_once_per_batch():
     assert rates == {1e-2 / 4}
 
 
+def test_an_agent_that_does_not_act_follows_its_schedule(recwarn):
+    """Nor does the schedule wait for an agent whose step was taken back."""
+    updater = make_updater(
+        scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5)
+    )
+    batch = make_batch(updater.loss.actor_network)
+    batch["agents", "active"] = torch.ones(*batch.shape, N_AGENTS, dtype=torch.bool)
+    batch["agents", "active"][..., 2] = False
+    objective = updater._agent_steps[NAMES[0]].objective
+    updater._agent_steps[NAMES[0]].objective = lambda data: objective(data) * float("nan")
+    updater(batch)
+    rates = {name: step.optimizer.param_groups[0]["lr"] for name, step in updater._steps.items()}
+    assert rates == dict.fromkeys([*NAMES, "critic"], 1e-2 / 2)
+    assert not [warning for warning in recwarn if "lr_scheduler" in str(warning.message)]
+
+
+@pytest.mark.parametrize("loss_class", [HAPPOLoss, HATRPOLoss])
+def test_a_critic_without_weight_stays(loss_class):
+    """It gives its values all the same; nobody needs a gradient from it."""
+    actor, critic = make_actor(), make_critic().requires_grad_(False)
+    loss = loss_class(actor, critic, critic_coeff=0)
+    before, critic_before = state_of(actor), state_of(critic)
+    metrics = SequentialUpdater(loss, num_epochs=1)(make_batch(actor))
+    assert set(metrics.keys()) == set(NAMES)
+    assert same_state(critic_before, state_of(critic))
+    assert not same_state(before, state_of(actor))
+
+
+@pytest.mark.parametrize("loss_class", [HAPPOLoss, HATRPOLoss])
+def test_what_is_frozen_later_stays(loss_class):
+    """The rows of a frozen stack are frozen: an optimiser that holds them is refused."""
+    actor = make_actor()
+    updater = SequentialUpdater(loss_class(actor, make_critic()), num_epochs=1)
+    batch = make_batch(actor)
+    next(actor.parameters()).requires_grad_(False)
+    before = state_of(actor)
+    if loss_class is HAPPOLoss:
+        with pytest.raises(ValueError, match="freeze parameters before"):
+            updater(batch)
+        assert same_state(before, state_of(actor))
+        return
+    updater(batch)
+    moved = [name for name, value in actor.state_dict().items() if (value != before[name]).any()]
+    first, *others = before
+    assert moved == others
+    assert first not in moved
+
+
 def test_gradient_norm_is_clipped():
     """With plain gradient descent a step is no longer than the learning rate times the bound."""
     actor = make_actor(distribution=IndependentNormal)
@@ -463,6 +511,25 @@ def test_state_survives_a_file_bit_for_bit():
     for batch, metrics in zip(batches[2:], expected, strict=True):
         assert (resumed(batch) == metrics).all()
     assert same(updater.state_dict(), resumed.state_dict())
+
+
+@pytest.mark.parametrize("coefficient", [0.5, torch.tensor(0.5)])
+def test_a_bonus_that_a_schedule_began_survives(coefficient):
+    """In the state it is the coefficient alone, which the loss was built without."""
+    updater, resumed = (make_updater(make_actor(distribution=IndependentNormal)) for _ in range(2))
+    updater.loss.entropy_coeff = coefficient
+    batch = make_batch(updater.loss.actor_network)
+    updater(batch)
+    resumed.load_state_dict(updater.state_dict())
+    assert (updater(batch) == resumed(batch)).all()
+    assert same(updater.state_dict(), resumed.state_dict())
+
+
+def test_a_bonus_that_is_refused_stays_away():
+    """Whatever its coefficient becomes."""
+    loss = HAPPOLoss(make_actor(), None, entropy_bonus=False)
+    loss.entropy_coeff = 0.5
+    assert not loss.entropy_bonus
 
 
 def test_a_moved_team_loads_its_state_as_it_is():
@@ -674,6 +741,24 @@ def test_an_interrupted_update_leaves_no_trace(where, error):
     step.objective = objective
     assert (updater(batch) == twin(batch)).all()
     assert same(updater.state_dict(), twin.state_dict())
+
+
+def test_an_interrupted_update_gives_back_the_draws_of_fisher_matrices():
+    """HATRPO, of which each agent draws rows of its own: the next update is the same."""
+    loss = HATRPOLoss(make_actor(), make_critic(), fisher_fraction=0.5)
+    updater = SequentialUpdater(loss, num_epochs=1)
+    batch = make_batch(loss.actor_network)
+    before = copy.deepcopy(updater.state_dict())
+    objective = updater._critic_step.objective
+
+    def fails(data):
+        raise Interrupted
+
+    updater._critic_step.objective = fails
+    with pytest.raises(Interrupted):
+        updater(batch)
+    updater._critic_step.objective = objective
+    assert same(updater.state_dict(), before)
 
 
 def test_gradients_are_there_for_the_length_of_a_step():

@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributions import Categorical
 from torchrl.modules import IndependentNormal, MultiAgentMLP, ProbabilisticActor
 
-from torchrl_happo import HAPPOLoss, HATRPOLoss, SequentialUpdater, train
+from torchrl_happo import ActorList, HAPPOLoss, HATRPOLoss, SequentialUpdater, train
 from torchrl_happo.envs import MatrixGame
 from torchrl_happo.recipe import checkpoint
 from torchrl_happo.recipe.checkpoint import CheckpointError
@@ -268,6 +268,29 @@ def stack(**kwargs):
     settings = {"n_agent_inputs": 5, "n_agent_outputs": 3, "n_agents": N_AGENTS}
     defaults = {"centralized": False, "share_params": False, "num_cells": [8]}
     return MultiAgentMLP(**{**settings, **defaults, **kwargs})
+
+
+def over_one_trunk():
+    """A list of actors whose networks begin with the same layer."""
+    trunk = nn.Linear(5, 4)
+    return ActorList([categorical(nn.Sequential(trunk, nn.Linear(4, 3))) for _ in range(3)])
+
+
+class HeadFirst(nn.Module):
+    """A network that registers its layers in another order than it calls them."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(16, 1)
+        self.hidden = nn.Linear(5, 16)
+
+    def forward(self, observation):
+        return self.head(self.hidden(observation))
+
+
+def head_first():
+    """A critic whose hidden layer is the last to be registered."""
+    return critic_of(HeadFirst())
 
 
 def flat_actor():

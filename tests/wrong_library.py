@@ -10,6 +10,7 @@ from tensordict import TensorDict
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from torchrl.data import LazyTensorStorage, ReplayBuffer
+from torchrl.modules import PopArtValueNorm
 from torchrl.objectives import ClipPPOLoss
 from wrong_calls import (
     INF,
@@ -25,8 +26,10 @@ from wrong_calls import (
     deviating,
     elsewhere,
     hatrpo,
+    head_first,
     loaded,
     loss,
+    over_one_trunk,
     paid,
     ramp,
     setting,
@@ -41,6 +44,7 @@ from wrong_calls import (
 )
 
 from torchrl_happo import (
+    ActorList,
     HAPPOLoss,
     HATRPOLoss,
     SequentialUpdater,
@@ -72,7 +76,22 @@ LOSSES = built([
      lambda: loss(categorical(nn.Sequential(stack(), stack(n_agents=2, n_agent_inputs=3)))),
      ValueError, r"built for \[2, 3\] agents; build all"),
     ("one actor for two groups", lambda: loss(dict.fromkeys("ab", make_actor())), ValueError,
-     "groups 'a' and 'b' share the parameter"),
+     "agents 'a_0' and 'b_0' share the parameter"),
+    ("one actor for two agents of a list",
+     lambda: loss(ActorList([categorical(nn.Linear(5, 3))] * 3)), ValueError,
+     "agents 'agents_0' and 'agents_1' share the parameter"),
+    ("actors of a list over one trunk", lambda: loss(over_one_trunk()), ValueError,
+     "agents 'agents_0' and 'agents_1' share the parameter 'module.*weight'"),
+    ("a block of a list", lambda: loss(over_one_trunk(), blocks=["agents"]),
+     ValueError, "blocks names 'agents', but the agents of an ActorList .*one ProbabilisticActor"),
+    ("two agents of one name", lambda: loss(
+        {"red": make_actor(2, group="red"), "red_0": make_actor(1, group="red_0")}), ValueError,
+     r"would have the names \['red_0'\]"),
+    ("an action that no actor writes", lambda: loss().set_keys(action=("agents", "move")), KeyError,
+     r"actors write \[\('agents', 'action'\)\], but the loss would read action from .*'move'"),
+    ("a log-probability that no actor writes",
+     lambda: loss().set_keys(sample_log_prob="log_prob"), KeyError,
+     "would read sample_log_prob from 'log_prob'"),
     ("actor and critic that share", lambda: HAPPOLoss(*with_actor_inside()), ValueError,
      "Actor and critic share the parameter"),
     ("a block of no group", lambda: loss(blocks=["team"]), ValueError,
@@ -136,6 +155,13 @@ UPDATERS = built([
     ("no loss", lambda: SequentialUpdater(None), TypeError, "got None"),
     ("a frozen actor", lambda: Team(make_actor().requires_grad_(False)), ValueError,
      "agent 'agents_0' has no parameter that requires a gradient"),
+    ("a loss that is a sum", lambda: SequentialUpdater(loss(reduction="sum")), ValueError,
+     "reduction='sum', but .*build it with reduction='mean'"),
+    ("a group by the critic's name", lambda: SequentialUpdater(
+        loss({"critic": make_actor(1, group="critic")})), ValueError, "rename its group"),
+    ("a hidden layer that PopArt would rescale", lambda: SequentialUpdater(
+        loss(critic=head_first(), value_norm=PopArtValueNorm(shape=1), popart=True)), ValueError,
+     r"last parameters are \['module.hidden.weight', 'module.hidden.bias'\].*registered after"),
     ("a frozen critic", lambda: Team(critic=make_critic().requires_grad_(False)), ValueError,
      "critic has no parameter that requires a gradient"),
     ("a critic that writes other keys", lambda: Team(critic=two_keys()), KeyError,

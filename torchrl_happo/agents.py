@@ -9,6 +9,7 @@ on an agent moves the joint actor in place and leaves every other agent's row al
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
@@ -87,6 +88,19 @@ class Agent:
     def num_members(self) -> int:
         """Number of agents in this unit: 1, or the size of the block."""
         return self.position.stop - self.position.start
+
+    @property
+    def source(self) -> nn.Module:
+        """The module that holds the parameters: the joint actor, or the agent's own."""
+        return self.actor if self._joint_actor is None else self._joint_actor
+
+    def is_another_row_of(self, other: Agent) -> bool:
+        """Whether two agents are unlike rows of one stack."""
+        return (
+            self._joint_actor is not None
+            and self.source is other.source
+            and (self.index != other.index)
+        )
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters of this agent alone, rows of the stack where there is one."""
@@ -302,7 +316,8 @@ def split_team(
         the agents of all groups.
 
     Raises:
-        ValueError: if the mapping is empty or a block names no group.
+        ValueError: if the mapping is empty, a block names no group, or one whose agents have an
+            actor each, or two agents have one name.
     """
     if not isinstance(actors, Mapping):
         name = group_of(actors.dist_sample_keys[0]) if hasattr(actors, "dist_sample_keys") else None
@@ -316,6 +331,18 @@ def split_team(
         raise ValueError(f"blocks names {unknown}, but the groups are {sorted(actors)}.")
     agents: list[Agent] = []
     for group, actor in actors.items():
+        if group in blocks and isinstance(actor, ActorList):
+            raise ValueError(
+                f"blocks names {group!r}, but the agents of an ActorList have an actor each, and "
+                "are updated one by one; leave it out, or give the group one ProbabilisticActor."
+            )
         start = agents[-1].position.stop if agents else 0
         agents += split_actor(actor, group=group, start=start, as_block=group in blocks)
+    names = Counter(agent.name for agent in agents)
+    twice = [name for name, times in names.items() if times > 1]
+    if twice:
+        raise ValueError(
+            f"Several agents would have the names {twice}, of which one is its group's and a "
+            "number; rename a group."
+        )
     return agents

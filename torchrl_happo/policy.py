@@ -196,9 +196,13 @@ class Policy:
         return self._log_prob(dist, data)
 
     def _log_prob(self, dist: Distribution, data: TensorDictBase) -> Tensor | TensorDictBase:
+        return dist.log_prob(self.action(data))
+
+    def action(self, data: TensorDictBase) -> Tensor | TensorDictBase:
+        """The stored actions, as the distribution takes them."""
         if len(self.action_keys) == 1:
-            return dist.log_prob(data.get(self.action_keys[0]))
-        return dist.log_prob(data.select(*self.action_keys))
+            return data.get(self.action_keys[0])
+        return data.select(*self.action_keys)
 
     def entropy(self, parameters: Parameters, data: TensorDictBase, log_ratio: Tensor) -> Tensor:
         r"""Entropy of the policy at each sample, for the metrics.
@@ -248,6 +252,16 @@ class Policy:
             and not head.distribution_kwargs.get("tanh_loc", False)
             and head.distribution_kwargs.get("event_dims") in (None, 1)
         )
+
+    @cached_property
+    def may_saturate(self) -> bool:
+        """Whether actions may be :func:`~torchrl_happo.distributions.is_saturated`."""
+        head = self.head
+        kinds = [head.distribution_class]
+        if self.is_composite:
+            kinds = list(head.distribution_kwargs["distribution_map"].values())
+        # A function does not say what it makes.
+        return any(not isinstance(kind, type) or issubclass(kind, TanhNormal) for kind in kinds)
 
     def _is_normal(self) -> bool:
         head = self.head

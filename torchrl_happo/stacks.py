@@ -39,7 +39,7 @@ class Tie:
     index: int | None
 
     def __call__(self) -> None:
-        """Points the tensor at its row of the stack, wherever that lies now."""
+        """Points the tensor at its row of the stack, wherever that lies now, frozen or not."""
         stack = _tensor_of(self.source, self.key)
         row = stack.detach() if self.index is None else stack.detach()[self.index]
         slot = self.module._parameters.get(self.name)
@@ -48,6 +48,8 @@ class Tie:
         elif slot.data_ptr() != row.data_ptr() or slot.dtype != row.dtype:
             slot.data = row
             slot.grad = None
+        if slot is not None and slot.requires_grad != stack.requires_grad:
+            slot.requires_grad_(stack.requires_grad)
 
 
 def _tensor_of(source: nn.Module, key: NestedKey) -> Tensor:

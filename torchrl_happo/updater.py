@@ -21,6 +21,7 @@ from torchrl_happo.batch import TeamBatch
 from torchrl_happo.learners import Learners
 from torchrl_happo.metrics import factor_metrics
 from torchrl_happo.objectives.common import SequentialLossMixin
+from torchrl_happo.objectives.value_norm import last_linear
 from torchrl_happo.optim.code import make_compiler
 from torchrl_happo.optim.factories import OptimizerFactory, SchedulerFactory
 from torchrl_happo.optim.first_order import FirstOrderStep, InnerStep
@@ -42,7 +43,7 @@ from torchrl_happo.validation.arguments import (
 )
 from torchrl_happo.validation.batch import check_batch
 from torchrl_happo.validation.state import check_state
-from torchrl_happo.validation.team import check_loss, check_reduction
+from torchrl_happo.validation.team import check_loss
 from torchrl_happo.validation.values import check_finite
 
 __all__ = ["SequentialUpdater"]
@@ -92,7 +93,7 @@ class SequentialUpdater:
         order (str, sequence or callable): ``"random"``, ``"fixed"``, a sequence of positions or
             names, or a callable that is handed the batch. Defaults to ``"random"``.
         scheduler (callable, optional): from an optimiser to its learning-rate scheduler, which
-            steps once per batch. Defaults to ``None``.
+            steps once per batch, also of an agent that does not act in it. Defaults to ``None``.
         target_kl (float, optional): an agent stops after the epoch in which the mean KL
             divergence from its old policy passes this. Reads a number back from the device after
             each epoch. Defaults to ``None``: no early stop.
@@ -105,7 +106,8 @@ class SequentialUpdater:
             Defaults to ``True``.
         check_finite (bool, optional): whether to look for NaN, infinite numbers and unlike rewards
             in each batch, and for a non-finite gradient, at the price of synchronising with the
-            device. Defaults to ``None``: yes on the CPU, only at the first batch elsewhere.
+            device. ``False``: in the first batch only. Defaults to ``None``: ``True`` on the CPU,
+            ``False`` elsewhere.
         compile (bool or mapping): whether to compile the agents' steps and passes and the critic's
             steps, once for all agents of one architecture; or keyword arguments of
             :func:`torch.compile`. Defaults to ``False``.
@@ -183,7 +185,6 @@ class SequentialUpdater:
         self.standardize_advantage = standardize_advantage
         self.num_updates = 0
         self.learners = Learners(process_group)
-        check_reduction(loss, self.learners)
         self.learners.follow_first(self._loss_state().values())
         device = loss.agents[0].parameters()[0].device
         self.check_finite = device.type == "cpu" if check_finite is None else check_finite
@@ -193,6 +194,8 @@ class SequentialUpdater:
 
         if loss.critic_network is not None:
             _ = loss.value_estimator  # its coefficients are part of the state from the start
+            if loss.popart and loss.fits_critic:
+                last_linear(loss.critic_network, most_outputs=loss.num_agents)
 
         compiler = make_compiler(compile, cudagraphs, device)
 
@@ -225,7 +228,7 @@ class SequentialUpdater:
                 code=code,
             )
         self._critic_step = None
-        if loss.critic_network is not None:
+        if loss.fits_critic:
             size = minibatch_size if critic_minibatch_size is None else critic_minibatch_size
             self._critic_step = first_order(
                 loss.critic_objective,
@@ -305,6 +308,7 @@ class SequentialUpdater:
             metrics[agent.name] = report
         if self._critic_step is not None:
             metrics["critic"] = self._update_critic(self._critic_step, team, undo)
+        undo.extend(step.end_batch() for step in self._steps.values())
         return metrics
 
     def _update_critic(self, step: InnerStep, team: TeamBatch, undo: list[Undo]) -> TensorDict:
@@ -351,7 +355,11 @@ class SequentialUpdater:
         return [self._order_generator, self._minibatch_generator]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything the next update depends on.
+        """Everything the next update depends on, but the batch.
+
+        Where an entropy bonus has no closed form, TorchRL estimates it by draws from torch's global
+        generator, which is not part of it: to go on bit for bit there, keep
+        :func:`torch.get_rng_state` as well.
 
         Returns:
             networks and coefficients of the loss, optimisers, schedulers, generators and counters;

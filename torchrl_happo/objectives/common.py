@@ -37,7 +37,7 @@ from torchrl_happo.optim.first_order import FirstOrderStep, InnerStep
 from torchrl_happo.optim.graphs import GraphCompiler
 from torchrl_happo.validation.arguments import check_keys
 from torchrl_happo.validation.batch import check_agent_keys, check_team_shape
-from torchrl_happo.validation.team import check_separate, check_value_key
+from torchrl_happo.validation.team import check_policy_keys, check_separate, check_value_key
 from torchrl_happo.validation.values import explained
 
 __all__ = ["ADVANTAGE", "OLD_LOG_PROB", "VALID", "SequentialLossMixin", "behaviour_log_prob"]
@@ -80,17 +80,17 @@ def behaviour_log_prob(agent: Agent, data: TensorDictBase, current: Tensor | Non
     """
     stored = agent.stored_log_prob(data)
     policy = agent.policy
-    parameters = policy.stored_parameters(data)
-    if not policy.squashes:
+    if not policy.may_saturate:
         return stored
+    parameters = policy.stored_parameters(data)
     if parameters is not None:
         current = agent.log_prob(parameters, data)
     elif current is not None:
         parameters = policy.parameters(data)
     if parameters is None or current is None:
         return stored
-    action = data.get(policy.action_keys[0])
-    saturated = is_saturated(policy.distribution(parameters), action, batch_ndim=stored.ndim)
+    dist = policy.distribution(parameters)
+    saturated = is_saturated(dist, policy.action(data), batch_ndim=stored.ndim)
     return torch.where(saturated, current, stored)
 
 
@@ -141,15 +141,10 @@ class SequentialLossMixin(_Base):
             unit for name, actor in groups for unit in split_actor(actor, group=name, as_block=True)
         )
         if isinstance(actors, Mapping):
-            policies = [unit.policy for unit in self._units]
-            actions = [key for policy in policies for key in policy.action_keys]
-            log_probs = [key for policy in policies for key in policy.log_prob_keys]
-            self.set_keys(
-                action=list(dict.fromkeys(actions)),
-                sample_log_prob=list(dict.fromkeys(log_probs)),
-            )
+            names = ("action", "sample_log_prob")
+            self.set_keys(**{name: self._written(name) for name in names})
         critic = self.critic_network
-        check_separate(actors if isinstance(actors, Mapping) else {"": actors}, critic)
+        check_separate(self._agents, critic)
         if critic is None:
             return
         if self.tensor_keys.value not in critic.out_keys and len(critic.out_keys) == 1:
@@ -166,7 +161,16 @@ class SequentialLossMixin(_Base):
         check_keys(keys, [entry.name for entry in fields(self._AcceptedKeys)])
         if keys.get("value") is not None and self.critic_network is not None:
             check_value_key(keys["value"], self.critic_network)
+        for name in ("action", "sample_log_prob"):
+            if keys.get(name) is not None and hasattr(self, "_units"):
+                check_policy_keys(name, keys[name], self._written(name))
         super().set_keys(**keys)
+
+    def _written(self, name: str) -> list[NestedKey]:
+        """The keys of the actions, or of their log-probabilities, that the actors write."""
+        policies = [unit.policy for unit in self._units]
+        keys = [p.action_keys if name == "action" else p.log_prob_keys for p in policies]
+        return list(dict.fromkeys(key for of_unit in keys for key in of_unit))
 
     @property
     def agents(self) -> tuple[Agent, ...]:
@@ -269,6 +273,11 @@ class SequentialLossMixin(_Base):
             return lambda: None
         critic = self.critic_network if self.popart else None
         return update_value_norm(self.value_norm, value_target, critic)
+
+    @property
+    def fits_critic(self) -> bool:
+        """Whether there is a critic, and its loss has a weight."""
+        return self.critic_network is not None and self.critic_coeff is not None
 
     def critic_objective(self, data: TensorDictBase) -> Tensor:
         """The critic's loss on (a part of) the batch, a scalar."""

@@ -84,8 +84,8 @@ class HAPPOLoss(SequentialLossMixin, ClipPPOLoss):
             closed form. Defaults to ``1``.
         entropy_coeff (float or mapping): weight of the entropy, or one for each head.
             Schedulable. Defaults to ``0.01``.
-        critic_coeff (float, optional): weight of the critic's loss. Defaults to ``None``: 1, if
-            there is a critic.
+        critic_coeff (float, optional): weight of the critic's loss; 0 leaves the critic as it is.
+            Defaults to ``None``: 1, if there is a critic.
         loss_critic_type (str): ``"l1"``, ``"l2"`` or ``"smooth_l1"``. Defaults to
             ``"smooth_l1"``.
         clip_value (bool or float, optional): clips the change of the value. Defaults to ``None``.
@@ -206,6 +206,7 @@ class HAPPOLoss(SequentialLossMixin, ClipPPOLoss):
         check_entropy_coeff(entropy_coeff)
         check_counts(samples_mc_entropy=samples_mc_entropy)
         check_critic(critic_network, critic_coeff, loss_critic_type, clip_value, reduction)
+        follows_coefficient = entropy_bonus is None
         if entropy_bonus is None:
             entropy_bonus = isinstance(entropy_coeff, Mapping) or float(entropy_coeff) != 0.0
         super().__init__(
@@ -226,12 +227,24 @@ class HAPPOLoss(SequentialLossMixin, ClipPPOLoss):
             functional=False,
         )
         self._init_team(actor_network, blocks, value_norm, popart)
+        self._bonus_follows_coefficient = follows_coefficient
+
+    entropy_bonus: bool
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "entropy_coeff" and isinstance(value, (int, float)) and value != 0:
-            # A schedule may start the bonus after the loss was built without one.
-            self.entropy_bonus = True
         super().__setattr__(name, value)
+        if name == "entropy_coeff":
+            self._follow_coefficient(value)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._follow_coefficient(self.entropy_coeff)
+
+    def _follow_coefficient(self, value: float | Tensor) -> None:
+        """A schedule may start the bonus after the loss was built without one."""
+        follows = getattr(self, "_bonus_follows_coefficient", False)
+        if follows and not self.entropy_bonus and bool(value != 0):
+            self.entropy_bonus = True
 
     def agent_loss(self, agent: Agent, data: TensorDictBase) -> Tensor:
         """Clipped surrogate and entropy bonus of one agent (see :class:`SequentialLossMixin`)."""

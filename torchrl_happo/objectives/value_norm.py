@@ -17,7 +17,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 from torchrl.modules import ValueNorm
 
-__all__ = ["RealValues", "update_value_norm"]
+__all__ = ["RealValues", "last_linear", "update_value_norm"]
 
 
 class RealValues(TensorDictModuleBase):
@@ -85,12 +85,12 @@ def update_value_norm(
         a callable that puts statistics and critic back to where they were.
 
     Raises:
-        ValueError: if the critic does not end in a linear layer.
+        ValueError: if the critic does not end in a linear layer with a bias.
     """
     if len(value_target) == 0:
         return lambda: None
     before = copy.deepcopy(value_norm.state_dict())
-    last = [] if critic is None else _last_linear(critic)
+    last = [] if critic is None else last_linear(critic)
     values = [parameter.clone() for parameter in last]
     zero = torch.zeros_like(value_target[:1])
     old_mean, old_scale = value_norm.denormalize(zero)[0], value_norm.scale().clone()
@@ -112,14 +112,30 @@ def update_value_norm(
     return restore
 
 
-def _last_linear(critic: nn.Module) -> list[nn.Parameter]:
-    """Weight and bias of the layer that writes the value, stacked or not."""
+def last_linear(critic: nn.Module, *, most_outputs: int | None = None) -> list[nn.Parameter]:
+    """Weight and bias of the layer that writes the value, stacked or not.
+
+    It is taken to be the one whose parameters are registered last.
+
+    Args:
+        critic (nn.Module): the critic.
+
+    Keyword Args:
+        most_outputs (int, optional): how many values it may write, by which a hidden layer that
+            was registered last is told. Defaults to ``None``: any number.
+
+    Raises:
+        ValueError: if that is no linear layer with a bias, or has more outputs.
+    """
     named = list(critic.named_parameters())[-2:]
     names = [name.rpartition(".")[2] for name, _ in named]
-    if names != ["weight", "bias"] or named[0][1].shape[:-1] != named[1][1].shape:
+    shapes = [tuple(parameter.shape) for _, parameter in named]
+    is_linear = names == ["weight", "bias"] and shapes[0][:-1] == shapes[1]
+    if not is_linear or (most_outputs is not None and shapes[1][-1] > most_outputs):
         raise ValueError(
             "PopArt rescales the critic's last layer, which must be linear with a bias, but the "
-            f"critic ends in the parameters {[name for name, _ in named]}; give it one, or use "
-            "value normalisation without popart."
+            f"critic's last parameters are {[name for name, _ in named]} of shapes {shapes}; give "
+            "it such a layer, registered after the others, for its values, or use value "
+            "normalisation without popart."
         )
     return [parameter for _, parameter in named]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +23,7 @@ from torchrl_happo.optim.factories import (
     build_scheduler,
 )
 from torchrl_happo.optim.minibatches import MinibatchSampler
+from torchrl_happo.undo import Undo
 from torchrl_happo.validation.arguments import check_counts, check_positive
 from torchrl_happo.validation.state import check_optimizer_state
 
@@ -35,6 +38,9 @@ class InnerStep(Protocol):
 
     def rebind(self) -> None:
         """Follows parameters whose objects were replaced."""
+
+    def end_batch(self) -> Undo:
+        """Goes on in a schedule, whether or not there was a step; returns how to take it back."""
 
     def snapshot(self) -> dict[str, Any]:
         """A copy of everything the step may change."""
@@ -64,7 +70,7 @@ class FirstOrderStep:
         max_grad_norm (float, optional): the gradient is scaled down to this Euclidean norm.
             Defaults to ``None``: no clipping.
         scheduler (callable, optional): from the optimiser to its learning-rate scheduler, which
-            steps once per update. Defaults to ``None``.
+            steps at :meth:`end_batch`. Defaults to ``None``.
         stop (callable, optional): asked after each epoch whether to stop early.
             Defaults to ``None``.
         learners (Learners, optional): whose gradients are averaged. Defaults to ``None``: alone.
@@ -178,8 +184,6 @@ class FirstOrderStep:
             num_epochs += 1
             if self.stop is not None and self.stop(data):
                 break
-        if self.scheduler is not None:
-            self.scheduler.step()
         return TensorDict(
             {
                 "loss": torch.stack(losses).mean(),
@@ -233,6 +237,16 @@ class FirstOrderStep:
         rest = iter(averaged)
         return loss, [None if gradient is None else next(rest) for gradient in gradients]
 
+    def end_batch(self) -> Undo:
+        """Lets the scheduler make its step, whether or not the optimiser has made one."""
+        undo = partial(self._restore_schedule, self._schedule())
+        if self.scheduler is not None:
+            with warnings.catch_warnings():
+                # An agent that has not acted yet follows its schedule all the same.
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+                self.scheduler.step()
+        return undo
+
     def snapshot(self) -> dict[str, Any]:
         """A copy of parameters and optimiser, from which :meth:`restore` goes back."""
         return {
@@ -243,12 +257,24 @@ class FirstOrderStep:
                 else None
                 for p in self.parameters
             ],
+            "schedule": self._schedule(),
+        }
+
+    def _schedule(self) -> dict[str, Any]:
+        """A copy of what the scheduler has come to, and the settings of the optimiser."""
+        return {
             "groups": [
                 {name: _copy(value) for name, value in group.items() if name != "params"}
                 for group in self.optimizer.param_groups
             ],
             "scheduler": self.scheduler and copy.deepcopy(self.scheduler.state_dict()),
         }
+
+    def _restore_schedule(self, schedule: dict[str, Any]) -> None:
+        for group, values in zip(self.optimizer.param_groups, schedule["groups"], strict=True):
+            group.update({name: _copy(value) for name, value in values.items()})
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(schedule["scheduler"])
 
     @torch.no_grad()
     def restore(self, snapshot: dict[str, Any]) -> None:
@@ -262,10 +288,7 @@ class FirstOrderStep:
                 self.optimizer.state.pop(p, None)
             else:
                 self.optimizer.state[p] = {name: _copy(v) for name, v in state.items()}
-        for group, values in zip(self.optimizer.param_groups, snapshot["groups"], strict=True):
-            group.update({name: _copy(value) for name, value in values.items()})
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(snapshot["scheduler"])
+        self._restore_schedule(snapshot["schedule"])
 
     def state_dict(self) -> dict[str, Any]:
         """State of the optimiser and of the scheduler."""

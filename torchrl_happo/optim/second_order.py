@@ -21,6 +21,7 @@ from torchrl_happo.optim.trust_region import (
     step_within_trust_region,
     trust_region_step,
 )
+from torchrl_happo.undo import Undo
 
 __all__ = ["TrustRegionStep"]
 
@@ -163,15 +164,21 @@ class TrustRegionStep:
     def rebind(self) -> None:
         """Nothing is held that could go stale."""
 
+    def end_batch(self) -> Undo:
+        """There is no schedule."""
+        return lambda: None
+
     def snapshot(self) -> dict[str, Any]:
-        """A copy of the parameters."""
-        return {name: p.detach().clone() for name, p in self.named_parameters()}
+        """A copy of the parameters and of the generator's state."""
+        parameters = {name: p.detach().clone() for name, p in self.named_parameters()}
+        return {"parameters": parameters, **self.state_dict()}
 
     @torch.no_grad()
     def restore(self, snapshot: dict[str, Any]) -> None:
-        """Puts the parameters back, bit for bit."""
+        """Puts parameters and generator back, bit for bit."""
         for name, parameter in self.named_parameters():
-            parameter.copy_(snapshot[name])
+            parameter.copy_(snapshot["parameters"][name])
+        self.load_state_dict(snapshot)
 
     def state_dict(self) -> dict[str, Any]:
         """State of the generator, the only one there is."""

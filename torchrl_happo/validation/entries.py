@@ -24,8 +24,10 @@ def entries_read(loss: SequentialLossMixin, batch: TensorDictBase) -> list[Neste
     read: list[NestedKey] = []
     for agent in loss.agents:
         read += agent_keys(agent)
-        if agent.policy.squashes:
-            read += agent.policy.parameter_keys  # they score actions at the bounds again
+        if agent.policy.may_saturate and not agent.policy.is_composite:
+            # They score actions at the bounds again. (Of a composite some may be infinite rightly:
+            # the logits of a masked head.)
+            read += agent.policy.parameter_keys
     critic_keys = [] if loss.critic_network is None else list(loss.critic_network.in_keys)
     read += critic_keys
     if has(batch, keys.advantage):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from tensordict import NestedKey
 from tensordict.nn import TensorDictModuleBase
@@ -11,14 +11,16 @@ from tensordict.utils import unravel_key
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from torchrl_happo.learners import Learners
 from torchrl_happo.validation.arguments import kind_of
+
+if TYPE_CHECKING:
+    from torchrl_happo.agents import Agent
 
 __all__ = [
     "check_initialized",
     "check_loss",
     "check_networks",
-    "check_reduction",
+    "check_policy_keys",
     "check_separate",
     "check_value_key",
 ]
@@ -65,25 +67,25 @@ def check_initialized(network: nn.Module, whose: str) -> None:
             )
 
 
-def check_separate(groups: Mapping[str, nn.Module], critic: nn.Module | None) -> None:
-    """Refuses a parameter that would move in the turns of two groups, or of a group and the critic.
+def check_separate(agents: Iterable[Agent], critic: nn.Module | None) -> None:
+    """Refuses a parameter that would move in two turns: of two agents, or an agent and the critic.
 
     Args:
-        groups (mapping of str to nn.Module): the actors by the names of their groups.
+        agents (iterable of Agent): the agents of all groups.
         critic (nn.Module, optional): the critic.
 
     Raises:
         ValueError: naming the parameter and those who share it.
     """
-    owners: dict[int, str] = {}
-    for group, actor in groups.items():
-        for name, parameter in actor.named_parameters():
-            owner = owners.setdefault(id(parameter), group)
-            if owner != group:
+    owners: dict[int, Agent] = {}
+    for agent in agents:
+        for name, parameter in agent.source.named_parameters():
+            owner = owners.setdefault(id(parameter), agent)
+            if owner is not agent and not owner.is_another_row_of(agent):
                 raise ValueError(
-                    f"The groups {owner!r} and {group!r} share the parameter {name!r}, so that the "
-                    "update of one would move the policy of the other; give each group an actor "
-                    "of its own."
+                    f"The agents {owner.name!r} and {agent.name!r} share the parameter {name!r}, "
+                    "so that the update of one would move the policy of the other; give each an "
+                    "actor of its own."
                 )
     for name, parameter in [] if critic is None else critic.named_parameters():
         if id(parameter) in owners:
@@ -106,17 +108,23 @@ def check_value_key(key: NestedKey, critic: TensorDictModuleBase) -> None:
         )
 
 
-def check_reduction(loss: Any, learners: Learners) -> None:
-    """Refuses a critic's loss that is no mean, where learners average their gradients.
+def check_policy_keys(name: str, keys: Any, written: Collection[NestedKey]) -> None:
+    """Refuses to read actions or log-probabilities where the actors do not write them.
+
+    Args:
+        name (str): ``"action"`` or ``"sample_log_prob"``.
+        keys (NestedKey or list of NestedKey): where to read them.
+        written (collection of NestedKey): where the actors write them.
 
     Raises:
-        ValueError: if it is a sum.
+        KeyError: naming both.
     """
-    if not learners.alone and loss.reduction != "mean":
-        raise ValueError(
-            f"The loss has reduction={loss.reduction!r}, but learners that share a process_group "
-            "average their gradients by the entries they count; build it with reduction='mean'."
-        )
+    for key in keys if isinstance(keys, list) else [keys]:
+        if unravel_key(key) not in written:
+            raise KeyError(
+                f"The actors write {list(written)}, but the loss would read {name} from {key!r}; "
+                f"leave set_keys({name}=...) out, or build the actor with that key."
+            )
 
 
 def check_loss(loss: Any) -> None:
@@ -124,14 +132,24 @@ def check_loss(loss: Any) -> None:
 
     Raises:
         TypeError: if it is not the loss of a team.
-        ValueError: if an agent or the critic has nothing to train.
+        ValueError: if an agent or the critic has nothing to train, or the loss is no mean.
     """
     if not hasattr(loss, "make_agent_step"):
         raise TypeError(
             f"A SequentialUpdater updates a HAPPOLoss or a HATRPOLoss, got {kind_of(loss)}; build "
             "one of the same networks."
         )
+    if loss.reduction != "mean":
+        raise ValueError(
+            f"The loss has reduction={loss.reduction!r}, but the steps of a SequentialUpdater "
+            "follow means over the entries that count; build it with reduction='mean'."
+        )
     for agent in loss.agents:
+        if agent.name == "critic":
+            raise ValueError(
+                "An agent has the name 'critic', under which the critic's metrics and state are "
+                "filed; rename its group."
+            )
         if not any(parameter.requires_grad for parameter in agent.parameters()):
             raise ValueError(
                 f"The actor of agent {agent.name!r} has no parameter that requires a gradient; "
@@ -140,8 +158,9 @@ def check_loss(loss: Any) -> None:
     if loss.critic_network is not None:
         check_value_key(loss.tensor_keys.value, loss.critic_network)
         check_initialized(loss.critic_network, "The critic")
-        if not any(parameter.requires_grad for parameter in loss.critic_network.parameters()):
+        trained = any(parameter.requires_grad for parameter in loss.critic_network.parameters())
+        if loss.fits_critic and not trained:
             raise ValueError(
                 "The critic has no parameter that requires a gradient; unfreeze it, or build the "
-                "loss without a critic and write the advantage into the batch."
+                "loss with critic_coeff=0 to keep it as it is."
             )
