@@ -188,6 +188,8 @@ def run(name: str, tasks: list[str], algorithms: list[str], seeds: list[int], ru
         line = command(suite, task, algorithm, seed, folder)
         logger.info("%s", " ".join(["python", *line[1:]]))
         if not (folder / "curve.png").exists():
+            if any(folder.glob("checkpoints/*.pt")):  # it was interrupted
+                line.append(f"resume={folder}")
             subprocess.run(line, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         record(name, task, algorithm, seed, folder)
 

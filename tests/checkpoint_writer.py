@@ -38,7 +38,7 @@ class Training:
 
     def resume(self, folder):
         """Goes on from the newest checkpoint, if there is one."""
-        if checkpoint.list_checkpoints(folder / checkpoint.FOLDER):
+        if checkpoint.list_checkpoints(folder / "checkpoints"):
             self.progress = checkpoint.restore(checkpoint.read(folder), self.updater)
         return self
 

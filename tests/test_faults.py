@@ -296,7 +296,7 @@ def test_killed_while_checkpoints_are_written(tmp_path, record_property):
     """
     script = Path(__file__).with_name("checkpoint_writer.py")
     moments, newest, torn = random.Random(0), 0, set()
-    folder = tmp_path / checkpoint.FOLDER
+    folder = tmp_path / "checkpoints"
     with subprocess.Popen(
         [sys.executable, script, tmp_path],
         stdin=subprocess.PIPE,

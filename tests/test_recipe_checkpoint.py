@@ -39,7 +39,7 @@ def saved(tmp_path, config):
 
 
 def files(folder):
-    return sorted(path.name for path in (folder / checkpoint.FOLDER).iterdir())
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
 def test_a_checkpoint_brings_everything_back(saved, config):
@@ -61,11 +61,19 @@ def test_the_oldest_go(tmp_path, config):
     assert files(tmp_path) == ["00000004.pt", "00000005.pt"]
 
 
+def test_the_one_just_written_stays(tmp_path, config):
+    """Whatever lies in the folder."""
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for iteration in (7, 8, 3):
+        checkpoints.save(config, Updater(), Progress(iteration))
+    assert "00000003.pt" in files(tmp_path)
+
+
 @pytest.mark.parametrize("step", ["save", "fsync", "replace"])
 def test_a_failed_write_leaves_what_was_there(saved, config, monkeypatch, step):
     """Whatever breaks while a checkpoint is written, the last one is intact and no rest remains."""
     folder, updater = saved
-    before = (folder / checkpoint.FOLDER / "00000002.pt").read_bytes()
+    before = (folder / "checkpoints" / "00000002.pt").read_bytes()
 
     def fail(*args, **kwargs):
         raise OSError("no space left on device")
@@ -74,13 +82,13 @@ def test_a_failed_write_leaves_what_was_there(saved, config, monkeypatch, step):
     with pytest.raises(OSError, match="no space left"):
         Checkpoints(folder, keep=5).save(config, updater, Progress(2))
     assert files(folder) == ["00000001.pt", "00000002.pt"]
-    assert (folder / checkpoint.FOLDER / "00000002.pt").read_bytes() == before
+    assert (folder / "checkpoints" / "00000002.pt").read_bytes() == before
 
 
 def test_a_folder_gives_its_newest_complete_checkpoint(saved, caplog):
     """A truncated file is passed over, with a word in the log."""
     folder, _ = saved
-    newest = folder / checkpoint.FOLDER / "00000002.pt"
+    newest = folder / "checkpoints" / "00000002.pt"
     newest.write_bytes(newest.read_bytes()[:1000])
     assert checkpoint.read(folder)["progress"]["iteration"] == 1
     assert "00000002.pt is truncated or damaged" in caplog.text
@@ -91,7 +99,7 @@ def test_a_folder_gives_its_newest_complete_checkpoint(saved, caplog):
 def test_damage_is_found(saved, data):
     """A file that is cut, or has a flipped bit, is refused or still says exactly the same."""
     folder, _ = saved
-    path = folder / checkpoint.FOLDER / "00000002.pt"
+    path = folder / "checkpoints" / "00000002.pt"
     damaged = folder / "damaged.pt"
     content = bytearray(path.read_bytes())
     if data.draw(st.booleans()):
@@ -135,7 +143,7 @@ def test_missing_places_are_refused(tmp_path):
 def test_a_folder_of_ruins_is_refused(saved):
     """If no checkpoint is complete the sentence says how many there are."""
     folder, _ = saved
-    for path in (folder / checkpoint.FOLDER).iterdir():
+    for path in (folder / "checkpoints").iterdir():
         path.write_bytes(b"")
     with pytest.raises(CheckpointError, match="None of the 2 checkpoints"):
         checkpoint.read(folder)
@@ -151,7 +159,7 @@ def test_another_architecture_is_refused(saved):
 def test_a_copied_checkpoint_needs_no_folder(saved, tmp_path):
     """A single file is enough to go on elsewhere."""
     folder, _ = saved
-    copy = shutil.copy(folder / checkpoint.FOLDER / "00000001.pt", tmp_path / "elsewhere.pt")
+    copy = shutil.copy(folder / "checkpoints" / "00000001.pt", tmp_path / "elsewhere.pt")
     assert checkpoint.read(tmp_path / copy)["progress"]["iteration"] == 1
 
 

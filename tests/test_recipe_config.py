@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
 from itertools import cycle
 from pathlib import Path
@@ -150,8 +151,8 @@ def test_a_stored_configuration_of_another_schema_is_refused():
 class TestResumedConfiguration:
     """What a resumed run takes from its checkpoint and what from the command line."""
 
-    def resume(self, *overrides: str) -> TrainConfig:
-        stored = compose_config("task=vmas/wheel", "algorithm=mappo", "seed=3")
+    def resume(self, *overrides: str, also: Sequence[str] = ()) -> TrainConfig:
+        stored = compose_config("task=vmas/wheel", "algorithm=mappo", "seed=3", *also)
         from hydra import compose, initialize_config_module
 
         with initialize_config_module("torchrl_happo.conf", version_base="1.3"):
@@ -167,6 +168,11 @@ class TestResumedConfiguration:
         """A run can be made longer, and evaluated otherwise."""
         config = self.resume("resume=x", "total_frames=900000", "evaluation.interval=5")
         assert (config.total_frames, config.evaluation.interval) == (900_000, 5)
+
+    def test_a_falling_learning_rate_has_an_end(self):
+        """Made longer, the run would go on with a learning rate of zero."""
+        with pytest.raises(ConfigError, match="A resumed run keeps its total_frames"):
+            self.resume("resume=x", "total_frames=900000", also=["algorithm.lr_schedule=linear"])
 
     def test_the_same_value_again_is_fine(self):
         """The command that started a run can be repeated with ``resume=`` added."""

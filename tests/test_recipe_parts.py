@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
+import signal
 import subprocess
+import sys
+import threading
 
 import numpy as np
 import pytest
@@ -23,6 +26,7 @@ from torchrl_happo.recipe.algorithms import make_learner
 from torchrl_happo.recipe.collection import Batches
 from torchrl_happo.recipe.environments import make_env
 from torchrl_happo.recipe.evaluation import Evaluation
+from torchrl_happo.recipe.interrupt import deaf_children
 from torchrl_happo.recipe.progress import ProgressDisplay
 from torchrl_happo.recipe.randomness import derive_seed, isolated_randomness, seed_everything
 from torchrl_happo.recipe.records import Table, flatten, read_table
@@ -207,6 +211,22 @@ def test_progress_lines_are_few_and_end_with_the_last(monkeypatch, caplog):
 
 
 @pytest.mark.slow
+def test_children_do_not_hear_ctrl_c():
+    """Nor does this process while they start: it does when they have."""
+    heard = []
+    previous = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+    ask = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+    try:
+        with deaf_children():
+            signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+            child = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
+            assert not heard
+        assert heard == [signal.SIGINT]
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    assert child.stdout == "True\n"
+
+
 def test_workers_collect_like_this_process():
     """Two processes give whole batches, act with the newest weights, and repeat from a seed."""
     config = tiny_config("collector=multi", "task=vmas/wheel")

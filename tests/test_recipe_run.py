@@ -79,6 +79,30 @@ def test_a_finished_run_can_be_made_longer(tmp_path):
     assert [row["iteration"] for row in after] == ["1", "2", "3", "4", "5"]
 
 
+def test_the_folder_of_another_run_is_refused(tmp_path):
+    """A new run does not write over what another one has saved, a resumed one does not mix."""
+    config = tiny_config()
+    folder = train.run(config, tmp_path / "run")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    elsewhere = shutil.copytree(folder, tmp_path / "elsewhere")
+    for other in (replace(config, seed=6), replace(config, resume=str(elsewhere))):
+        with pytest.raises(ConfigError, match=r"holds the checkpoints of a run: go on .*resume="):
+            train.run(other, folder)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("evaluates", [0, 1])
+def test_what_is_reported_is_where_the_run_ends(tmp_path, evaluates):
+    """Also of a run that was stopped, and is resumed with nothing left to learn."""
+    config = tiny_config("total_frames=48", f"evaluation.interval={evaluates}")
+    folder = train.run(config, tmp_path)
+    content = checkpoint.read(folder)
+    content["progress"]["evaluation"] = content["progress"]["evaluation"][:-1]
+    checkpoint.write_atomically(folder / "checkpoints" / "00000002.pt", content)
+    train.run(replace(config, resume=str(folder)), folder)
+    assert table(folder / "evaluation.csv")[-1]["iteration"] == "2"
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_evaluation_does_not_disturb_training(tmp_path, algorithm):
     """With and without evaluation the training run is the same, bit for bit.

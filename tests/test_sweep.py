@@ -13,7 +13,7 @@ from recipe_helpers import TINY, table, tiny_config
 from torchrl_happo import train
 from torchrl_happo.recipe import checkpoint
 from torchrl_happo.recipe.config import ConfigError
-from torchrl_happo.recipe.sweep import Run, remaining, summarize, write_summary
+from torchrl_happo.recipe.sweep import Run, common_frames, remaining, summarize, write_summary
 
 pytest.importorskip("vmas")
 SWEEP = ("-m", "algorithm=happo,hatrpo", "seed=0,1", "evaluation.interval=1", *TINY)
@@ -89,16 +89,36 @@ def test_the_folder_of_another_run(tmp_path):
     with pytest.raises(ConfigError, match="holds a run with other settings"):
         remaining(replace(config, num_envs=8), tmp_path)
     assert remaining(replace(config, total_frames=48), tmp_path) is None
+    falling = replace(config.algorithm, lr_schedule="linear")
+    config = replace(config, algorithm=falling)
+    shutil.rmtree(tmp_path / "checkpoints")
+    checkpoint.Checkpoints(tmp_path, keep=1).save(config, learner.updater, progress)
+    with pytest.raises(ConfigError, match="holds a run with other settings"):
+        remaining(replace(config, total_frames=480), tmp_path)
     with pytest.raises(ConfigError, match="There is no run with evaluations"):
         write_summary(tmp_path)
+
+
+def evaluation(frames, mean, error):
+    return {"frames": frames, "return": mean, "return_stderr": error}
+
+
+def test_runs_of_unlike_lengths_are_compared_where_all_have_been():
+    """Neither is one's end set against another's middle, nor points by their numbers."""
+    short = Run("a/b", "happo", 0, [evaluation(40.0, 1.0, 1.0), evaluation(80.0, 2.0, 1.0)])
+    long = Run("a/b", "happo", 1, [evaluation(80.0, 4.0, 1.0), evaluation(120.0, 9.0, 1.0)])
+    assert common_frames([short, long]) == [80.0]
+    assert summarize([short, long]).splitlines()[2] == "| a/b, at 80 frames | 3 ± 1 (2, 4) |"
+    apart = replace(long, label="mappo", rows=long.rows[1:])
+    assert summarize([short, apart]).splitlines()[2] == "| a/b, never evaluated alike | - | - |"
 
 
 def test_the_summary_counts_right():
     """Mean and standard error over the seeds; of one seed that of its episodes; whole numbers."""
 
     def run(label, seed, final):
-        rows = [{"return": 0.0, "return_stderr": 1.0}, {"return": final, "return_stderr": 0.25}]
-        return Run("a/b", label, seed, rows)
+        rows = [(40.0, 0.0, 1.0), (80.0, final, 0.25)]
+        return Run("a/b", label, seed, [evaluation(*row) for row in rows])
 
     runs = [run("happo", 0, 1.0), run("happo", 1, 3.0), run("mappo", 0, 2.0)]
     runs.append(replace(runs[0], task="c/d"))

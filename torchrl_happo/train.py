@@ -23,11 +23,12 @@ from torchrl_happo.recipe.algorithms import Learner, make_learner
 from torchrl_happo.recipe.checkpoint import Checkpoints, Progress
 from torchrl_happo.recipe.cli import command_line
 from torchrl_happo.recipe.collection import Batches
-from torchrl_happo.recipe.config import TrainConfig
+from torchrl_happo.recipe.config import ConfigError, TrainConfig
 from torchrl_happo.recipe.environments import check_device, make_env
 from torchrl_happo.recipe.evaluation import Evaluation
 from torchrl_happo.recipe.interrupt import Interrupt
 from torchrl_happo.recipe.memory import keep_freed_memory
+from torchrl_happo.recipe.places import CHECKPOINTS, run_folder
 from torchrl_happo.recipe.progress import ProgressDisplay
 from torchrl_happo.recipe.randomness import derive_seed, seed_everything
 from torchrl_happo.recipe.ranks import Ranks, part_of, restarts, world_size
@@ -45,7 +46,8 @@ def run(config: TrainConfig, folder: Path) -> Path:
     A checkpoint is a point from which a run begins anew: whoever goes on from it, this process
     after writing it or another one after reading it, reseeds every random state by the seed of the
     run and the iteration, and resets the environments. That makes a resumed run equal to one that
-    was never interrupted, bit for bit, whatever the simulator.
+    was never interrupted, bit for bit, whatever the simulator. (One that was stopped by Ctrl-C
+    between two checkpoints has one more of these points, and so goes on with other numbers.)
 
     Args:
         config (TrainConfig): for instance from :func:`torchrl_happo.recipe.compose.compose_config`.
@@ -55,11 +57,12 @@ def run(config: TrainConfig, folder: Path) -> Path:
         the folder.
 
     Raises:
-        ConfigError: if the configuration cannot be run.
+        ConfigError: if the configuration cannot be run, or the folder is another run's.
         CheckpointError: if ``config.resume`` cannot be used.
         KeyboardInterrupt: after a Ctrl-C, when the checkpoint has been written.
     """
     validate(config)
+    _check_folder(config, folder)
     own = part_of(config, world_size())
     torch.set_num_threads(config.threads)
     keep_freed_memory()
@@ -103,13 +106,26 @@ def _run(config: TrainConfig, own: TrainConfig, folder: Path, ranks: Ranks) -> P
             if stopping:
                 logger.info("Stopped and saved; go on with: resume=%s", folder)
                 raise KeyboardInterrupt
+        writing.last_evaluation(learner)
     writing.report()
     return folder
 
 
+def _check_folder(config: TrainConfig, folder: Path) -> None:
+    """Refuses to write over the checkpoints of a run that this one does not go on from."""
+    goes_on = config.resume is not None and (
+        run_folder(Path(config.resume)).resolve() == folder.resolve()
+    )
+    if not goes_on and not restarts() and checkpoint.list_checkpoints(folder / CHECKPOINTS):
+        raise ConfigError(
+            f"The folder {folder} holds the checkpoints of a run: go on from them by "
+            f"resume={folder}, or choose another hydra.run.dir."
+        )
+
+
 def _stored(config: TrainConfig, folder: Path) -> dict[str, Any] | None:
     """The checkpoint to go on from: of ``config.resume`` or, after a restart, of this very run."""
-    if restarts() and checkpoint.list_checkpoints(folder / checkpoint.FOLDER):
+    if restarts() and checkpoint.list_checkpoints(folder / CHECKPOINTS):
         return checkpoint.read(folder)
     return None if config.resume is None else checkpoint.read(Path(config.resume))
 
@@ -125,6 +141,9 @@ class _Silence:
 
     def checkpoint(self, learner: Learner) -> None:
         """It is time for a checkpoint."""
+
+    def last_evaluation(self, learner: Learner) -> None:
+        """There is nothing left to learn."""
 
     def report(self) -> None:
         """The run is over."""
@@ -158,6 +177,12 @@ class _Writing(_Silence):
 
     def checkpoint(self, learner: Learner) -> None:
         self.checkpoints.save(self.config, learner.updater, self.progress)
+
+    def last_evaluation(self, learner: Learner) -> None:
+        evaluated = self.progress.evaluation
+        # A run that was stopped and had no iteration left was not evaluated where it ends.
+        if not evaluated or evaluated[-1]["iteration"] != self.progress.iteration:
+            self.evaluation(learner)
 
     def report(self) -> None:
         write_report(self.config, self.folder)

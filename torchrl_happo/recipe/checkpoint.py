@@ -13,13 +13,12 @@ import torch
 
 from torchrl_happo.recipe.compose import from_dict, to_dict
 from torchrl_happo.recipe.config import TrainConfig
+from torchrl_happo.recipe.places import CHECKPOINTS, SUFFIX
 from torchrl_happo.validation.arguments import first_line
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-FOLDER = "checkpoints"
-SUFFIX = ".pt"
 
 Row = dict[str, float]
 
@@ -57,7 +56,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
-        self.folder = folder / FOLDER
+        self.folder = folder / CHECKPOINTS
         self.keep = keep
 
     def save(self, config: TrainConfig, updater: Any, progress: Progress) -> Path:
@@ -72,7 +71,8 @@ class Checkpoints:
         }
         write_atomically(path, content)
         for old in list_checkpoints(self.folder)[: -self.keep]:
-            old.unlink()
+            if old != path:  # those of later iterations are another run's
+                old.unlink()
         for rest in self.folder.glob(f".[0-9]*{SUFFIX}.*"):
             rest.unlink(missing_ok=True)  # of a process that was killed while it wrote
         return path
@@ -125,7 +125,7 @@ def read(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"There is no checkpoint or run folder at {path}.")
     if path.is_file():
         return _read_file(path)
-    candidates = list_checkpoints(path / FOLDER) or list_checkpoints(path)
+    candidates = list_checkpoints(path / CHECKPOINTS) or list_checkpoints(path)
     if not candidates:
         raise CheckpointError(f"The folder {path} holds no checkpoints/*{SUFFIX}.")
     for candidate in reversed(candidates):

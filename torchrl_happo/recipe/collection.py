@@ -16,6 +16,7 @@ from torchrl.collectors.distributed import DistributedCollector, RayCollector
 
 from torchrl_happo.recipe.collectors import make_collector
 from torchrl_happo.recipe.config import TrainConfig
+from torchrl_happo.recipe.interrupt import deaf_children
 from torchrl_happo.recipe.randomness import seed_everything
 from torchrl_happo.validation.arguments import first_line
 
@@ -46,7 +47,8 @@ class Batches:
         """Begins anew; what the environments were doing is dropped."""
         self.close()
         seed_everything(seed)
-        self._collector = make_collector(self.config, self.policy, seed)
+        with deaf_children():
+            self._collector = make_collector(self.config, self.policy, seed)
         self._iterator = iter(self._collector)
 
     def next(self) -> TensorDictBase:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from difflib import get_close_matches
@@ -25,6 +24,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from torchrl_happo.recipe import config as schema
 from torchrl_happo.recipe.config import ConfigError, TrainConfig
+from torchrl_happo.recipe.places import run_folder
 from torchrl_happo.recipe.ranks import launch_time
 from torchrl_happo.recipe.tasks import TASKS
 from torchrl_happo.recipe.validation import validate
@@ -151,6 +151,15 @@ def from_dict(values: Mapping[str, Any]) -> TrainConfig:
         ) from error
 
 
+def changeable(config: TrainConfig) -> set[str]:
+    """What a run that goes on may set anew without becoming another run.
+
+    Its number of frames is part of a learning rate that falls to zero at their end.
+    """
+    falls = config.algorithm.lr_schedule == "linear"
+    return CHANGEABLE - {"total_frames"} if falls else CHANGEABLE
+
+
 def resume_config(
     stored: TrainConfig, composed: DictConfig, overrides: Iterable[str]
 ) -> TrainConfig:
@@ -164,17 +173,17 @@ def resume_config(
     Raises:
         ConfigError: if an override would make it another run.
     """
-    values = OmegaConf.create(to_dict(stored))
+    values, free = OmegaConf.create(to_dict(stored)), changeable(stored)
     for override in overrides:
         key = override.partition("=")[0].lstrip("+~")
         option = f"{key}.name" if key in GROUPS else key
         wanted = OmegaConf.select(composed, option)
-        if key.partition(".")[0] in CHANGEABLE:
+        if key.partition(".")[0] in free:
             OmegaConf.update(values, key, wanted)
         elif wanted != OmegaConf.select(values, option):
             raise ConfigError(
                 f"A resumed run keeps its {option}: leave out {override!r} (what may change: "
-                f"{', '.join(sorted(CHANGEABLE))})."
+                f"{', '.join(sorted(free))})."
             )
     return from_dict(cast(dict[str, Any], OmegaConf.to_container(values)))
 
@@ -234,12 +243,14 @@ def _siblings(key: str, cause: OmegaConfBaseException) -> list[str]:
 
 def _run_folder(resume: str | None, new: str) -> str:
     """Where a run writes: a folder that is resumed goes on, everything else starts a new one."""
-    return str(resume) if resume and Path(resume).is_dir() else new
+    if not resume or not Path(resume).is_dir():
+        return new
+    return str(run_folder(Path(resume)))
 
 
 def _launched(pattern: str) -> str:
     """When the run was launched."""
-    return time.strftime(pattern, launch_time())
+    return launch_time().strftime(pattern)
 
 
 def settings_folder(overrides: str) -> str:

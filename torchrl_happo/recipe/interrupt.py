@@ -5,11 +5,28 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def deaf_children() -> Iterator[None]:
+    """Processes that are started in this block never hear of a Ctrl-C.
+
+    It reaches every process of a terminal, but ending is up to the first one, which hears of it
+    when the block is over. The signal is blocked rather than ignored, as that is what a child has
+    from its first instruction on.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Interrupt:

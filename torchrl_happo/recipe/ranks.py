@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -56,15 +56,15 @@ def restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
-def launch_time() -> time.struct_time:
+def launch_time() -> datetime:
     """When the run was launched: the same for all learners, and after a restart."""
-    now = int(time.time())
+    now = str(time.time())
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # The launcher's own store outlives the learners.
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = TCPStore(host, port, is_master=False)
-        now = int(store.compare_set("torchrl_happo/launched", "", str(now)))
-    return time.localtime(now)
+        now = store.compare_set("torchrl_happo/launched", "", now).decode()
+    return datetime.fromtimestamp(float(now))
 
 
 def part_of(config: TrainConfig, size: int) -> TrainConfig:

@@ -14,6 +14,7 @@ from torchrl_happo.networks import memory_transforms
 from torchrl_happo.recipe import checkpoint
 from torchrl_happo.recipe.algorithms import make_learner
 from torchrl_happo.recipe.environments import make_env
+from torchrl_happo.recipe.places import run_folder
 
 WIDTH = 420
 MILLISECONDS_PER_FRAME = 60
@@ -64,8 +65,7 @@ def main() -> None:
     parser.add_argument("source", type=Path, help="a run's folder or a checkpoint")
     parser.add_argument("--output", type=Path, help="default: rollout.gif in the run's folder")
     arguments = parser.parse_args()
-    folder = arguments.source if arguments.source.is_dir() else arguments.source.parent
-    record(arguments.source, arguments.output or folder / "rollout.gif")
+    record(arguments.source, arguments.output or run_folder(arguments.source) / "rollout.gif")
 
 
 if __name__ == "__main__":

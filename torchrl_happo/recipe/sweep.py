@@ -26,8 +26,9 @@ from matplotlib.ticker import EngFormatter
 from omegaconf import DictConfig, OmegaConf
 
 from torchrl_happo.recipe import checkpoint
-from torchrl_happo.recipe.compose import CHANGEABLE
+from torchrl_happo.recipe.compose import changeable
 from torchrl_happo.recipe.config import ConfigError, TrainConfig
+from torchrl_happo.recipe.places import CHECKPOINTS
 from torchrl_happo.recipe.records import EVALUATION, Row, read_table
 from torchrl_happo.recipe.tables import cell, standard_error
 
@@ -50,11 +51,11 @@ def remaining(config: TrainConfig, folder: Path) -> TrainConfig | None:
     Raises:
         ConfigError: if the folder holds another run.
     """
-    written = checkpoint.list_checkpoints(folder / checkpoint.FOLDER)
+    written = checkpoint.list_checkpoints(folder / CHECKPOINTS)
     if not written:
         return config
     stored = checkpoint.read_config(checkpoint.read(folder))
-    same = {name: getattr(config, name) for name in CHANGEABLE}
+    same = {name: getattr(config, name) for name in changeable(stored)}
     if replace(stored, **same) != config:
         raise ConfigError(
             f"The folder {folder} holds a run with other settings, perhaps of an earlier version: "
@@ -112,16 +113,34 @@ def write_summary(folder: Path) -> str:
 def summarize(runs: list[Run]) -> str:
     """Final returns: mean over the seeds, ± its standard error, and each seed.
 
-    For one seed the standard error is that of its episodes.
+    For one seed the standard error is that of its episodes. Of a task's runs of unlike lengths
+    those are taken that all of them have come to; the row says where that is.
     """
     tasks, labels = _names(runs)
     lines = ["| task | " + " | ".join(labels) + " |", "|---" * (len(labels) + 1) + "|"]
     cells = _by_task_and_label(runs)
     for task in tasks:
-        finals = [[run.rows[-1] for run in cells[task, label]] for label in labels]
+        runs_of_task = [run for run in runs if run.task == task]
+        frames = common_frames(runs_of_task)
+        if not frames:
+            none = " | ".join("-" for _ in labels)
+            lines.append(f"| {task}, never evaluated alike | {none} |")
+            continue
+        is_last = all(run.rows[-1]["frames"] == frames[-1] for run in runs_of_task)
+        finals = [[_at(run, frames[-1]) for run in cells[task, label]] for label in labels]
         line = [cell([r["return"] for r in f], [r["return_stderr"] for r in f]) for f in finals]
-        lines.append(f"| {task} | " + " | ".join(line) + " |")
+        name = task if is_last else f"{task}, at {frames[-1]:.0f} frames"
+        lines.append(f"| {name} | " + " | ".join(line) + " |")
     return "\n".join(lines)
+
+
+def common_frames(runs: list[Run]) -> list[float]:
+    """After how many frames all of some runs were evaluated."""
+    return sorted(set.intersection(*({row["frames"] for row in run.rows} for run in runs)))
+
+
+def _at(run: Run, frames: float) -> Row:
+    return next(row for row in run.rows if row["frames"] == frames)
 
 
 def _names(runs: list[Run]) -> tuple[list[str], list[str]]:
@@ -143,10 +162,9 @@ def _draw(runs: list[Run], path: Path) -> None:
     FigureCanvasAgg(figure)
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         for color, label in enumerate(labels):
-            seeds = [run.rows for run in cells[task, label]]
-            points = list(zip(*seeds, strict=False))  # as far as all of them have come
-            frames = [rows[0]["frames"] for rows in points]
-            returns = [[row["return"] for row in rows] for rows in points]
+            seeds = cells[task, label]
+            frames = common_frames(seeds) if seeds else []
+            returns = [[_at(run, point)["return"] for run in seeds] for point in frames]
             middle = [statistics.fmean(values) for values in returns]
             errors = [standard_error(values) for values in returns]
             low = [m - e for m, e in zip(middle, errors, strict=True)]
