@@ -240,15 +240,49 @@ def test_seeds(other):
         assert len(starts.unique(dim=0)) == len(starts) == 12
 
 
-def test_seeding_starts_anew():
-    """``set_seed`` makes an environment forget what it did before, and asks for a reset."""
+@pytest.mark.parametrize("everyone", [None, torch.ones(6, 1, dtype=torch.bool)])
+def test_a_seed_waits_for_the_next_reset_of_all(everyone):
+    """Until then all copies go on, through partial resets too; then nothing of before is left."""
+    env, twin = hoppers(), hoppers()
+    first = play(env, 20)
+    play(twin, 20)
+    env.set_seed(0)
+    some = TensorDict({"_reset": torch.tensor([[True]] + 5 * [[False]])}, [6])
+    action = TensorDict({"action": torch.ones(6, 3)}, [6])
+    for which in (env, twin):
+        which.step(action.clone())
+        which.reset(some.clone())
+    assert (env.step(action.clone())["next"] == twin.step(action)["next"]).all()
+    old = env._pool
+    start = env.reset(None if everyone is None else TensorDict({"_reset": everyone}, [6]))
+    assert env._pool is not old
+    assert torch.equal(start["observation"], first["observation"][:, 0])
+    pool = env._pool
+    env.reset()
+    assert env._pool is pool
+
+
+def test_a_seeded_environment_plays_as_a_new_one():
+    """``set_seed`` makes it forget what it did before."""
     env = hoppers()
     first = play(env, 20)
     play(env, 15, seed=1)
     env.set_seed(0)
-    with pytest.raises(RuntimeError, match="reset it before it steps"):
-        env.step(first[:, 0].select("action"))
     assert (play(env, 20) == first).all()
+
+
+def test_a_collector_may_be_seeded_before_its_first_batch():
+    """It holds a reset by then, from which the old episodes go on."""
+    collector = Collector(hoppers(), frames_per_batch=12, total_frames=12)
+    collector.set_seed(0)
+    assert next(iter(collector)).shape == (6, 2)
+    collector.shutdown()
+
+
+def test_a_step_comes_after_a_reset():
+    """Without one there is nothing to step."""
+    with pytest.raises(RuntimeError, match="reset it before it steps"):
+        hoppers().step(TensorDict({"action": torch.ones(6, 3)}, [6]))
 
 
 def test_without_a_seed_torchs_generator_decides():
