@@ -136,6 +136,32 @@ def test_equal_entries_stay_finite():
     assert not data["state"].any()
 
 
+@pytest.mark.parametrize("names", [[None, "time"], [None, None]])
+def test_a_batch_keeps_what_it_holds(names):
+    """Read after the fact, with or without named dimensions: only the observation is replaced.
+
+    The agents' observations are those of an environment that is split while it plays, and what
+    else is in the batch, their actions and ``"next"`` among it, is left alone.
+    """
+    torch.manual_seed(0)
+    played = split([[4, 0], [2, 1, 3]]).rollout(3).to("cpu")  # tensordict checks names then only
+    batch = played.clone()
+    batch["observation"] = batch.pop("state")
+    del batch["agent_1"]
+    del batch["agent_0", "observation"]
+    batch.names = names
+    after = AgentSplit([[4, 0], [2, 1, 3]])(batch.clone())
+    assert after.names == names
+    assert torch.equal(after["state"], played["state"])
+    for group in ("agent_0", "agent_1"):
+        assert after[group].batch_size == (2, 3, 1)
+        assert torch.equal(after[group, "observation"], played[group, "observation"])
+    assert (
+        after.exclude("state", "agent_1", ("agent_0", "observation"))
+        == batch.exclude("observation")
+    ).all()
+
+
 def test_bounds_follow_their_entries():
     """Each agent's bounds are those of the entries that it chooses."""
     spec = split([[4, 0], [2, 1, 3]]).full_action_spec

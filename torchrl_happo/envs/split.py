@@ -149,8 +149,17 @@ class AgentSplit(Transform):
         return cast("ItemsView[str, _Members]", self._members.items())
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Replaces the observation in a batch by those of the agents and the state, in place."""
-        return self._call(tensordict)
+        """Replaces the observation of a batch by those of the agents and the state, in place.
+
+        All else stays as it is: what a group holds already, such as its actions; the joint action;
+        and ``"next"``, whose own observation is replaced by a call on ``tensordict["next"]``.
+        """
+        seen = tensordict.select(self.observation_key, strict=False)
+        names, seen.names = seen.names, None  # groups without names do not fit among named ones
+        self._call(seen)
+        seen.names = names
+        del tensordict[self.observation_key]
+        return tensordict.update(seen)
 
     def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
         state = next_tensordict.pop(self.observation_key, None)
