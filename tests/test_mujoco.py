@@ -319,12 +319,46 @@ def test_happo_learns_from_it(robot, name):
         (("HalfCheeta", "2x3"), "no robot 'HalfCheeta'.*'HalfCheetah'"),
         (("HalfCheetah", "3x2"), "no partition of HalfCheetah '3x2'.*'2x3'"),
         (("HalfCheetah", [[0, 1], [1, 2]]), "exactly one agent"),
+        (("HalfCheetah", [[0, 1, 2], [3, 4, 7]]), "0 to 7 .* exactly one agent"),
+        (
+            ("HalfCheetah", [[0, 1, 2], [3, 4]]),
+            "has 5 entries, but the action of HalfCheetah has 6",
+        ),
+        (("Hopper", [[0, 1], [2, 3]]), "has 4 entries, but the action of Hopper has 3"),
     ],
 )
 def test_refuses_teams(arguments, message):
-    """A team that does not exist is named, with those near it."""
-    with pytest.raises(ValueError, match=message):
-        make_mujoco(*arguments)
+    """A team that does not exist is named, with those near it, whatever its agents observe."""
+    for nearest in (None, 1):
+        with pytest.raises(ValueError, match=message):
+            make_mujoco(*arguments, nearest=nearest)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"partition": [0, 1, 2]}, TypeError, r"partition=\[0, 1, 2\].* for each agent"),
+        ({"nearest": -2}, ValueError, "nearest must be at least 0, got -2"),
+        ({"nearest": 1.5}, TypeError, "nearest must be a whole number of at least 0, got 1.5"),
+        ({"num_envs": 0}, ValueError, "num_envs must be at least 1, got 0"),
+        ({"max_steps": 0}, ValueError, "max_steps must be at least 1, got 0"),
+    ],
+)
+def test_refuses_arguments(settings, error, message):
+    """What cannot be meant is named before anything is built."""
+    with pytest.raises(error, match=message):
+        make_mujoco("HalfCheetah", **{"partition": "2x3", **settings})
+
+
+def test_the_nearest_joints_are_those_of_the_state_that_is_described():
+    """Arguments of the task that shift the entries of its state do not go with them."""
+    shifted = {"exclude_current_positions_from_observation": False}
+    with pytest.raises(ValueError, match=r"nearest=0 needs .* with its 17 entries, .* one of 18"):
+        make_mujoco("HalfCheetah", "2x3", nearest=0, **shifted)
+    with pytest.raises(ValueError, match=r"105 entries, .* one of 27"):
+        make_mujoco("Ant", "4x2", nearest=0, use_contact_force=False)
+    assert make_mujoco("HalfCheetah", "2x3", **shifted).observation_spec["state"].shape == (1, 18)
+    make_mujoco("HalfCheetah", "2x3", nearest=0, ctrl_cost_weight=0.0)
 
 
 def test_refuses_tasks():

@@ -220,6 +220,11 @@ def test_torchrls_own_mujoco(tmp_path, monkeypatch):
         ({"partition": [[0, 1], [1, 2]]}, "exactly one agent"),
         ({"partition": [[0], [2]]}, "entries 0 to 2 .* exactly one agent"),
         ({"partition": [[0], [1]], "observations": [[0]]}, "observations of 1 agents"),
+        (
+            {"partition": [[0], [1]], "observations": [[0], []]},
+            "give each agent at least one entry",
+        ),
+        ({"partition": [[0], [1]], "observations": [[0], [-1]]}, r"-1\]\].* counted from 0"),
         ({"partition": [[0], [1, 2]], "group_map": ONE_GROUP}, r"\[1, 2\] actions"),
         (
             {"partition": [[0], [1]], "observations": [[0], [0, 1]], "group_map": ONE_GROUP},
@@ -230,6 +235,21 @@ def test_torchrls_own_mujoco(tmp_path, monkeypatch):
 def test_refuses_partitions(settings, message):
     """An action without an agent, or with two, is named at construction."""
     with pytest.raises(ValueError, match=message):
+        AgentSplit(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"partition": [0, 1]},
+        {"partition": "2x1"},
+        {"partition": [[0.0], [1.0]]},
+        {"partition": [[0], [1]], "observations": [0, 1]},
+    ],
+)
+def test_refuses_what_is_no_list_of_entries_for_each_agent(settings):
+    """One list for all, names and fractions are shown with what is wanted."""
+    with pytest.raises(TypeError, match="a list of whole numbers for each agent"):
         AgentSplit(**settings)
 
 

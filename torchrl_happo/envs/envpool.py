@@ -11,6 +11,8 @@ from torch import Tensor
 from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase
 
+from torchrl_happo.validation.arguments import check_counts
+
 __all__ = ["EnvPoolEnv"]
 
 # The largest number EnvPool takes. As its time limit it is none: EnvPool would call an
@@ -55,7 +57,8 @@ class EnvPoolEnv(EnvBase):
 
     Raises:
         ImportError: if EnvPool is not installed.
-        ValueError: if EnvPool has no such task, or observation or action are no vectors.
+        ValueError: if EnvPool has no such task, observation or action are no vectors, or there are
+            no copies or steps.
 
     Examples:
         >>> env = EnvPoolEnv("HalfCheetah-v5", num_envs=3, seed=0)  # doctest: +SKIP
@@ -74,6 +77,8 @@ class EnvPoolEnv(EnvBase):
         device: torch.device | str = "cpu",
         **kwargs: Any,
     ) -> None:
+        check_counts(num_envs=num_envs)
+        check_counts(max_steps=max_steps, optional=True)
         envpool = _import_envpool()
         if task not in envpool.list_all_envs():
             raise ValueError(f"EnvPool has no task {task!r}; see envpool.list_all_envs().")
