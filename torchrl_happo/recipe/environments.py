@@ -151,7 +151,8 @@ def _make_foraging(task: ForagingTask, num_envs: int, device: str) -> EnvBase:
         )
     if task.environment not in SeededForagingEnv.available_envs:
         raise ConfigError(f"task.environment is {task.environment!r}, which lbforaging has not.")
-    return SerialEnv(num_envs, partial(SeededForagingEnv, task.environment), device=device)
+    make = partial(SeededForagingEnv, task.environment, max_steps=task.max_steps)
+    return SerialEnv(num_envs, make, device=device)
 
 
 def _make_mujoco(task: MujocoTask, num_envs: int, device: str) -> EnvBase:
