@@ -11,6 +11,7 @@ from recipe_helpers import tiny_config
 from torchrl.collectors import Collector
 
 from torchrl_happo.recipe.algorithms import make_learner
+from torchrl_happo.recipe.compose import compose_config
 from torchrl_happo.recipe.environments import make_env
 from torchrl_happo.recipe.records import episode_statistics, flatten
 from torchrl_happo.recipe.tasks import TASKS
@@ -41,6 +42,24 @@ def test_every_cooperative_particle_environment_is_a_task():
     environments = {name.removeprefix("mpe/").rpartition("_")[0] for name in mpe2}
     tasks = {name.removeprefix("pettingzoo/") for name in TASKS if name.startswith("pettingzoo/")}
     assert environments - tasks == LEFT_OUT["teams of learners compete"] | {"simple"}
+
+
+def test_settings_that_follow_others():
+    """What VMAS takes from another setting unless it is given, the files take from there, too."""
+    assert compose_config("task=vmas/dispersion", "task.n_agents=6").task.n_food == 6
+    assert compose_config("task=vmas/dispersion", "task.n_food=3").task.n_food == 3
+    assert compose_config("task=vmas/wind_flocking", "task.v_range=0.3").task.desired_vel == 0.3
+
+
+@pytest.mark.parametrize(
+    "task", sorted(name for name, schema in TASKS.items() if "n_agents" in schema.__annotations__)
+)
+def test_the_number_of_agents_is_what_was_asked_for(task):
+    """Where it can be set it has an effect: one more is one more."""
+    config = compose_config(f"task={task}")
+    config.task.n_agents += 1
+    env = make_env(config.task, num_envs=1, seed=0)
+    assert sum(map(len, env.group_map.values())) == config.task.n_agents
 
 
 @pytest.mark.parametrize("task", sorted(TASKS))

@@ -214,7 +214,6 @@ class MultiGiveWay(VmasTask):
     min_input_norm: float = MISSING
     comms_range: float = MISSING
     shared_rew: bool = MISSING
-    n_agents: int = MISSING
     pos_shaping_factor: float = MISSING
     final_reward: float = MISSING
     agent_collision_penalty: float = MISSING
