@@ -12,6 +12,7 @@ from torchrl.collectors import Collector
 
 from torchrl_happo.recipe.algorithms import make_learner
 from torchrl_happo.recipe.compose import compose_config
+from torchrl_happo.recipe.config import ConfigError
 from torchrl_happo.recipe.environments import make_env
 from torchrl_happo.recipe.records import episode_statistics, flatten
 from torchrl_happo.recipe.tasks import TASKS
@@ -83,6 +84,33 @@ def test_a_task_trains(task):
         metrics = flatten(learner.updater(batch))
         assert all(torch.tensor(value).isfinite() for value in metrics.values()), metrics
     collector.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("task=vmas/balance task.n_agents=1", r"built: assert self.n_agents > 1 \(.*n_agents=1,"),
+        ("task=vmas/road_traffic task.n_agents=1", "n_nearing_agents_observed must be less than"),
+        ("task=vmas/balance task.scenario=balanc", "built: balanc.py scenario not found"),
+        ("task=pettingzoo/simple_spread task.scenario=simple_sprad_v3", "which mpe2 has not"),
+        ("task=pettingzoo/simple_spread task.scenario=simple_tag_v3", r"'N' \(.*tag_v3', N=3, "),
+        ("task=pettingzoo/simple_speaker_listener task.scenario=all_modules", "no settings"),
+    ],
+)
+def test_what_no_simulator_builds_is_one_sentence(options, words):
+    """Its own words, or the line of a bare assertion, and the settings that it was given."""
+    if "pettingzoo" in options:
+        pytest.importorskip("mpe2")
+    with pytest.raises(ConfigError, match=words):
+        make_env(compose_config(*options.split()).task, num_envs=2, seed=0)
+
+
+def test_an_error_of_torch_in_a_simulator_is_one_sentence():
+    """Past the schema's ranges, too: nothing raw is raised."""
+    task = compose_config("task=vmas/sampling").task
+    task.n_gaussians = 0
+    with pytest.raises(ConfigError, match=r"non-empty TensorList \(.*n_gaussians=0,"):
+        make_env(task, num_envs=2, seed=0)
 
 
 def test_the_time_limit_truncates():
