@@ -68,6 +68,18 @@ def test_the_time_limit_truncates_and_the_last_food_terminates():
     assert not after["truncated"].item()
 
 
+@pytest.mark.parametrize("max_steps", [20, 80])
+def test_the_time_limit_may_be_another(max_steps):
+    """``task.max_steps`` takes the place of lbforaging's own limit, below it and above."""
+    task = compose_config("task=lbforaging/8x8_2p_2f_coop", f"task.max_steps={max_steps}").task
+    batch = play(make_env(task, num_envs=1, seed=0), 81)["next"]
+    ends = batch["truncated"].flatten().nonzero().flatten().tolist()
+    assert ends == list(range(max_steps - 1, 81, max_steps))
+    assert torch.equal(batch["done"], batch["truncated"])
+    with pytest.raises(ValueError, match="max_steps must be at least 1, got 0"):
+        SeededForagingEnv(TASK, max_steps=0)
+
+
 def test_an_unknown_task_is_refused():
     """In one sentence."""
     task = compose_config("task=lbforaging/8x8_2p_3f", "task.environment=Foraging-8x8").task

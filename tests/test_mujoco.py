@@ -240,15 +240,49 @@ def test_seeds(other):
         assert len(starts.unique(dim=0)) == len(starts) == 12
 
 
-def test_seeding_starts_anew():
-    """``set_seed`` makes an environment forget what it did before, and asks for a reset."""
+@pytest.mark.parametrize("everyone", [None, torch.ones(6, 1, dtype=torch.bool)])
+def test_a_seed_waits_for_the_next_reset_of_all(everyone):
+    """Until then all copies go on, through partial resets too; then nothing of before is left."""
+    env, twin = hoppers(), hoppers()
+    first = play(env, 20)
+    play(twin, 20)
+    env.set_seed(0)
+    some = TensorDict({"_reset": torch.tensor([[True]] + 5 * [[False]])}, [6])
+    action = TensorDict({"action": torch.ones(6, 3)}, [6])
+    for which in (env, twin):
+        which.step(action.clone())
+        which.reset(some.clone())
+    assert (env.step(action.clone())["next"] == twin.step(action)["next"]).all()
+    old = env._pool
+    start = env.reset(None if everyone is None else TensorDict({"_reset": everyone}, [6]))
+    assert env._pool is not old
+    assert torch.equal(start["observation"], first["observation"][:, 0])
+    pool = env._pool
+    env.reset()
+    assert env._pool is pool
+
+
+def test_a_seeded_environment_plays_as_a_new_one():
+    """``set_seed`` makes it forget what it did before."""
     env = hoppers()
     first = play(env, 20)
     play(env, 15, seed=1)
     env.set_seed(0)
-    with pytest.raises(RuntimeError, match="reset it before it steps"):
-        env.step(first[:, 0].select("action"))
     assert (play(env, 20) == first).all()
+
+
+def test_a_collector_may_be_seeded_before_its_first_batch():
+    """It holds a reset by then, from which the old episodes go on."""
+    collector = Collector(hoppers(), frames_per_batch=12, total_frames=12)
+    collector.set_seed(0)
+    assert next(iter(collector)).shape == (6, 2)
+    collector.shutdown()
+
+
+def test_a_step_comes_after_a_reset():
+    """Without one there is nothing to step."""
+    with pytest.raises(RuntimeError, match="reset it before it steps"):
+        hoppers().step(TensorDict({"action": torch.ones(6, 3)}, [6]))
 
 
 def test_without_a_seed_torchs_generator_decides():
@@ -285,12 +319,46 @@ def test_happo_learns_from_it(robot, name):
         (("HalfCheeta", "2x3"), "no robot 'HalfCheeta'.*'HalfCheetah'"),
         (("HalfCheetah", "3x2"), "no partition of HalfCheetah '3x2'.*'2x3'"),
         (("HalfCheetah", [[0, 1], [1, 2]]), "exactly one agent"),
+        (("HalfCheetah", [[0, 1, 2], [3, 4, 7]]), "0 to 7 .* exactly one agent"),
+        (
+            ("HalfCheetah", [[0, 1, 2], [3, 4]]),
+            "has 5 entries, but the action of HalfCheetah has 6",
+        ),
+        (("Hopper", [[0, 1], [2, 3]]), "has 4 entries, but the action of Hopper has 3"),
     ],
 )
 def test_refuses_teams(arguments, message):
-    """A team that does not exist is named, with those near it."""
-    with pytest.raises(ValueError, match=message):
-        make_mujoco(*arguments)
+    """A team that does not exist is named, with those near it, whatever its agents observe."""
+    for nearest in (None, 1):
+        with pytest.raises(ValueError, match=message):
+            make_mujoco(*arguments, nearest=nearest)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"partition": [0, 1, 2]}, TypeError, r"partition=\[0, 1, 2\].* for each agent"),
+        ({"nearest": -2}, ValueError, "nearest must be at least 0, got -2"),
+        ({"nearest": 1.5}, TypeError, "nearest must be a whole number of at least 0, got 1.5"),
+        ({"num_envs": 0}, ValueError, "num_envs must be at least 1, got 0"),
+        ({"max_steps": 0}, ValueError, "max_steps must be at least 1, got 0"),
+    ],
+)
+def test_refuses_arguments(settings, error, message):
+    """What cannot be meant is named before anything is built."""
+    with pytest.raises(error, match=message):
+        make_mujoco("HalfCheetah", **{"partition": "2x3", **settings})
+
+
+def test_the_nearest_joints_are_those_of_the_state_that_is_described():
+    """Arguments of the task that shift the entries of its state do not go with them."""
+    shifted = {"exclude_current_positions_from_observation": False}
+    with pytest.raises(ValueError, match=r"nearest=0 needs .* with its 17 entries, .* one of 18"):
+        make_mujoco("HalfCheetah", "2x3", nearest=0, **shifted)
+    with pytest.raises(ValueError, match=r"105 entries, .* one of 27"):
+        make_mujoco("Ant", "4x2", nearest=0, use_contact_force=False)
+    assert make_mujoco("HalfCheetah", "2x3", **shifted).observation_spec["state"].shape == (1, 18)
+    make_mujoco("HalfCheetah", "2x3", nearest=0, ctrl_cost_weight=0.0)
 
 
 def test_refuses_tasks():

@@ -125,6 +125,36 @@ def test_the_time_limit_truncates():
     assert torch.equal(same, ~ends[:, :-1])
 
 
+@pytest.mark.parametrize("rounds", [True, False])
+def test_a_copy_that_has_ended_waits_for_its_reset(rounds):
+    """It stays as its last step left it, unpaid, and the others go on as in a twin."""
+    module = simple_spread_v3
+    make = (lambda **kwargs: Rounds(module.raw_env(**kwargs))) if rounds else module.parallel_env
+    env, twin = (BatchedPettingZooEnv(make, num_envs=2, seed=0, max_cycles=5) for _ in range(2))
+    starts = []
+    for which in (env, twin):
+        torch.manual_seed(0)
+        data = which.rollout(2)[:, -1]["next"].exclude("reward", ("agent", "reward"))
+        starts.append(which.reset(data.set("_reset", torch.tensor([[True], [False]]))))
+    batches = []
+    for which, steps in ((env, 20), (twin, 3)):
+        torch.manual_seed(1)
+        settings = {"auto_reset": False, "tensordict": starts.pop(0)}
+        settings |= {"break_when_any_done": False, "break_when_all_done": True}
+        batches.append(which.rollout(steps, **settings)["next"])
+    batch, expected = batches
+    assert batch["done"].squeeze(-1).tolist() == [4 * [False] + [True], 2 * [False] + 3 * [True]]
+    assert torch.equal(batch["truncated"], batch["done"])
+    assert (batch[:, :3] == expected).all()
+    last = batch[:, -1]
+    after = env.step(env.full_action_spec.rand())["next"]
+    assert last["agent", "reward"].all()
+    assert not after["agent", "reward"].any()
+    assert (after.exclude(("agent", "reward")) == last.exclude(("agent", "reward"))).all()
+    again = env.rollout(20, break_when_any_done=False, break_when_all_done=True)
+    assert again.shape == (2, 5)
+
+
 def test_partial_resets():
     """Only the copies that are asked to start anew; the others go on as in a twin."""
     env, twin = build(), build()
@@ -173,6 +203,8 @@ def test_group_maps():
         build(group_map=collector)
     with pytest.raises(ValueError, match="hold each of"):
         build(group_map={"pair": ["agent_0", "agent_1"]})
+    with pytest.raises(ValueError, match="a group without agents"):
+        build(group_map={"all": ["agent_0", "agent_1", "agent_2"], "none": []})
     with pytest.raises(ValueError, match=r"unlike spaces.*ONE_GROUP_PER_AGENT"):
         build(simple_speaker_listener_v4, group_map=MarlGroupMapType.ALL_IN_ONE_GROUP)
 
@@ -206,6 +238,8 @@ class Quitter:
 
 def test_refuses_what_it_cannot_batch():
     """Agents that leave early, images and matrices are named; nothing is padded silently."""
+    with pytest.raises(ValueError, match="num_envs must be at least 1, got 0"):
+        build(num_envs=0)
     with pytest.raises(RuntimeError, match=r"ended for some agents only.*PettingZooWrapper"):
         BatchedPettingZooEnv(Quitter, seed=0).rollout(1)
     with pytest.raises(ValueError, match=r"'a' observe .* takes vectors"):

@@ -24,6 +24,7 @@ from torchrl_happo import train
 from torchrl_happo.recipe import report, rollout
 from torchrl_happo.recipe.algorithms import make_learner
 from torchrl_happo.recipe.collection import Batches
+from torchrl_happo.recipe.compose import compose_config
 from torchrl_happo.recipe.environments import make_env
 from torchrl_happo.recipe.evaluation import Evaluation
 from torchrl_happo.recipe.interrupt import deaf_children
@@ -166,6 +167,21 @@ class TestReport:
         with caplog.at_level(logging.INFO):
             assert report.record_rollout(tmp_path) is None
         assert caplog.messages == ["No rollout.gif: this machine could not draw it (no display)."]
+
+    def test_only_vmas_is_drawn(self, tmp_path, monkeypatch, caplog):
+        """Other simulators do not draw, whatever the machine: nothing is tried, and it is said."""
+        monkeypatch.setattr(report, "draw_curve", lambda *args, **kwargs: None)
+        monkeypatch.setattr(report, "read_table", lambda path: [])
+        drawn = []
+        monkeypatch.setattr(report, "record_rollout", drawn.append)
+        with caplog.at_level(logging.INFO):
+            for task in ("lbforaging/8x8_2p_3f", "pettingzoo/simple_line", "vmas/wheel"):
+                report.write_report(compose_config(f"task={task}", "render=true"), tmp_path)
+        assert drawn == [tmp_path]
+        assert caplog.messages == [
+            f"No rollout.gif: tasks of VMAS alone are drawn, not {task}."
+            for task in ("lbforaging/8x8_2p_3f", "pettingzoo/simple_line")
+        ]
 
     def test_a_rollout_is_a_film_of_one_episode(self, tmp_path, monkeypatch):
         """One picture for each step of the newest checkpoint, whatever draws it."""

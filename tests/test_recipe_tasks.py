@@ -11,6 +11,8 @@ from recipe_helpers import tiny_config
 from torchrl.collectors import Collector
 
 from torchrl_happo.recipe.algorithms import make_learner
+from torchrl_happo.recipe.compose import compose_config
+from torchrl_happo.recipe.config import ConfigError
 from torchrl_happo.recipe.environments import make_env
 from torchrl_happo.recipe.records import episode_statistics, flatten
 from torchrl_happo.recipe.tasks import TASKS
@@ -43,6 +45,24 @@ def test_every_cooperative_particle_environment_is_a_task():
     assert environments - tasks == LEFT_OUT["teams of learners compete"] | {"simple"}
 
 
+def test_settings_that_follow_others():
+    """What VMAS takes from another setting unless it is given, the files take from there, too."""
+    assert compose_config("task=vmas/dispersion", "task.n_agents=6").task.n_food == 6
+    assert compose_config("task=vmas/dispersion", "task.n_food=3").task.n_food == 3
+    assert compose_config("task=vmas/wind_flocking", "task.v_range=0.3").task.desired_vel == 0.3
+
+
+@pytest.mark.parametrize(
+    "task", sorted(name for name, schema in TASKS.items() if "n_agents" in schema.__annotations__)
+)
+def test_the_number_of_agents_is_what_was_asked_for(task):
+    """Where it can be set it has an effect: one more is one more."""
+    config = compose_config(f"task={task}")
+    config.task.n_agents += 1
+    env = make_env(config.task, num_envs=1, seed=0)
+    assert sum(map(len, env.group_map.values())) == config.task.n_agents
+
+
 @pytest.mark.parametrize("task", sorted(TASKS))
 def test_a_task_trains(task):
     """It knows every option of its file, pays one team reward, and two updates are finite."""
@@ -64,6 +84,33 @@ def test_a_task_trains(task):
         metrics = flatten(learner.updater(batch))
         assert all(torch.tensor(value).isfinite() for value in metrics.values()), metrics
     collector.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("task=vmas/balance task.n_agents=1", r"built: assert self.n_agents > 1 \(.*n_agents=1,"),
+        ("task=vmas/road_traffic task.n_agents=1", "n_nearing_agents_observed must be less than"),
+        ("task=vmas/balance task.scenario=balanc", "built: balanc.py scenario not found"),
+        ("task=pettingzoo/simple_spread task.scenario=simple_sprad_v3", "which mpe2 has not"),
+        ("task=pettingzoo/simple_spread task.scenario=simple_tag_v3", r"'N' \(.*tag_v3', N=3, "),
+        ("task=pettingzoo/simple_speaker_listener task.scenario=all_modules", "no settings"),
+    ],
+)
+def test_what_no_simulator_builds_is_one_sentence(options, words):
+    """Its own words, or the line of a bare assertion, and the settings that it was given."""
+    if "pettingzoo" in options:
+        pytest.importorskip("mpe2")
+    with pytest.raises(ConfigError, match=words):
+        make_env(compose_config(*options.split()).task, num_envs=2, seed=0)
+
+
+def test_an_error_of_torch_in_a_simulator_is_one_sentence():
+    """Past the schema's ranges, too: nothing raw is raised."""
+    task = compose_config("task=vmas/sampling").task
+    task.n_gaussians = 0
+    with pytest.raises(ConfigError, match=r"non-empty TensorList \(.*n_gaussians=0,"):
+        make_env(task, num_envs=2, seed=0)
 
 
 def test_the_time_limit_truncates():

@@ -136,6 +136,32 @@ def test_equal_entries_stay_finite():
     assert not data["state"].any()
 
 
+@pytest.mark.parametrize("names", [[None, "time"], [None, None]])
+def test_a_batch_keeps_what_it_holds(names):
+    """Read after the fact, with or without named dimensions: only the observation is replaced.
+
+    The agents' observations are those of an environment that is split while it plays, and what
+    else is in the batch, their actions and ``"next"`` among it, is left alone.
+    """
+    torch.manual_seed(0)
+    played = split([[4, 0], [2, 1, 3]]).rollout(3).to("cpu")  # tensordict checks names then only
+    batch = played.clone()
+    batch["observation"] = batch.pop("state")
+    del batch["agent_1"]
+    del batch["agent_0", "observation"]
+    batch.names = names
+    after = AgentSplit([[4, 0], [2, 1, 3]])(batch.clone())
+    assert after.names == names
+    assert torch.equal(after["state"], played["state"])
+    for group in ("agent_0", "agent_1"):
+        assert after[group].batch_size == (2, 3, 1)
+        assert torch.equal(after[group, "observation"], played[group, "observation"])
+    assert (
+        after.exclude("state", "agent_1", ("agent_0", "observation"))
+        == batch.exclude("observation")
+    ).all()
+
+
 def test_bounds_follow_their_entries():
     """Each agent's bounds are those of the entries that it chooses."""
     spec = split([[4, 0], [2, 1, 3]]).full_action_spec
@@ -194,6 +220,11 @@ def test_torchrls_own_mujoco(tmp_path, monkeypatch):
         ({"partition": [[0, 1], [1, 2]]}, "exactly one agent"),
         ({"partition": [[0], [2]]}, "entries 0 to 2 .* exactly one agent"),
         ({"partition": [[0], [1]], "observations": [[0]]}, "observations of 1 agents"),
+        (
+            {"partition": [[0], [1]], "observations": [[0], []]},
+            "give each agent at least one entry",
+        ),
+        ({"partition": [[0], [1]], "observations": [[0], [-1]]}, r"-1\]\].* counted from 0"),
         ({"partition": [[0], [1, 2]], "group_map": ONE_GROUP}, r"\[1, 2\] actions"),
         (
             {"partition": [[0], [1]], "observations": [[0], [0, 1]], "group_map": ONE_GROUP},
@@ -204,6 +235,21 @@ def test_torchrls_own_mujoco(tmp_path, monkeypatch):
 def test_refuses_partitions(settings, message):
     """An action without an agent, or with two, is named at construction."""
     with pytest.raises(ValueError, match=message):
+        AgentSplit(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"partition": [0, 1]},
+        {"partition": "2x1"},
+        {"partition": [[0.0], [1.0]]},
+        {"partition": [[0], [1]], "observations": [0, 1]},
+    ],
+)
+def test_refuses_what_is_no_list_of_entries_for_each_agent(settings):
+    """One list for all, names and fractions are shown with what is wanted."""
+    with pytest.raises(TypeError, match="a list of whole numbers for each agent"):
         AgentSplit(**settings)
 
 

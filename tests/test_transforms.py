@@ -175,6 +175,21 @@ def test_two_teams_have_a_reward_each():
     assert step["prey", "episode_reward"].shape == (3, 3, 1)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_another_one_writes_is_no_agents_reward(nested):
+    """Mean and sum of the same agents side by side, whether in one environment or one around it."""
+    mean, total = TeamReward("mean"), TeamReward("sum", out_key="total")
+    if nested:
+        env = TransformedEnv(vmas("navigation", mean), total, auto_unwrap=False)
+    else:
+        env = vmas("navigation", mean, StepCounter(), total)
+    check_env_specs(env)
+    step = env.rollout(3)["next"]
+    assert torch.equal(step["total"], step["agents", "reward"].sum(-2))
+    assert torch.equal(step["reward"], step["agents", "reward"].mean(-2))
+    assert list(total.in_keys) == [("agents", "reward")]
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", None])
 def test_passes_through_a_reward_that_is_the_teams(reduction):
     """An environment with one root reward has a team reward already."""
@@ -182,6 +197,8 @@ def test_passes_through_a_reward_that_is_the_teams(reduction):
     env = TransformedEnv(SplitRewards({"reward": reward}), TeamReward(reduction))
     check_env_specs(env)
     assert torch.equal(env.rollout(1)["next", "reward"].squeeze(1), reward)
+    env = env.append_transform(TeamReward(out_key="total"))
+    assert torch.equal(env.rollout(1)["next", "total"].squeeze(1), reward)
 
 
 @pytest.mark.parametrize(

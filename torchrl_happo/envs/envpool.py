@@ -11,6 +11,8 @@ from torch import Tensor
 from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase
 
+from torchrl_happo.validation.arguments import check_counts
+
 __all__ = ["EnvPoolEnv"]
 
 # The largest number EnvPool takes. As its time limit it is none: EnvPool would call an
@@ -33,6 +35,9 @@ class EnvPoolEnv(EnvBase):
     Actions are passed on as they are. MuJoCo clamps the controls that it applies to their range,
     whereas the tasks' cost of control is computed from the action itself.
 
+    A seed takes effect at the next reset of all copies, with which a pool begins anew. Until then,
+    through resets of some of them, all go on as if there had been no new seed.
+
     Args:
         task (str): name of an EnvPool task whose observation and action are vectors,
             such as ``"HalfCheetah-v5"``.
@@ -44,14 +49,16 @@ class EnvPoolEnv(EnvBase):
         num_threads (int): threads that step them; results do not depend on it.
             Defaults to ``1``.
         seed (int, optional): from which each copy gets a seed of its own. Equal seeds give equal
-            data. Defaults to ``None``: drawn from torch's global generator.
+            data. Defaults to ``None``: drawn from torch's global generator. That of ``set_seed``
+            waits for the next reset of all copies.
         device (torch.device or str, optional): of the data; the simulation is on the CPU.
             Defaults to ``"cpu"``.
         **kwargs: arguments of the task, for instance ``ctrl_cost_weight``.
 
     Raises:
         ImportError: if EnvPool is not installed.
-        ValueError: if EnvPool has no such task, or observation or action are no vectors.
+        ValueError: if EnvPool has no such task, observation or action are no vectors, or there are
+            no copies or steps.
 
     Examples:
         >>> env = EnvPoolEnv("HalfCheetah-v5", num_envs=3, seed=0)  # doctest: +SKIP
@@ -70,6 +77,8 @@ class EnvPoolEnv(EnvBase):
         device: torch.device | str = "cpu",
         **kwargs: Any,
     ) -> None:
+        check_counts(num_envs=num_envs)
+        check_counts(max_steps=max_steps, optional=True)
         envpool = _import_envpool()
         if task not in envpool.list_all_envs():
             raise ValueError(f"EnvPool has no task {task!r}; see envpool.list_all_envs().")
@@ -86,6 +95,7 @@ class EnvPoolEnv(EnvBase):
         self._make_specs(spec.gymnasium_observation_space, spec.gymnasium_action_space)
         self._pool: Any = None
         self._seed: int | None = None
+        self._is_seeded_anew = False
         if seed is not None:
             self.set_seed(seed)
 
@@ -112,21 +122,26 @@ class EnvPoolEnv(EnvBase):
 
     def _set_seed(self, seed: int | None) -> None:
         self._seed = seed
-        self._pool = None  # EnvPool is seeded when it is made, at the next reset
+        self._is_seeded_anew = True  # EnvPool is seeded when it is made, at the next full reset
 
     def _start(self) -> None:
-        """Makes the pool, each copy with a seed of its own.
+        """Makes the pool, each copy with a seed of its own, in place of an older one.
 
         EnvPool's own numbering (seed, seed + 1, ...) would give runs with neighbouring seeds the
         same episodes but for one.
         """
         entropy = int(torch.randint(2**31, ())) if self._seed is None else self._seed
         seeds = np.random.SeedSequence(entropy).generate_state(self.batch_size[0]) % _LARGEST
+        old = self._pool
         self._pool = _import_envpool().make_gymnasium(self.task, seed=seeds, **self._make)
+        self._is_seeded_anew = False
+        if old is not None:
+            old.close()
 
     def _reset(self, tensordict: TensorDictBase | None, **kwargs: Any) -> TensorDict:
         mask = None if tensordict is None else tensordict.get("_reset", None)
-        if self._pool is None:
+        is_due = self._is_seeded_anew and (mask is None or bool(mask.all()))
+        if self._pool is None or is_due:
             self._start()
             mask = None
         if mask is None:
@@ -146,7 +161,7 @@ class EnvPoolEnv(EnvBase):
 
     def _step(self, tensordict: TensorDictBase) -> TensorDict:
         if self._pool is None:
-            raise RuntimeError("The environment has been seeded anew; reset it before it steps.")
+            raise RuntimeError("The environment has not been reset; reset it before it steps.")
         action = tensordict.get("action").detach().cpu().numpy()
         observation, reward, ended, _, info = self._pool.step(action)
         terminated = self._flag(ended)

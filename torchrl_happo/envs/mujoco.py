@@ -11,7 +11,8 @@ from torchrl.envs import TransformedEnv
 
 from torchrl_happo.envs.envpool import EnvPoolEnv
 from torchrl_happo.envs.robots import ROBOTS, Robot
-from torchrl_happo.envs.split import AgentSplit
+from torchrl_happo.envs.split import AgentSplit, check_partition
+from torchrl_happo.validation.arguments import check_counts
 
 __all__ = ["make_mujoco"]
 
@@ -72,7 +73,7 @@ def make_mujoco(
             them a policy is Gaussian, MuJoCo clamps what it applies, and the cost of control is
             that of the action itself. Defaults to ``False``.
         version (str): of the Gymnasium task. Defaults to ``"v5"``, the only one that ``nearest``
-            goes with.
+            goes with, as long as no argument of the task changes its state.
         max_steps (int, optional): steps after which an episode is truncated. Defaults to the
             task's own limit: 1000, or 50 for ``Reacher``.
         num_threads (int): threads that step the copies. Defaults to ``1``.
@@ -85,7 +86,7 @@ def make_mujoco(
 
     Raises:
         ValueError: if there is no such robot or partition, or if ``nearest`` is asked of a
-            ``version`` without the entries that it names.
+            ``version`` or a task's arguments without the entries that it names.
 
     Examples:
         >>> env = make_mujoco("HalfCheetah", "2x3", num_envs=4, seed=0)  # doctest: +SKIP
@@ -95,9 +96,10 @@ def make_mujoco(
     body = _lookup("robot", robot, ROBOTS)
     if isinstance(partition, str):
         team = _lookup(f"partition of {robot}", partition, body.partitions)
-        actuators: Sequence[Sequence[int]] = body.actuators(team)
+        actuators = body.actuators(team)
     else:
-        actuators = partition
+        actuators = check_partition(partition)
+    check_counts(nearest=nearest, at_least=0, optional=True)
     base = EnvPoolEnv(
         f"{robot}-{version}",
         num_envs=num_envs,
@@ -107,9 +109,10 @@ def make_mujoco(
         device=device,
         **kwargs,
     )
+    _check_size(robot, actuators, base.action_spec.shape[-1])
     split = AgentSplit(
         actuators,
-        observations=None if nearest is None else _nearest(body, actuators, nearest, version),
+        observations=None if nearest is None else _nearest(body, actuators, nearest, base),
         identity=identity,
         standardize=standardize,
         bounded_actions=bounded_actions,
@@ -118,13 +121,31 @@ def make_mujoco(
     return TransformedEnv(base, split)
 
 
+def _check_size(robot: str, actuators: Sequence[Sequence[int]], wanted: int) -> None:
+    got = sum(map(len, actuators))
+    if got != wanted:
+        raise ValueError(
+            f"The partition {actuators} has {got} entries, but the action of {robot} has {wanted}; "
+            "give each to one agent."
+        )
+
+
 def _nearest(
-    body: Robot, actuators: Sequence[Sequence[int]], nearest: int, version: str
+    body: Robot, actuators: Sequence[Sequence[int]], nearest: int, base: EnvPoolEnv
 ) -> list[list[int]]:
+    robot, _, version = base.task.rpartition("-")
     if version != _DESCRIBED:
         raise ValueError(
             f"nearest={nearest} needs the state of version={_DESCRIBED!r}, got {version!r}; leave "
             "one of them out."
+        )
+    got, wanted = (
+        env.observation_spec["observation"].shape[-1] for env in (base, EnvPoolEnv(base.task))
+    )
+    if got != wanted:
+        raise ValueError(
+            f"nearest={nearest} needs the state of {robot} with its {wanted} entries, but the "
+            f"task's arguments make it one of {got}; leave nearest or these out."
         )
     return body.observations(body.team(actuators), nearest)
 

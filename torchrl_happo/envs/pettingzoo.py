@@ -11,6 +11,8 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.data import Binary, Bounded, Categorical, Composite, TensorSpec, Unbounded
 from torchrl.envs import EnvBase, MarlGroupMapType
 
+from torchrl_happo.validation.arguments import check_counts
+
 __all__ = ["BatchedPettingZooEnv"]
 
 _LARGEST_SEED = 2**31
@@ -36,6 +38,9 @@ class BatchedPettingZooEnv(EnvBase):
     ``"truncated"``                                           truncates
     ================================  ======================  =================================
 
+    A copy whose episode has ended waits for its reset: a step of the others leaves it where it is,
+    ended as it was, and pays nothing.
+
     Args:
         make (callable): builds one copy, for instance ``simple_spread_v3.parallel_env``.
 
@@ -51,8 +56,9 @@ class BatchedPettingZooEnv(EnvBase):
         **kwargs: arguments of ``make``.
 
     Raises:
-        ValueError: if the agents of a group have unlike spaces, an observation is no vector, an
-            action neither a vector nor discrete, or a group's name is ``"collector"``.
+        ValueError: if there are no copies, the agents of a group have unlike spaces, an
+            observation is no vector, an action neither a vector nor discrete, a group is empty or
+            its name is ``"collector"``.
         RuntimeError: at a step that ends for some agents only.
 
     Examples:
@@ -77,6 +83,7 @@ class BatchedPettingZooEnv(EnvBase):
         device: torch.device | str = "cpu",
         **kwargs: Any,
     ) -> None:
+        check_counts(num_envs=num_envs)
         super().__init__(device=torch.device(device), batch_size=[num_envs])
         self._envs = [make(**kwargs) for _ in range(num_envs)]
         agents = list(self._envs[0].possible_agents)
@@ -86,6 +93,7 @@ class BatchedPettingZooEnv(EnvBase):
             group: np.zeros(spec["observation"].shape, np.float32)
             for group, spec in self.observation_spec.items()
         }
+        self._ends = np.zeros((2, num_envs, 1), bool)  # terminated, truncated
         self._seeds: list[int | None] = []
         if seed is None:
             seed = int(torch.randint(_LARGEST_SEED, ()))
@@ -131,6 +139,7 @@ class BatchedPettingZooEnv(EnvBase):
             if chosen[index]:
                 observations, _ = env.reset(seed=self._seeds[index])
                 self._seeds[index] = None  # once seeded, the generator goes on
+                self._ends[:, index] = False
                 self._write(index, observations)
         data = TensorDict(self.done_spec.zero(), self.batch_size, device=self.device)
         return self._add_groups(data)
@@ -140,11 +149,12 @@ class BatchedPettingZooEnv(EnvBase):
             group: tensordict.get((group, "action")).numpy(force=True) for group in self.group_map
         }
         rewards = {
-            group: np.empty((len(self._envs), len(agents), 1), np.float32)
+            group: np.zeros((len(self._envs), len(agents), 1), np.float32)
             for group, agents in self.group_map.items()
         }
-        ends = np.empty((2, len(self._envs), 1), bool)
         for index, env in enumerate(self._envs):
+            if self._ends[:, index].any():
+                continue  # PettingZoo steps no agent whose episode has ended
             joint = {
                 agent: actions[group][index, member]
                 for group, agents in self.group_map.items()
@@ -154,9 +164,9 @@ class BatchedPettingZooEnv(EnvBase):
             self._write(index, observations)
             for group, agents in self.group_map.items():
                 rewards[group][index, :, 0] = [paid[agent] for agent in agents]
-            for flag, of_agents in zip(ends, ended, strict=True):
+            for flag, of_agents in zip(self._ends, ended, strict=True):
                 flag[index] = self._of_team(of_agents)
-        terminated, truncated = torch.from_numpy(ends).to(self.device)
+        terminated, truncated = torch.tensor(self._ends, device=self.device)
         data = TensorDict(
             {"done": terminated | truncated, "terminated": terminated, "truncated": truncated},
             self.batch_size,
@@ -207,6 +217,8 @@ def _group(
         groups = {group: list(members) for group, members in group_map.items()}
         if sorted(agent for members in groups.values() for agent in members) != sorted(agents):
             raise ValueError(f"The group_map {groups} has to hold each of {agents} once.")
+        if not all(groups.values()):
+            raise ValueError(f"The group_map {groups} has a group without agents; leave it out.")
         if _COLLECTOR in groups:
             raise ValueError(
                 f"The group_map has a group {_COLLECTOR!r}, under which TorchRL's collectors keep "

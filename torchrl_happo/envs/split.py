@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import ItemsView, Sequence
 from itertools import chain
+from operator import index
 from typing import cast
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torchrl.data import Bounded, Composite, TensorSpec, Unbounded
 from torchrl.envs import MarlGroupMapType, Transform
 
-__all__ = ["AgentSplit"]
+__all__ = ["AgentSplit", "check_partition"]
 
 # Keeps a vector of equal entries finite; far below what changes any other result.
 _EPS = 1e-20
@@ -74,9 +75,10 @@ class AgentSplit(Transform):
             Defaults to ``"state"``.
 
     Raises:
-        ValueError: if an agent is without action, an entry of the action belongs to no agent or
-            to several, or the agents of one group differ in size; at the first use, if action or
-            observation are no vectors or have other sizes.
+        TypeError: if there is no list of whole numbers for each agent.
+        ValueError: if an agent is without action or observation, an entry of the action belongs to
+            no agent or to several, or the agents of one group differ in size; at the first use, if
+            action or observation are no vectors or have other sizes.
 
     Examples:
         >>> from torchrl.envs import GymEnv, TransformedEnv
@@ -107,12 +109,9 @@ class AgentSplit(Transform):
         action_key: NestedKey = "action",
         state_key: NestedKey | None = "state",
     ) -> None:
-        _check_partition(partition)
-        if observations is not None and len(observations) != len(partition):
-            raise ValueError(
-                f"AgentSplit got the observations of {len(observations)} agents and the actions "
-                f"of {len(partition)}; give one list of entries for each agent."
-            )
+        partition = check_partition(partition)
+        if observations is not None:
+            observations = _check_observations(observations, len(partition))
         groups = _group_agents(partition, observations, group_map)
         super().__init__(
             in_keys=[observation_key],
@@ -122,7 +121,7 @@ class AgentSplit(Transform):
         )
         if state_key is not None:
             self.out_keys.append(state_key)
-        self.partition = [list(actions) for actions in partition]
+        self.partition = partition
         self.group_map = {
             name: [f"agent_{agent}" for agent in agents] for name, agents in groups.items()
         }
@@ -135,7 +134,7 @@ class AgentSplit(Transform):
             {
                 name: _Members(
                     [self.partition[agent] for agent in agents],
-                    None if observations is None else [list(observations[i]) for i in agents],
+                    None if observations is None else [observations[i] for i in agents],
                     who[agents],
                 )
                 for name, agents in groups.items()
@@ -149,8 +148,17 @@ class AgentSplit(Transform):
         return cast("ItemsView[str, _Members]", self._members.items())
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Replaces the observation in a batch by those of the agents and the state, in place."""
-        return self._call(tensordict)
+        """Replaces the observation of a batch by those of the agents and the state, in place.
+
+        All else stays as it is: what a group holds already, such as its actions; the joint action;
+        and ``"next"``, whose own observation is replaced by a call on ``tensordict["next"]``.
+        """
+        seen = tensordict.select(self.observation_key, strict=False)
+        names, seen.names = seen.names, None  # groups without names do not fit among named ones
+        self._call(seen)
+        seen.names = names
+        del tensordict[self.observation_key]
+        return tensordict.update(seen)
 
     def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
         state = next_tensordict.pop(self.observation_key, None)
@@ -305,18 +313,50 @@ class _Members(nn.Module):
             )
 
 
-def _check_partition(partition: Sequence[Sequence[int]]) -> None:
-    entries = sorted(chain.from_iterable(partition))
-    if not partition or not all(partition):
+def check_partition(partition: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Refuses what does not give each entry of an action to exactly one agent.
+
+    Returns:
+        the partition, as lists.
+    """
+    lists = _lists("partition", partition)
+    if not lists or not all(lists):
         raise ValueError(
-            f"AgentSplit got the partition {partition}, in which an agent has nothing to choose; "
+            f"AgentSplit got the partition {lists}, in which an agent has nothing to choose; "
             "give each at least one entry of the action."
         )
+    entries = sorted(chain.from_iterable(lists))
     if entries != list(range(len(entries))):
         raise ValueError(
-            f"AgentSplit got the partition {partition}, but each of the entries 0 to "
+            f"AgentSplit got the partition {lists}, but each of the entries 0 to "
             f"{max(entries)} of the action belongs to exactly one agent."
         )
+    return lists
+
+
+def _check_observations(observations: Sequence[Sequence[int]], n_agents: int) -> list[list[int]]:
+    lists = _lists("observations", observations)
+    if len(lists) != n_agents:
+        raise ValueError(
+            f"AgentSplit got the observations of {len(lists)} agents and the actions of "
+            f"{n_agents}; give one list of entries for each agent."
+        )
+    if not all(lists) or min(chain.from_iterable(lists)) < 0:
+        raise ValueError(
+            f"AgentSplit got the observations {lists}; give each agent at least one entry of the "
+            "state, counted from 0."
+        )
+    return lists
+
+
+def _lists(name: str, entries: Sequence[Sequence[int]]) -> list[list[int]]:
+    try:
+        return [[index(entry) for entry in own] for own in entries]
+    except TypeError:
+        raise TypeError(
+            f"AgentSplit got {name}={entries!r}, but takes a list of whole numbers for each agent, "
+            "such as [[0, 1], [2]]."
+        ) from None
 
 
 def _group_agents(

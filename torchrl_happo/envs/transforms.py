@@ -8,11 +8,12 @@ from typing import Literal
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torchrl.data import Composite, Unbounded
-from torchrl.envs import Transform
+from torchrl.envs import EnvBase, Transform, TransformedEnv
 
 __all__ = ["TeamReward"]
 
 _REDUCTIONS = ("mean", "sum", None)
+_AGENTS = "_rewards_of_agents"
 
 
 class TeamReward(Transform):
@@ -42,7 +43,8 @@ class TeamReward(Transform):
     Keyword Args:
         in_keys (sequence of NestedKey, optional): the rewards of the team's agents, each of shape
             ``[*B, n, 1]`` (a group of ``n`` agents) or ``[*B, 1]`` (a single agent). Defaults to
-            all the rewards of the environment. Name them where two teams play each other.
+            all the rewards of the environment but those that other ``TeamReward`` write. Name them
+            where two teams play each other.
         out_key (NestedKey, optional): where the team's reward goes, at the root or under a name
             that is no group with an agent dimension. Defaults to ``"reward"``.
 
@@ -105,12 +107,18 @@ class TeamReward(Transform):
 
     @property
     def in_keys(self) -> Sequence[NestedKey]:
-        """The rewards of the team's agents: the ones that were named, or all of the environment."""
+        """The rewards of the team's agents: those that were named, or all there are."""
         named = self.__dict__.get("_in_keys")
         if named is not None:
             return named
         parent = self.parent
-        return [] if parent is None else parent.reward_keys
+        if parent is None:
+            return []
+        # Looked for once: TorchRL makes another parent whenever the environment changes.
+        kept = parent.__dict__
+        if _AGENTS not in kept:
+            kept[_AGENTS] = _agents_rewards(parent)
+        return kept[_AGENTS]
 
     @in_keys.setter
     def in_keys(self, value: Sequence[NestedKey]) -> None:
@@ -222,3 +230,14 @@ class TeamReward(Transform):
                 "dimension and the team's reward has none; choose a key at the root, or one under "
                 "a name of its own."
             )
+
+
+def _agents_rewards(env: EnvBase) -> list[NestedKey]:
+    """The rewards of an environment without those that a ``TeamReward`` adds to them."""
+    teams, inner = [], env
+    while isinstance(inner, TransformedEnv):
+        transforms = inner.transform.modules()
+        teams += [each.out_key for each in transforms if isinstance(each, TeamReward)]
+        inner = inner.base_env
+    # Where none are left the environment had the team's reward already.
+    return [key for key in env.reward_keys if key not in teams] or env.reward_keys

@@ -327,7 +327,7 @@ class TrainConfig:
     progress: bool = MISSING
     """A progress bar on a terminal, now and then a line elsewhere."""
     render: bool = MISSING
-    """Record ``rollout.gif`` at the end."""
+    """Record ``rollout.gif`` at the end; tasks of VMAS alone are drawn."""
     resume: str | None = MISSING
     """A run's folder, to go on there, or a checkpoint, to branch off into a new folder."""
 

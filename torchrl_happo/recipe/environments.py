@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from typing import Any, Literal, cast
@@ -105,9 +107,7 @@ def _make_simulator(task: TaskConfig, num_envs: int, device: str) -> EnvBase:
 
 def _make_vmas(task: VmasTask, num_envs: int, device: str) -> EnvBase:
     settings = _own_fields(task, VmasTask)
-    if settings.get("n_agents", 1) < 1:
-        raise ConfigError(f"task.n_agents is {settings['n_agents']}, but must be at least 1.")
-    try:
+    with _building(task, settings):
         env = VmasEnv(
             task.scenario,
             num_envs=num_envs,
@@ -117,10 +117,6 @@ def _make_vmas(task: VmasTask, num_envs: int, device: str) -> EnvBase:
             device=device,
             **settings,
         )
-    except (AssertionError, ImportError, ValueError) as error:
-        raise ConfigError(
-            f"The task {task.name!r} cannot be built: {first_line(error)}."
-        ) from error
     # VmasEnv asks its simulator for these at every step, through a search of all its attributes.
     for name in ("n_agents", "continuous_actions"):
         setattr(env, name, getattr(env, name))
@@ -131,17 +127,21 @@ def _make_pettingzoo(task: PettingZooTask, num_envs: int, device: str) -> EnvBas
     try:
         module = importlib.import_module(f"mpe2.{task.scenario}")
     except ImportError as error:
+        if (error.name or "").startswith("mpe2."):
+            raise ConfigError(f"task.scenario is {task.scenario!r}, which mpe2 has not.") from error
         raise ConfigError(
             f"The task {task.name!r} needs mpe2: pip install torchrl_happo[pettingzoo]."
         ) from error
-    return BatchedPettingZooEnv(
-        lambda **settings: Rounds(module.raw_env(**settings)),
-        num_envs=num_envs,
-        device=device,
-        continuous_actions=task.continuous_actions,
-        max_cycles=task.max_steps,
-        **_own_fields(task, PettingZooTask),
-    )
+    settings = _own_fields(task, PettingZooTask)
+    with _building(task, settings):
+        return BatchedPettingZooEnv(
+            lambda **kwargs: Rounds(module.raw_env(**kwargs)),
+            num_envs=num_envs,
+            device=device,
+            continuous_actions=task.continuous_actions,
+            max_cycles=task.max_steps,
+            **settings,
+        )
 
 
 def _make_foraging(task: ForagingTask, num_envs: int, device: str) -> EnvBase:
@@ -151,7 +151,8 @@ def _make_foraging(task: ForagingTask, num_envs: int, device: str) -> EnvBase:
         )
     if task.environment not in SeededForagingEnv.available_envs:
         raise ConfigError(f"task.environment is {task.environment!r}, which lbforaging has not.")
-    return SerialEnv(num_envs, partial(SeededForagingEnv, task.environment), device=device)
+    make = partial(SeededForagingEnv, task.environment, max_steps=task.max_steps)
+    return SerialEnv(num_envs, make, device=device)
 
 
 def _make_mujoco(task: MujocoTask, num_envs: int, device: str) -> EnvBase:
@@ -160,6 +161,21 @@ def _make_mujoco(task: MujocoTask, num_envs: int, device: str) -> EnvBase:
         return make_mujoco(**settings, num_envs=num_envs, max_steps=task.max_steps, device=device)
     except (ImportError, ValueError) as error:
         raise ConfigError(f"The task {task.name!r} cannot be built: {error}") from error
+
+
+@contextmanager
+def _building(task: VmasTask | PettingZooTask, settings: dict[str, Any]) -> Iterator[None]:
+    """Turns whatever a simulator raises into one sentence that names the settings it was given."""
+    try:
+        yield
+    except Exception as error:
+        # A bare assertion has no other words than its line.
+        line = "" if str(error) else traceback.extract_tb(error.__traceback__)[-1].line
+        given = ", ".join(f"{name}={value}" for name, value in settings.items())
+        raise ConfigError(
+            f"The task {task.name!r} cannot be built: {line or first_line(error)} "
+            f"(scenario {task.scenario!r}, {given or 'no settings'})."
+        ) from error
 
 
 def _own_fields(task: TaskConfig, family: type[TaskConfig]) -> dict[str, Any]:

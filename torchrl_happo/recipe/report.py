@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from torchrl_happo.recipe.config import TrainConfig
+from torchrl_happo.recipe.config import TrainConfig, VmasTask
 from torchrl_happo.recipe.records import EVALUATION, TRAINING, Row, read_table
 
 logger = logging.getLogger(__name__)
@@ -31,8 +31,12 @@ def write_report(config: TrainConfig, folder: Path) -> None:
         title=f"{config.algorithm.name.upper()} on {config.task.name}, seed {config.seed}",
         path=folder / CURVE,
     )
-    if config.render:
+    if not config.render:
+        return
+    if isinstance(config.task, VmasTask):
         record_rollout(folder)
+    else:
+        logger.info("No %s: tasks of VMAS alone are drawn, not %s.", ROLLOUT, config.task.name)
 
 
 def draw_curve(training: list[Row], evaluation: list[Row], *, title: str, path: Path) -> None:

@@ -35,16 +35,17 @@ _FACTORIES = {
 }
 
 
-def check_counts(*, optional: bool = False, **values: Any) -> None:
-    """Refuses whatever is not a whole number of at least 1.
+def check_counts(*, at_least: int = 1, optional: bool = False, **values: Any) -> None:
+    """Refuses whatever is not a whole number of at least ``at_least``.
 
     Keyword Args:
+        at_least (int): the smallest that is taken. Defaults to ``1``.
         optional (bool): whether ``None`` is one of the choices. Defaults to ``False``.
         **values: the arguments by their names.
 
     Raises:
         TypeError: if a value is not a whole number.
-        ValueError: if it is less than 1.
+        ValueError: if it is less than ``at_least``.
 
     Example:
         >>> check_counts(num_epochs=10)
@@ -57,9 +58,9 @@ def check_counts(*, optional: bool = False, **values: Any) -> None:
         if value is None and optional:
             continue
         if isinstance(value, bool) or not isinstance(value, Integral):
-            raise TypeError(f"{name} must be a whole number of at least 1, got {value!r}.")
-        if int(value) < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
+            raise TypeError(f"{name} must be a whole number of at least {at_least}, got {value!r}.")
+        if int(value) < at_least:
+            raise ValueError(f"{name} must be at least {at_least}, got {value}.")
 
 
 def check_seed(seed: Any) -> None:

@@ -10,23 +10,23 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
-from torchrl_happo.recipe.config import PettingZooTask
+from torchrl_happo.recipe.config import PettingZooTask, count, number
 
 
 @dataclass
 class CollectTreasure(PettingZooTask):
     """Collectors bring treasures to the deposits of their kind, which move as well."""
 
-    num_collectors: int = MISSING
-    num_deposits: int = MISSING
-    num_treasures: int = MISSING
+    num_collectors: int = count()
+    num_deposits: int = count()
+    num_treasures: int = count()
 
 
 @dataclass
 class SimpleFormation(PettingZooTask):
     """Agents stand in a circle around a landmark."""
 
-    N: int = MISSING
+    N: int = count()
     terminate_on_success: bool = MISSING
 
 
@@ -34,7 +34,7 @@ class SimpleFormation(PettingZooTask):
 class SimpleLine(PettingZooTask):
     """Agents stand in a line between two landmarks."""
 
-    N: int = MISSING
+    N: int = count()
     terminate_on_success: bool = MISSING
 
 
@@ -42,7 +42,7 @@ class SimpleLine(PettingZooTask):
 class SimpleReference(PettingZooTask):
     """Two agents tell each other where to go."""
 
-    local_ratio: float = MISSING
+    local_ratio: float = number(at_least=0, at_most=1)
 
 
 @dataclass
@@ -54,5 +54,5 @@ class SimpleSpeakerListener(PettingZooTask):
 class SimpleSpread(PettingZooTask):
     """Agents cover landmarks without collisions."""
 
-    N: int = MISSING
-    local_ratio: float = MISSING
+    N: int = count()
+    local_ratio: float = number(at_least=0, at_most=1)

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
-from torchrl_happo.recipe.config import VmasTask
+from torchrl_happo.recipe.config import VmasTask, count
 
 
 @dataclass
 class Balance(VmasTask):
     """The team carries a ball on a platform to a goal against gravity."""
 
-    n_agents: int = MISSING
+    n_agents: int = count()
     package_mass: float = MISSING
     random_package_pos_on_line: bool = MISSING
 
@@ -26,7 +26,7 @@ class Balance(VmasTask):
 class BallPassage(VmasTask):
     """Two agents push a ball through a gap in a wall."""
 
-    n_passages: int = MISSING
+    n_passages: int = count()
     fixed_passage: bool = MISSING
     random_start_angle: bool = MISSING
 
@@ -55,8 +55,8 @@ class BuzzWire(VmasTask):
 class Discovery(VmasTask):
     """Agents gather in numbers at targets."""
 
-    n_agents: int = MISSING
-    n_targets: int = MISSING
+    n_agents: int = count()
+    n_targets: int = count()
     x_semidim: float = MISSING
     y_semidim: float = MISSING
     min_dist_between_entities: float = MISSING
@@ -77,19 +77,19 @@ class Discovery(VmasTask):
 class Dispersion(VmasTask):
     """Agents that start at one point share out the food around them."""
 
-    n_agents: int = MISSING
+    n_agents: int = count()
     share_reward: bool = MISSING
     penalise_by_time: bool = MISSING
     food_radius: float = MISSING
     pos_range: float = MISSING
-    n_food: int = MISSING
+    n_food: int = count()
 
 
 @dataclass
 class Dropout(VmasTask):
     """One agent must reach the goal, and energy costs the team."""
 
-    n_agents: int = MISSING
+    n_agents: int = count()
     energy_coeff: float = MISSING
     start_same_point: bool = MISSING
 
@@ -98,7 +98,7 @@ class Dropout(VmasTask):
 class Flocking(VmasTask):
     """Agents flock around a target between obstacles."""
 
-    n_agents: int = MISSING
+    n_agents: int = count()
     n_obstacles: int = MISSING
     min_dist_between_entities: float = MISSING
     n_lidar_rays: int = MISSING
@@ -110,7 +110,7 @@ class Flocking(VmasTask):
 class Football(VmasTask):
     """The blue team learns to beat the scripted red one."""
 
-    n_blue_agents: int = MISSING
+    n_blue_agents: int = count()
     n_red_agents: int = MISSING
     ai_strength: float = MISSING
     ai_decision_strength: float = MISSING
@@ -158,7 +158,7 @@ class GiveWay(VmasTask):
 class JointPassage(VmasTask):
     """Two linked agents turn to fit through a gap."""
 
-    n_passages: int = MISSING
+    n_passages: int = count()
     fixed_passage: bool = MISSING
     joint_length: float = MISSING
     random_start_angle: bool = MISSING
@@ -197,7 +197,7 @@ class JointPassageSize(VmasTask):
     collision_reward: float = MISSING
     energy_reward_coeff: float = MISSING
     obs_noise: float = MISSING
-    n_passages: int = MISSING
+    n_passages: int = count()
     middle_angle_180: bool = MISSING
     use_vel_controller: bool = MISSING
 
@@ -214,7 +214,6 @@ class MultiGiveWay(VmasTask):
     min_input_norm: float = MISSING
     comms_range: float = MISSING
     shared_rew: bool = MISSING
-    n_agents: int = MISSING
     pos_shaping_factor: float = MISSING
     final_reward: float = MISSING
     agent_collision_penalty: float = MISSING
@@ -224,7 +223,7 @@ class MultiGiveWay(VmasTask):
 class Navigation(VmasTask):
     """Each agent goes to its goal without hitting the others."""
 
-    n_agents: int = MISSING
+    n_agents: int = count()
     collisions: bool = MISSING
     world_spawning_x: float = MISSING
     world_spawning_y: float = MISSING
@@ -246,7 +245,7 @@ class Navigation(VmasTask):
 class Passage(VmasTask):
     """Five agents pass gaps in a wall, in formation."""
 
-    n_passages: int = MISSING
+    n_passages: int = count()
     shared_reward: bool = MISSING
 
 
@@ -254,7 +253,7 @@ class Passage(VmasTask):
 class ReverseTransport(VmasTask):
     """Agents inside a package push it to a goal."""
 
-    n_agents: int = MISSING
+    n_agents: int = count()
     package_width: float = MISSING
     package_length: float = MISSING
     package_mass: float = MISSING
@@ -264,7 +263,7 @@ class ReverseTransport(VmasTask):
 class RoadTraffic(VmasTask):
     """Cars share a road network without collisions."""
 
-    n_agents: int = MISSING
+    n_agents: int = count()
     map_type: str = MISSING
     is_partial_observation: bool = MISSING
     n_nearing_agents_observed: int = MISSING
@@ -290,7 +289,7 @@ class RoadTraffic(VmasTask):
 class Sampling(VmasTask):
     """Agents spread over a field to sample a density."""
 
-    n_agents: int = MISSING
+    n_agents: int = count()
     shared_rew: bool = MISSING
     comms_range: float = MISSING
     lidar_range: float = MISSING
@@ -298,7 +297,7 @@ class Sampling(VmasTask):
     xdim: float = MISSING
     ydim: float = MISSING
     grid_spacing: float = MISSING
-    n_gaussians: int = MISSING
+    n_gaussians: int = count()
     cov: float = MISSING
     collisions: bool = MISSING
     spawn_same_pos: bool = MISSING
@@ -309,8 +308,8 @@ class Sampling(VmasTask):
 class Transport(VmasTask):
     """Agents push packages that one alone cannot move."""
 
-    n_agents: int = MISSING
-    n_packages: int = MISSING
+    n_agents: int = count()
+    n_packages: int = count()
     package_width: float = MISSING
     package_length: float = MISSING
     package_mass: float = MISSING
@@ -320,7 +319,7 @@ class Transport(VmasTask):
 class Wheel(VmasTask):
     """Agents turn a line around its middle at a set speed."""
 
-    n_agents: int = MISSING
+    n_agents: int = count()
     line_length: float = MISSING
     line_mass: float = MISSING
     desired_velocity: float = MISSING

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
-from torchrl_happo.recipe.config import VmasTask
+from torchrl_happo.recipe.config import VmasTask, count
 
 
 @dataclass
@@ -28,7 +28,7 @@ class SimpleSpeakerListener(VmasTask):
 class SimpleSpread(VmasTask):
     """Agents cover landmarks without collisions."""
 
-    n_agents: int = MISSING
+    n_agents: int = count()
     obs_agents: bool = MISSING
 
 
@@ -69,5 +69,5 @@ class VelControl(VmasTask):
 class Waterfall(VmasTask):
     """Agents slide between obstacles into place."""
 
-    n_agents: int = MISSING
+    n_agents: int = count()
     joints: bool = MISSING
