@@ -19,9 +19,11 @@ from team import (
     state_of,
 )
 from tensordict import TensorDict, lazy_stack
+from tensordict.nn import NormalParamExtractor, TensorDictModule
+from torch import nn
 from torchrl.data import LazyTensorStorage, ReplayBuffer
 from torchrl.data.replay_buffers.samplers import SamplerWithoutReplacement
-from torchrl.modules import IndependentNormal, TanhNormal
+from torchrl.modules import IndependentNormal, ProbabilisticActor, TanhNormal
 from wrong_calls import same
 
 from torchrl_happo import HAPPOLoss, HATRPOLoss, SequentialUpdater
@@ -928,3 +930,39 @@ def test_stacked_networks_move_along_their_gradient():
         states.append([*actor.parameters(), *critic.parameters()])
     for fused, plain in zip(*states, strict=True):
         torch.testing.assert_close(fused, plain, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("loss_class", [HAPPOLoss, HATRPOLoss])
+def test_a_network_may_name_its_outputs(loss_class):
+    """In a tuple, in a dict, in a dict under one key: the same policy and the same update."""
+
+    class Named(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, observation):
+            return dict(zip(("loc", "scale"), self.net(observation), strict=True))
+
+    ends = []
+    for wrapper, keys, prefix in (
+        (nn.Sequential, ["loc", "scale"], ()),
+        (Named, ["loc", "scale"], ()),
+        (Named, ["parameters"], ("parameters",)),
+    ):
+        torch.manual_seed(0)
+        net = wrapper(nn.Sequential(nn.Linear(5, 4), NormalParamExtractor()))
+        actor = ProbabilisticActor(
+            TensorDictModule(net, in_keys=["observation"], out_keys=keys),
+            in_keys={name: (*prefix, name) for name in ("loc", "scale")},
+            out_keys=["action"],
+            distribution_class=IndependentNormal,
+            return_log_prob=True,
+        )
+        batch = TensorDict({"observation": torch.randn(6, 5), "advantage": torch.randn(6, 1)}, [6])
+        with torch.no_grad():
+            actor(batch)
+        SequentialUpdater(loss_class(actor, None), num_epochs=2)(batch)
+        ends.append(list(actor.parameters()))
+    torch.testing.assert_close(ends[1], ends[0], rtol=0, atol=0)
+    torch.testing.assert_close(ends[2], ends[0], rtol=0, atol=0)

@@ -16,7 +16,7 @@ done once here, so that they need not be done each time:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -137,20 +137,28 @@ class Policy:
         return self.head.distribution_class is CompositeDistribution
 
     def _run(self, data: TensorDictBase) -> Parameters:
-        values: dict[NestedKey, Tensor] = {}
         modules = list(_flat_modules(self.actor))
-        if not self.is_composite and all(_is_plain(module) for module in modules):
-            for module in modules:
-                inputs = [values[key] if key in values else data.get(key) for key in module.in_keys]
-                outputs = module.module(*inputs)
-                outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
-                values.update(zip(module.out_keys, outputs, strict=True))
-        else:
-            scratch = data.copy()
-            for module in modules:
-                scratch = module(scratch)
-            values = {key: scratch.get(key) for key in self.parameter_keys}
+        if self.is_composite or not all(_is_plain(module) for module in modules):
+            return self._run_modules(modules, data)
+        values: dict[NestedKey, Tensor] = {}
+        for module in modules:
+            inputs = [values[key] if key in values else data.get(key) for key in module.in_keys]
+            outputs = module.module(*inputs)
+            if isinstance(outputs, (dict, TensorDictBase)):
+                # Where its entries belong is for the module to say.
+                return self._run_modules(modules, data)
+            outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+            values.update(zip(module.out_keys, outputs, strict=True))
         return self._named(values, data)
+
+    def _run_modules(
+        self, modules: Iterable[TensorDictModuleBase], data: TensorDictBase
+    ) -> Parameters:
+        """The same with a tensordict around every network, as the collector calls them."""
+        scratch = data.copy()
+        for module in modules:
+            scratch = module(scratch)
+        return self._named({key: scratch.get(key) for key in self.parameter_keys}, data)
 
     def stored_parameters(self, data: TensorDictBase) -> Parameters | None:
         """The parameters that the behaviour policy left in the data, if it did."""
