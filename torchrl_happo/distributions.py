@@ -226,8 +226,8 @@ def entropy(dist: D.Distribution, *, batch_ndim: int | None = None) -> Tensor:
         return _sum_action(dist.entropy(), batch_ndim)
     except NotImplementedError as error:
         raise NotImplementedError(
-            f"The entropy of {type(dist).__name__} is not known; set the entropy coefficient to 0 "
-            "or choose another distribution for the policy."
+            f"No closed form of the entropy of {type(dist).__name__} is known; estimate it from "
+            "samples or choose another distribution for the policy."
         ) from error
 
 

@@ -212,26 +212,35 @@ class Policy:
             return data.get(self.action_keys[0])
         return data.select(*self.action_keys)
 
-    def entropy(self, parameters: Parameters, data: TensorDictBase, log_ratio: Tensor) -> Tensor:
+    def entropy(
+        self, parameters: Parameters, data: TensorDictBase, log_prob: Tensor, log_ratio: Tensor
+    ) -> Tensor:
         r"""Entropy of the policy at each sample, for the metrics.
 
-        Exact, but for a squashed normal, which has no closed form: there the expected
-        log-determinant of the squashing is estimated from the stored actions,
+        Exact where a closed form is known. A squashed normal has none: there the expected
+        log-determinant of the squashing is estimated from the stored actions, and of any other
+        distribution the whole,
 
-        .. math:: H(\pi) = H(\mathcal{N}) + \mathbb{E}_{a \sim \pi_\text{old}}[r J],
+        .. math::
+            H(\pi) = H(\mathcal{N}) + \mathbb{E}_{a \sim \pi_\text{old}}[r J], \qquad
+            H(\pi) = -\mathbb{E}_{a \sim \pi_\text{old}}[r \log \pi(a)],
 
         which costs nothing and draws no random number.
 
         Args:
             parameters (dict of str to Tensor): of the policy's distribution.
             data (TensorDictBase): the prepared view of the batch.
+            log_prob (Tensor): joint log-probability of the stored actions under this policy.
             log_ratio (Tensor): log of this policy over the one that acted.
         """
         if PREIMAGE in data.keys():
             normal = (parameters["scale"].log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
             log_det = data.get(LOG_DET).reshape(log_ratio.shape)
             return normal.reshape(log_ratio.shape) + log_ratio.exp() * log_det
-        return entropy(self.distribution(parameters), batch_ndim=log_ratio.ndim)
+        try:
+            return entropy(self.distribution(parameters), batch_ndim=log_ratio.ndim)
+        except NotImplementedError:
+            return -log_ratio.exp() * log_prob
 
     def prepare(self, data: TensorDictBase, parameters: Parameters) -> TensorDictBase:
         """Adds the unsquashed actions to ``data``, if the distribution squashes.
