@@ -288,6 +288,7 @@ class HAPPOLoss(SequentialLossMixin, ClipPPOLoss):
         for unit, (unit_dist, batch_dims) in zip(self._units, dist, strict=True):
             entropy = super()._get_entropy(unit_dist, unit_dist.batch_shape)
             heads = self._by_head(unit, entropy)
+            assert isinstance(heads, TensorDictBase)
             batch, members = heads.shape[:batch_dims], heads.shape[batch_dims:].numel()
             tables.append(
                 {
