@@ -285,6 +285,9 @@ TEAMS = trained([
      "log_prob.*return_log_prob=True"),
     ("one network for a whole group", partial(Team, lambda: categorical(nn.Linear(5, 3))),
      ValueError, "one network that all of them share"),
+    ("a block that does not say how many it is", partial(
+        Team, lambda: categorical(nn.Linear(5, 3)), loss=partial(HAPPOLoss, blocks=["agents"])),
+     ValueError, r"MultiAgentMLP, .*share_params=False, or with share_params=True and blocks=\["),
     ("actions that do not exist", changed(partial(Team, lambda: categorical(stack())), lambda team:
         team.batch["agents"].set("action", team.batch[ACT] + 7)), ValueError, "leaves the range"),
     ("a critic of two values", partial(Team, critic=two_values), ValueError, "critic cannot read"),
