@@ -17,6 +17,7 @@ from wrong_calls import (
     NAN,
     STEPS,
     Team,
+    Truncated,
     adding,
     built,
     called,
@@ -288,6 +289,9 @@ TEAMS = trained([
     ("a block that does not say how many it is", partial(
         Team, lambda: categorical(nn.Linear(5, 3)), loss=partial(HAPPOLoss, blocks=["agents"])),
      ValueError, r"MultiAgentMLP, .*share_params=False, or with share_params=True and blocks=\["),
+    ("a trust region without a divergence", partial(
+        Team, lambda: make_actor(distribution=Truncated), loss=HATRPOLoss),
+     NotImplementedError, "No Fisher matrix of TruncatedNormal .*; choose another distribution"),
     ("actions that do not exist", changed(partial(Team, lambda: categorical(stack())), lambda team:
         team.batch["agents"].set("action", team.batch[ACT] + 7)), ValueError, "leaves the range"),
     ("a critic of two values", partial(Team, critic=two_values), ValueError, "critic cannot read"),
