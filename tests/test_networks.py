@@ -397,10 +397,11 @@ def test_refuses_arguments():
         (Bounded(-1.0, 2.0, (2, 3)), {"state_dependent_std": False}),
         (Unbounded((2, 3)), {"state_dependent_std": False}),
         (Unbounded((2, 3)), {"state_dependent_std": False, "max_std": 2.0, "layer_norm": True}),
+        (Unbounded((2, 3)), {"layer_norm": True, "activation_class": nn.PReLU}),
         (CategoricalSpec(4, shape=(2,)), {}),
         (OneHot(4, shape=(2, 4)), {}),
     ],
-    ids=["own-bounds", "bounded", "unbounded", "layer-norm", "masked", "masked-one-hot"],
+    ids=["own-bounds", "bounded", "unbounded", "layer-norm", "prelu", "masked", "masked-one-hot"],
 )
 def test_each_agent_can_be_cut_out_of_its_stack(action, kwargs):
     """The slice that is trained has the log-probs and parameters of its row of the stack."""

@@ -40,6 +40,7 @@ from torchrl.modules import (
 
 from torchrl_happo import ActorList, HAPPOLoss, HATRPOLoss, SequentialUpdater, joint_policy
 from torchrl_happo.memory import state_specs
+from torchrl_happo.objectives.common import ADVANTAGE, OLD_LOG_PROB
 from torchrl_happo.recurrent import CELLS
 
 OBS_DIM, N_AGENTS, BATCH = 4, 2, torch.Size([6, 5])
@@ -277,33 +278,11 @@ def test_one_agent_continuous_the_other_discrete(loss_class):
 def test_composite_actions(loss_class, layout):
     """Move and communicate: the ratio is that of the product of both heads."""
     with set_composite_lp_aggregate(False):
-
-        def actor(group):
-            net = nn.Sequential(nn.Linear(OBS_DIM, 16), nn.Tanh(), nn.Linear(16, 7))
-            heads = [
-                (group, "params", "move", "loc"),
-                (group, "params", "move", "scale"),
-                (group, "params", "talk", "logits"),
-            ]
-            return ProbabilisticActor(
-                TensorDictModule(
-                    nn.Sequential(net, Heads()), in_keys=[(group, "observation")], out_keys=heads
-                ),
-                in_keys=[(group, "params")],
-                out_keys=[(group, "move"), (group, "talk")],
-                distribution_class=CompositeDistribution,
-                distribution_kwargs={
-                    **COMPOSITE,
-                    "name_map": {"move": (group, "move"), "talk": (group, "talk")},
-                },
-                return_log_prob=True,
-            )
-
         if layout == "groups":
-            actors = {"a": actor("a"), "b": actor("b")}
+            actors = {"a": make_composite_actor("a"), "b": make_composite_actor("b")}
             groups = {"a": (), "b": ()}
         else:
-            actors = ActorList([actor("agents"), actor("agents")])
+            actors = ActorList([make_composite_actor("agents") for _ in range(2)])
             groups = {"agents": (2,)}
         batch = make_batch(actors, groups, False, False)
         loss = loss_class(actors, None)
@@ -331,6 +310,29 @@ class Heads(nn.Module):
     def forward(self, x):
         loc, scale, logits = x.split([2, 2, 3], -1)
         return loc, nn.functional.softplus(scale) + 0.1, logits
+
+
+def make_composite_actor(group: str):
+    """The actor of an agent that moves and talks."""
+    net = nn.Sequential(nn.Linear(OBS_DIM, 16), nn.Tanh(), nn.Linear(16, 7))
+    heads = [
+        (group, "params", "move", "loc"),
+        (group, "params", "move", "scale"),
+        (group, "params", "talk", "logits"),
+    ]
+    return ProbabilisticActor(
+        TensorDictModule(
+            nn.Sequential(net, Heads()), in_keys=[(group, "observation")], out_keys=heads
+        ),
+        in_keys=[(group, "params")],
+        out_keys=[(group, "move"), (group, "talk")],
+        distribution_class=CompositeDistribution,
+        distribution_kwargs={
+            **COMPOSITE,
+            "name_map": {"move": (group, "move"), "talk": (group, "talk")},
+        },
+        return_log_prob=True,
+    )
 
 
 @pytest.mark.parametrize("loss_class", LOSSES)
@@ -476,6 +478,39 @@ def test_entropy_of_groups_of_unlike_sizes():
     loss = HAPPOLoss(actors, None, entropy_coeff=1.0, reduction="none")
     entropies = [actor.get_dist(batch).entropy().reshape(*BATCH, -1) for actor in actors.values()]
     torch.testing.assert_close(-loss(batch)["loss_entropy"], torch.cat(entropies, -1))
+
+
+@pytest.mark.parametrize("name", ["{}_log_prob", "{}_entropy"])
+def test_each_head_has_a_weight_of_its_own(name):
+    """In the loss of the team and of each agent, whichever of TorchRL's two names a head is given.
+
+    With the same number everywhere the update is the one with that number, bit for bit.
+    """
+    pair, composite = make_actor(SPACES["normal"], "pair", 2), make_composite_actor("both")
+    actors = {"pair": pair, "both": composite}
+    batch = make_batch(actors, {"pair": (2,), "both": ()}, False, False)
+    keys = [("pair", name.format("action")), *(("both", name.format(k)) for k in ("move", "talk"))]
+    loss = HAPPOLoss(actors, None, entropy_coeff=dict(zip(keys, (1, 2, 3), strict=True)))
+    heads = composite.get_dist(batch).dists
+    expected = torch.cat(
+        [
+            pair.get_dist(batch).entropy(),
+            (2 * heads["both", "move"].entropy() + 3 * heads["both", "talk"].entropy())[..., None],
+        ],
+        -1,
+    )
+    torch.testing.assert_close(-loss(batch)["loss_entropy"], expected.mean())
+    for agent, entropy in zip(loss.agents, expected.unbind(-1), strict=True):
+        data = agent.view(batch, loss.agent_keys(agent))
+        data.set(OLD_LOG_PROB, agent.stored_log_prob(data))
+        data.set(ADVANTAGE, torch.zeros(BATCH))
+        torch.testing.assert_close(-loss.agent_loss(agent, data), entropy.mean())
+    ends = []
+    for coeff in (0.5, dict.fromkeys(keys, 0.5)):
+        team = copy.deepcopy(actors)
+        SequentialUpdater(HAPPOLoss(team, None, entropy_coeff=coeff), num_epochs=2)(batch)
+        ends.append([p for actor in team.values() for p in actor.parameters()])
+    torch.testing.assert_close(*ends, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("loss_class", LOSSES)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
@@ -19,9 +21,12 @@ from team import (
     state_of,
 )
 from tensordict import TensorDict, lazy_stack
+from tensordict.nn import NormalParamExtractor, TensorDictModule
+from torch import nn
+from torch.distributions import AffineTransform
 from torchrl.data import LazyTensorStorage, ReplayBuffer
 from torchrl.data.replay_buffers.samplers import SamplerWithoutReplacement
-from torchrl.modules import IndependentNormal, TanhNormal
+from torchrl.modules import IndependentNormal, ProbabilisticActor, TanhNormal
 from wrong_calls import same
 
 from torchrl_happo import HAPPOLoss, HATRPOLoss, SequentialUpdater
@@ -632,6 +637,31 @@ def test_a_divergence_that_is_not_known_is_estimated():
         torch.testing.assert_close(metrics[name, "kl"], kl)
 
 
+class Doubled(torch.distributions.TransformedDistribution):
+    """Twice a normal action; torch knows no entropy of transformed distributions."""
+
+    arg_constraints: ClassVar = {}
+
+    def __init__(self, loc, scale):
+        super().__init__(IndependentNormal(loc, scale), [AffineTransform(0.0, 2.0)])
+
+
+def test_an_entropy_that_is_not_known_is_estimated():
+    r"""By :math:`-r \log \pi` at the stored actions, near the truth within the sample's error."""
+    actor = make_actor(distribution=Doubled).double()
+    updater = make_updater(actor, make_critic().double())
+    batch = make_batch(actor, num_envs=100, time=20)
+    before = actor.get_dist(batch).log_prob(batch["agents", "action"]).detach()
+    metrics = updater(batch)
+    dist = actor.get_dist(batch)
+    log_prob = dist.log_prob(batch["agents", "action"])
+    expected = -((log_prob - before).exp() * log_prob).mean((0, 1))
+    exact = (dist.base_dist.entropy() + 2 * math.log(2)).mean((0, 1))
+    for name, estimate, truth in zip(NAMES, expected, exact, strict=True):
+        torch.testing.assert_close(metrics[name, "entropy"], estimate)
+        torch.testing.assert_close(estimate, truth, rtol=0.05, atol=0.05)
+
+
 class Shift(torch.nn.Module):
     """A buffer that all agents share, such as the statistics of observations."""
 
@@ -928,3 +958,39 @@ def test_stacked_networks_move_along_their_gradient():
         states.append([*actor.parameters(), *critic.parameters()])
     for fused, plain in zip(*states, strict=True):
         torch.testing.assert_close(fused, plain, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("loss_class", [HAPPOLoss, HATRPOLoss])
+def test_a_network_may_name_its_outputs(loss_class):
+    """In a tuple, in a dict, in a dict under one key: the same policy and the same update."""
+
+    class Named(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, observation):
+            return dict(zip(("loc", "scale"), self.net(observation), strict=True))
+
+    ends = []
+    for wrapper, keys, prefix in (
+        (nn.Sequential, ["loc", "scale"], ()),
+        (Named, ["loc", "scale"], ()),
+        (Named, ["parameters"], ("parameters",)),
+    ):
+        torch.manual_seed(0)
+        net = wrapper(nn.Sequential(nn.Linear(5, 4), NormalParamExtractor()))
+        actor = ProbabilisticActor(
+            TensorDictModule(net, in_keys=["observation"], out_keys=keys),
+            in_keys={name: (*prefix, name) for name in ("loc", "scale")},
+            out_keys=["action"],
+            distribution_class=IndependentNormal,
+            return_log_prob=True,
+        )
+        batch = TensorDict({"observation": torch.randn(6, 5), "advantage": torch.randn(6, 1)}, [6])
+        with torch.no_grad():
+            actor(batch)
+        SequentialUpdater(loss_class(actor, None), num_epochs=2)(batch)
+        ends.append(list(actor.parameters()))
+    torch.testing.assert_close(ends[1], ends[0], rtol=0, atol=0)
+    torch.testing.assert_close(ends[2], ends[0], rtol=0, atol=0)

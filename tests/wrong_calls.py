@@ -17,7 +17,7 @@ from team import N_AGENTS, make_actor, make_batch, make_critic
 from tensordict.nn import AddStateIndependentNormalScale, TensorDictModule, TensorDictSequential
 from torch import nn
 from torch.distributions import Categorical
-from torchrl.modules import IndependentNormal, MultiAgentMLP, ProbabilisticActor
+from torchrl.modules import IndependentNormal, MultiAgentMLP, ProbabilisticActor, TruncatedNormal
 
 from torchrl_happo import ActorList, HAPPOLoss, HATRPOLoss, SequentialUpdater, train
 from torchrl_happo.envs import MatrixGame
@@ -313,6 +313,13 @@ def deviating():
         distribution_class=IndependentNormal,
         return_log_prob=True,
     )
+
+
+class Truncated(TruncatedNormal):
+    """A truncated normal that takes the halves of a tensor, too."""
+
+    def __init__(self, loc, scale):
+        super().__init__(loc.contiguous(), scale.contiguous())
 
 
 def critic_of(net, in_key=("agents", "observation"), out_key="state_value"):

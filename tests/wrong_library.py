@@ -17,6 +17,7 @@ from wrong_calls import (
     NAN,
     STEPS,
     Team,
+    Truncated,
     adding,
     built,
     called,
@@ -103,6 +104,10 @@ LOSSES = built([
     ("clip_epsilon in words", lambda: loss(clip_epsilon="0.2"), TypeError, "clip_epsilon .*'0.2'"),
     ("clip_epsilon upside down", lambda: loss(clip_epsilon=(1.2, 0.2)), ValueError, "pair"),
     ("entropy_coeff NaN", lambda: loss(entropy_coeff=NAN), ValueError, "entropy_coeff.*got nan"),
+    ("entropy_coeff of no head", lambda: loss(entropy_coeff={LOG_PROB: 0.1, "talk": 0.1}),
+     ValueError, r"weights for .*'talk'\], but the heads of the actors are .*; name a weight"),
+    ("entropy_coeff of no group", lambda: loss(entropy_coeff={"action_log_prob": 0.1}), ValueError,
+     r"weights for \['action_log_prob'\], but the heads of the actors are \[\('agents', "),
     ("critic_coeff below 0", lambda: loss(critic_coeff=-1.0), ValueError, "critic_coeff.*got -1"),
     ("loss_critic_type", lambda: loss(loss_critic_type="smoth_l1"), ValueError,
      "did you mean 'smooth_l1'"),
@@ -281,6 +286,12 @@ TEAMS = trained([
      "log_prob.*return_log_prob=True"),
     ("one network for a whole group", partial(Team, lambda: categorical(nn.Linear(5, 3))),
      ValueError, "one network that all of them share"),
+    ("a block that does not say how many it is", partial(
+        Team, lambda: categorical(nn.Linear(5, 3)), loss=partial(HAPPOLoss, blocks=["agents"])),
+     ValueError, r"MultiAgentMLP, .*share_params=False, or with share_params=True and blocks=\["),
+    ("a trust region without a divergence", partial(
+        Team, lambda: make_actor(distribution=Truncated), loss=HATRPOLoss),
+     NotImplementedError, "No Fisher matrix of TruncatedNormal .*; choose another distribution"),
     ("actions that do not exist", changed(partial(Team, lambda: categorical(stack())), lambda team:
         team.batch["agents"].set("action", team.batch[ACT] + 7)), ValueError, "leaves the range"),
     ("a critic of two values", partial(Team, critic=two_values), ValueError, "critic cannot read"),

@@ -152,7 +152,8 @@ def fisher_product(dist: D.Distribution, tangents: Sequence[Tensor]) -> tuple[Te
         tuple of Tensor: the products, shaped and ordered like ``tangents``.
 
     Raises:
-        NotImplementedError: if torch has no exact divergence for the distribution.
+        NotImplementedError: if torch has no exact divergence for the distribution, or it cannot be
+            built from its parameters alone.
         ValueError: if the number of tangents is not that of the parameters.
 
     Example:
@@ -226,8 +227,8 @@ def entropy(dist: D.Distribution, *, batch_ndim: int | None = None) -> Tensor:
         return _sum_action(dist.entropy(), batch_ndim)
     except NotImplementedError as error:
         raise NotImplementedError(
-            f"The entropy of {type(dist).__name__} is not known; set the entropy coefficient to 0 "
-            "or choose another distribution for the policy."
+            f"No closed form of the entropy of {type(dist).__name__} is known; estimate it from "
+            "samples or choose another distribution for the policy."
         ) from error
 
 
@@ -329,7 +330,13 @@ def _fisher_by_differentiation(component: D.Distribution, tangents: list[Tensor]
     """Hessian-vector product of the divergence in the parameters of one component."""
     parameters = {k: p.detach() for k, p in _component_parameters(component).items()}
     kind: Callable[..., D.Distribution] = type(component)
-    old = kind(**parameters)
+    try:
+        old = kind(**parameters)
+    except TypeError as error:
+        raise NotImplementedError(
+            f"No Fisher matrix of {kind.__name__} is known, and {' and '.join(parameters)} alone "
+            "do not build one to differentiate; choose another distribution for the policy."
+        ) from error
     with torch.enable_grad():
         moving = {k: p.clone().requires_grad_() for k, p in parameters.items()}
         kl = kl_divergence(old, kind(**moving))

@@ -16,7 +16,7 @@ done once here, so that they need not be done each time:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -137,20 +137,28 @@ class Policy:
         return self.head.distribution_class is CompositeDistribution
 
     def _run(self, data: TensorDictBase) -> Parameters:
-        values: dict[NestedKey, Tensor] = {}
         modules = list(_flat_modules(self.actor))
-        if not self.is_composite and all(_is_plain(module) for module in modules):
-            for module in modules:
-                inputs = [values[key] if key in values else data.get(key) for key in module.in_keys]
-                outputs = module.module(*inputs)
-                outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
-                values.update(zip(module.out_keys, outputs, strict=True))
-        else:
-            scratch = data.copy()
-            for module in modules:
-                scratch = module(scratch)
-            values = {key: scratch.get(key) for key in self.parameter_keys}
+        if self.is_composite or not all(_is_plain(module) for module in modules):
+            return self._run_modules(modules, data)
+        values: dict[NestedKey, Tensor] = {}
+        for module in modules:
+            inputs = [values[key] if key in values else data.get(key) for key in module.in_keys]
+            outputs = module.module(*inputs)
+            if isinstance(outputs, (dict, TensorDictBase)):
+                # Where its entries belong is for the module to say.
+                return self._run_modules(modules, data)
+            outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+            values.update(zip(module.out_keys, outputs, strict=True))
         return self._named(values, data)
+
+    def _run_modules(
+        self, modules: Iterable[TensorDictModuleBase], data: TensorDictBase
+    ) -> Parameters:
+        """The same with a tensordict around every network, as the collector calls them."""
+        scratch = data.copy()
+        for module in modules:
+            scratch = module(scratch)
+        return self._named({key: scratch.get(key) for key in self.parameter_keys}, data)
 
     def stored_parameters(self, data: TensorDictBase) -> Parameters | None:
         """The parameters that the behaviour policy left in the data, if it did."""
@@ -204,26 +212,35 @@ class Policy:
             return data.get(self.action_keys[0])
         return data.select(*self.action_keys)
 
-    def entropy(self, parameters: Parameters, data: TensorDictBase, log_ratio: Tensor) -> Tensor:
+    def entropy(
+        self, parameters: Parameters, data: TensorDictBase, log_prob: Tensor, log_ratio: Tensor
+    ) -> Tensor:
         r"""Entropy of the policy at each sample, for the metrics.
 
-        Exact, but for a squashed normal, which has no closed form: there the expected
-        log-determinant of the squashing is estimated from the stored actions,
+        Exact where a closed form is known. A squashed normal has none: there the expected
+        log-determinant of the squashing is estimated from the stored actions, and of any other
+        distribution the whole,
 
-        .. math:: H(\pi) = H(\mathcal{N}) + \mathbb{E}_{a \sim \pi_\text{old}}[r J],
+        .. math::
+            H(\pi) = H(\mathcal{N}) + \mathbb{E}_{a \sim \pi_\text{old}}[r J], \qquad
+            H(\pi) = -\mathbb{E}_{a \sim \pi_\text{old}}[r \log \pi(a)],
 
         which costs nothing and draws no random number.
 
         Args:
             parameters (dict of str to Tensor): of the policy's distribution.
             data (TensorDictBase): the prepared view of the batch.
+            log_prob (Tensor): joint log-probability of the stored actions under this policy.
             log_ratio (Tensor): log of this policy over the one that acted.
         """
         if PREIMAGE in data.keys():
             normal = (parameters["scale"].log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
             log_det = data.get(LOG_DET).reshape(log_ratio.shape)
             return normal.reshape(log_ratio.shape) + log_ratio.exp() * log_det
-        return entropy(self.distribution(parameters), batch_ndim=log_ratio.ndim)
+        try:
+            return entropy(self.distribution(parameters), batch_ndim=log_ratio.ndim)
+        except NotImplementedError:
+            return -log_ratio.exp() * log_prob
 
     def prepare(self, data: TensorDictBase, parameters: Parameters) -> TensorDictBase:
         """Adds the unsquashed actions to ``data``, if the distribution squashes.

@@ -122,14 +122,15 @@ def _after(loss: SequentialLossMixin, agent: Agent, data: TensorDictBase) -> Ten
     policy = agent.policy
     old = _parameters(data.get(_OLD_POLICY))
     new = policy.parameters(data)
-    log_ratio = agent.log_prob(new, data) - data.get(_LOG_PROB)
+    log_prob = agent.log_prob(new, data)
+    log_ratio = log_prob - data.get(_LOG_PROB)
     valid = data.get(VALID, None)
     means = agent_metrics(
         policy.scored(old, data),
         policy.scored(new, data),
         log_ratio,
         data.get(ADVANTAGE),
-        policy.entropy(new, data, log_ratio),
+        policy.entropy(new, data, log_prob, log_ratio),
         valid,
     )
     means.update(loss.agent_report(log_ratio, valid))

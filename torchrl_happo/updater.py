@@ -258,8 +258,9 @@ class SequentialUpdater:
             ``kl``, ``entropy``, ``factor_mean``, ``factor_max``, ``factor_ess`` (of the factor it
             starts from, where it acts), ``position`` (its place in the order) and what its step
             reports (``loss``, ``grad_norm``, ``epochs``, ``clip_fraction``; a trust region's own).
-            Under ``"critic"``: ``loss``, ``grad_norm``, ``epochs``, ``explained_variance`` (before
-            the fit).
+            ``kl`` and ``entropy`` are estimated from the stored actions where they have no closed
+            form. Under ``"critic"``: ``loss``, ``grad_norm``, ``epochs``, ``explained_variance``
+            (before the fit).
 
         Raises:
             KeyError: if an entry is missing.

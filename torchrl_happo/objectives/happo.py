@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase, is_tensor_collection
 from tensordict.nn import CompositeDistribution, TensorDictModule
+from tensordict.utils import unravel_key
 from torch import Tensor
 from torch.distributions import Distribution
 from torchrl.modules import ValueNorm
@@ -28,6 +29,7 @@ from torchrl_happo.objectives.common import (
 from torchrl_happo.objectives.functional import clipped_surrogate
 from torchrl_happo.optim.code import Code
 from torchrl_happo.optim.first_order import FirstOrderStep
+from torchrl_happo.policy import Policy
 from torchrl_happo.validation.arguments import (
     check_clip_epsilon,
     check_counts,
@@ -82,8 +84,9 @@ class HAPPOLoss(SequentialLossMixin, ClipPPOLoss):
             yes, unless ``entropy_coeff`` is 0.
         samples_mc_entropy (int): samples of the Monte-Carlo estimate, where the entropy has no
             closed form. Defaults to ``1``.
-        entropy_coeff (float or mapping): weight of the entropy, or one for each head.
-            Schedulable. Defaults to ``0.01``.
+        entropy_coeff (float or mapping): weight of the entropy (schedulable), or one for each head
+            of each group by the key of its log-probability, as in
+            ``{("agents", "action_log_prob"): 0.01}``. Defaults to ``0.01``.
         critic_coeff (float, optional): weight of the critic's loss; 0 leaves the critic as it is.
             Defaults to ``None``: 1, if there is a critic.
         loss_critic_type (str): ``"l1"``, ``"l2"`` or ``"smooth_l1"``. Defaults to
@@ -119,7 +122,8 @@ class HAPPOLoss(SequentialLossMixin, ClipPPOLoss):
     Raises:
         TypeError: if an actor is not probabilistic.
         ValueError: if agents share parameters without being a block, if actor and critic share
-            parameters, or if ``clip_epsilon`` is not in (0, 1).
+            parameters, if ``clip_epsilon`` is not in (0, 1), or if ``entropy_coeff`` names other
+            heads than the actors have.
 
     Example:
         >>> import torch
@@ -227,6 +231,10 @@ class HAPPOLoss(SequentialLossMixin, ClipPPOLoss):
             functional=False,
         )
         self._init_team(actor_network, blocks, value_norm, popart)
+        if isinstance(entropy_coeff, Mapping):
+            self._entropy_coeff_map = _weights_of_heads(
+                entropy_coeff, [unit.policy for unit in self._units]
+            )
         self._bonus_follows_coefficient = follows_coefficient
 
     entropy_bonus: bool
@@ -255,7 +263,7 @@ class HAPPOLoss(SequentialLossMixin, ClipPPOLoss):
         loss = -masked_mean(gain, valid)
         if self.entropy_bonus:
             entropy = self._agent_entropy(agent.policy.distribution(parameters), data.batch_size)
-            loss_entropy = self._weighted_loss_entropy(entropy)
+            loss_entropy = self._weighted_loss_entropy(self._by_head(agent, entropy))
             loss = loss + masked_mean(agent.joint_log_prob(loss_entropy.squeeze(-1), data), valid)
         return loss
 
@@ -267,6 +275,39 @@ class HAPPOLoss(SequentialLossMixin, ClipPPOLoss):
         if not isinstance(dist, CompositeDistribution) and has_analytic_entropy(dist):
             return dist.entropy().unsqueeze(-1)
         return self._get_entropy(dist, batch_size)
+
+    def _get_entropy(
+        self, dist: Distribution | list[tuple[Distribution, int]], adv_shape: torch.Size
+    ) -> Tensor | TensorDictBase:
+        """The team's entropy; if each head has a weight, by head, 0 for the agents without it."""
+        if self._entropy_coeff_map is None or not isinstance(dist, list):
+            return super()._get_entropy(dist, adv_shape)
+        if len(dist) == 1:
+            return self._by_head(self._units[0], super()._get_entropy(dist, adv_shape))
+        tables: list[dict[NestedKey, Tensor]] = []
+        for unit, (unit_dist, batch_dims) in zip(self._units, dist, strict=True):
+            entropy = super()._get_entropy(unit_dist, unit_dist.batch_shape)
+            heads = self._by_head(unit, entropy)
+            assert isinstance(heads, TensorDictBase)
+            batch, members = heads.shape[:batch_dims], heads.shape[batch_dims:].numel()
+            tables.append(
+                {
+                    key: head.reshape(*batch, members, 1, -1).sum(-1)
+                    for key, head in heads.items(include_nested=True, leaves_only=True)
+                }
+            )
+        absent = [torch.zeros_like(next(iter(table.values()))) for table in tables]
+        team = {
+            key: torch.cat([t.get(key, zero) for t, zero in zip(tables, absent, strict=True)], -2)
+            for key in dict.fromkeys(key for table in tables for key in table)
+        }
+        return TensorDict(team, batch_size=next(iter(team.values())).shape)
+
+    def _by_head(self, unit: Agent, entropy: Tensor | TensorDictBase) -> Tensor | TensorDictBase:
+        """Files the entropy of a single head under its name, if each head has a weight."""
+        if self._entropy_coeff_map is None or is_tensor_collection(entropy):
+            return entropy
+        return TensorDict({unit.policy.log_prob_keys[0]: entropy}, batch_size=entropy.shape)
 
     def make_agent_step(
         self,
@@ -301,3 +342,31 @@ class HAPPOLoss(SequentialLossMixin, ClipPPOLoss):
         low, high = self._clip_bounds
         outside = (log_ratio < low) | (log_ratio > high)
         return {"clip_fraction": masked_mean(outside.to(log_ratio.dtype), valid)}
+
+
+def _weights_of_heads(
+    weights: Mapping[NestedKey, float], policies: Iterable[Policy]
+) -> dict[NestedKey, float]:
+    """The weight of each head's entropy, by the key of its log-probability and TorchRL's own name.
+
+    Args:
+        weights (mapping of NestedKey to float): by either.
+        policies (iterable of Policy): all of the team.
+
+    Raises:
+        ValueError: if a head has no weight, or a weight no head.
+    """
+    names: dict[NestedKey, NestedKey] = {}
+    for policy in policies:
+        for action, log_prob in zip(policy.action_keys, policy.log_prob_keys, strict=False):
+            # What composite_entropy of TorchRL calls it.
+            *group, name = (action,) if isinstance(action, str) else action
+            names[unravel_key((*group, f"{name}_entropy"))] = log_prob
+    given = {names.get(key, key): weight for key, weight in weights.items()}
+    heads = list(dict.fromkeys(names.values()))
+    if given.keys() != set(heads):
+        raise ValueError(
+            f"entropy_coeff has weights for {list(weights)}, but the heads of the actors are "
+            f"{heads}; name a weight for each of them, or one number for all."
+        )
+    return {**given, **{name: given[head] for name, head in names.items()}}

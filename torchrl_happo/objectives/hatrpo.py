@@ -47,8 +47,9 @@ class HATRPOLoss(SequentialLossMixin, PPOLoss):
         \mathbb{E}[D_{KL}(\pi_\text{old} \| \pi_\theta)] \le \delta,
 
     with its ratio :math:`r` and :math:`M`, the joint advantage times the factor (see
-    :class:`HAPPOLoss`). The divergence is exact for every distribution TorchRL ships, and both
-    averages run over the valid entries only.
+    :class:`HAPPOLoss`). Both averages run over the valid entries only. The divergence is exact; of
+    TorchRL's stochastic policies over continuous and discrete actions only
+    :class:`~torchrl.modules.TruncatedNormal` has none, with which the first update is refused.
 
     :class:`~torchrl_happo.SequentialUpdater` takes the step by conjugate gradient and a
     backtracking line search (see :mod:`torchrl_happo.optim.trust_region`). Its optimiser, epochs

@@ -124,8 +124,8 @@ def _check_log_prob_shape(agent: Agent, batch: TensorDictBase) -> None:
             raise ValueError(
                 f"The log-probability {agent.policy.log_prob_keys[0]!r} has shape {list(shape)}, "
                 f"so group {agent.group!r} has {shape[-1]} agents, but its actor is one network "
-                "that all of them share; build it with MultiAgentMLP(share_params=False), or pass "
-                f"blocks=[{agent.name!r}] to update them as one."
+                "that all of them share; build it of a MultiAgentMLP, which knows their number, "
+                f"with share_params=False, or with share_params=True and blocks=[{agent.name!r}]."
             )
     raise ValueError(
         f"The log-probability {agent.policy.log_prob_keys[0]!r} of agent {agent.name!r} has shape "
