@@ -158,7 +158,7 @@ def resumed(rows):
                 source.write_bytes(source.read_bytes()[:-100])
             checkpoint.read_config(checkpoint.read(source))
         config = tiny_config("total_frames=96", f"resume={source}", *overrides)
-        train.run(config, run.folder)
+        train.run(config, Path(run.place.name) / "new")
 
     errors = (CheckpointError, ConfigError)
     return [
