@@ -122,8 +122,8 @@ class SequentialUpdater:
             ``None``: this process alone.
 
     Raises:
-        ValueError: if an argument is out of range, or the optimiser is not over the parameters it
-            was given.
+        ValueError: if an argument is out of range, the optimiser is not over the parameters it was
+            given, the loss is no mean, or PopArt finds no last layer of the critic to rescale.
 
     Example:
         >>> from functools import partial
