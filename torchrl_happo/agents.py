@@ -96,11 +96,8 @@ class Agent:
 
     def is_another_row_of(self, other: Agent) -> bool:
         """Whether two agents are unlike rows of one stack."""
-        return (
-            self._joint_actor is not None
-            and self.source is other.source
-            and (self.index != other.index)
-        )
+        stack = self._joint_actor
+        return stack is not None and stack is other._joint_actor and self.index != other.index
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters of this agent alone, rows of the stack where there is one."""

@@ -105,9 +105,8 @@ class SequentialUpdater:
         standardize_advantage (bool): whether to standardise the advantage over the batch.
             Defaults to ``True``.
         check_finite (bool, optional): whether to look for NaN, infinite numbers and unlike rewards
-            in each batch, and for a non-finite gradient, at the price of synchronising with the
-            device. ``False``: in the first batch only. Defaults to ``None``: ``True`` on the CPU,
-            ``False`` elsewhere.
+            in each batch (``False``: the first), and for a non-finite gradient, at the price of
+            synchronising with the device. Defaults to ``None``: ``True`` on the CPU alone.
         compile (bool or mapping): whether to compile the agents' steps and passes and the critic's
             steps, once for all agents of one architecture; or keyword arguments of
             :func:`torch.compile`. Defaults to ``False``.
@@ -255,12 +254,11 @@ class SequentialUpdater:
         Returns:
             scalars that have not been read back from the device. Under each agent's name:
             ``surrogate_before``, ``surrogate``, ``ratio_mean``, ``ratio_max``, ``ratio_min``,
-            ``kl``, ``entropy``, ``factor_mean``, ``factor_max``, ``factor_ess`` (of the factor it
-            starts from, where it acts), ``position`` (its place in the order) and what its step
-            reports (``loss``, ``grad_norm``, ``epochs``, ``clip_fraction``; a trust region's own).
-            ``kl`` and ``entropy`` are estimated from the stored actions where they have no closed
-            form. Under ``"critic"``: ``loss``, ``grad_norm``, ``epochs``, ``explained_variance``
-            (before the fit).
+            ``kl``, ``entropy`` (both estimated where they have no closed form), ``factor_mean``,
+            ``factor_max``, ``factor_ess`` (of the factor it starts from, where it acts),
+            ``position`` (its place in the order) and what its step reports (``loss``,
+            ``grad_norm``, ``epochs``, ``clip_fraction``; a trust region's own). Under ``"critic"``:
+            ``loss``, ``grad_norm``, ``epochs``, ``explained_variance`` (before the fit).
 
         Raises:
             KeyError: if an entry is missing.
@@ -342,11 +340,7 @@ class SequentialUpdater:
         report = step(data)
         if self.check_finite and not report["grad_norm"].isfinite():
             undo[-1]()
-            logger.warning(
-                "The gradient of %s was not finite; its update was taken back and its policy is "
-                "the one of before.",
-                name,
-            )
+            logger.warning("The gradient of %s was not finite; its update was taken back.", name)
         return report
 
     # -- state ---------------------------------------------------------------------------------
@@ -356,11 +350,9 @@ class SequentialUpdater:
         return [self._order_generator, self._minibatch_generator]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything the next update depends on, but the batch.
+        """Everything the next update depends on, but the batch and torch's global generator.
 
-        Where an entropy bonus has no closed form, TorchRL estimates it by draws from torch's global
-        generator, which is not part of it: to go on bit for bit there, keep
-        :func:`torch.get_rng_state` as well.
+        From that one TorchRL draws to estimate an entropy bonus without a closed form.
 
         Returns:
             networks and coefficients of the loss, optimisers, schedulers, generators and counters;

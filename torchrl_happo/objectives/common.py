@@ -141,8 +141,7 @@ class SequentialLossMixin(_Base):
             unit for name, actor in groups for unit in split_actor(actor, group=name, as_block=True)
         )
         if isinstance(actors, Mapping):
-            names = ("action", "sample_log_prob")
-            self.set_keys(**{name: self._written(name) for name in names})
+            self.set_keys(**{name: self._written(name) for name in ("action", "sample_log_prob")})
         critic = self.critic_network
         check_separate(self._agents, critic)
         if critic is None:
@@ -168,9 +167,8 @@ class SequentialLossMixin(_Base):
 
     def _written(self, name: str) -> list[NestedKey]:
         """The keys of the actions, or of their log-probabilities, that the actors write."""
-        policies = [unit.policy for unit in self._units]
-        keys = [p.action_keys if name == "action" else p.log_prob_keys for p in policies]
-        return list(dict.fromkeys(key for of_unit in keys for key in of_unit))
+        kind = "action_keys" if name == "action" else "log_prob_keys"
+        return list(dict.fromkeys(key for u in self._units for key in getattr(u.policy, kind)))
 
     @property
     def agents(self) -> tuple[Agent, ...]:

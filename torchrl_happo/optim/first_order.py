@@ -239,12 +239,13 @@ class FirstOrderStep:
 
     def end_batch(self) -> Undo:
         """Lets the scheduler make its step, whether or not the optimiser has made one."""
+        if self.scheduler is None:
+            return lambda: None
         undo = partial(self._restore_schedule, self._schedule())
-        if self.scheduler is not None:
-            with warnings.catch_warnings():
-                # An agent that has not acted yet follows its schedule all the same.
-                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-                self.scheduler.step()
+        with warnings.catch_warnings():
+            # An agent that has not acted yet follows its schedule all the same.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            self.scheduler.step()
         return undo
 
     def snapshot(self) -> dict[str, Any]:
