@@ -342,6 +342,26 @@ def test_an_agent_that_does_not_act_follows_its_schedule(recwarn):
     assert not [warning for warning in recwarn if "lr_scheduler" in str(warning.message)]
 
 
+def test_a_schedule_that_fails_leaves_no_trace(monkeypatch):
+    """Those that have made their step before it take it back, also of an agent that did not act."""
+    updater = make_updater(
+        scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5)
+    )
+    batch = make_batch(updater.loss.actor_network)
+    batch["agents", "active"] = torch.ones(*batch.shape, N_AGENTS, dtype=torch.bool)
+    batch["agents", "active"][..., 0] = False
+    before = copy.deepcopy(updater.state_dict())
+
+    def fails():
+        raise RuntimeError("no rate for this step")
+
+    monkeypatch.setattr(updater._agent_steps[NAMES[1]].scheduler, "step", fails)
+    with pytest.raises(RuntimeError, match="no rate"):
+        updater(batch)
+    monkeypatch.undo()
+    assert same(updater.state_dict(), before)
+
+
 @pytest.mark.parametrize("loss_class", [HAPPOLoss, HATRPOLoss])
 def test_a_critic_without_weight_stays(loss_class):
     """It gives its values all the same; nobody needs a gradient from it."""
