@@ -342,7 +342,7 @@ def test_an_agent_that_does_not_act_follows_its_schedule(recwarn):
     assert not [warning for warning in recwarn if "lr_scheduler" in str(warning.message)]
 
 
-def test_a_schedule_that_fails_leaves_no_trace(monkeypatch):
+def test_a_schedule_that_fails_leaves_no_trace():
     """Those that have made their step before it take it back, also of an agent that did not act."""
     updater = make_updater(
         scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5)
@@ -355,10 +355,11 @@ def test_a_schedule_that_fails_leaves_no_trace(monkeypatch):
     def fails():
         raise RuntimeError("no rate for this step")
 
-    monkeypatch.setattr(updater._agent_steps[NAMES[1]].scheduler, "step", fails)
+    schedule = updater._agent_steps[NAMES[1]].scheduler
+    schedule.step = fails
     with pytest.raises(RuntimeError, match="no rate"):
         updater(batch)
-    monkeypatch.undo()
+    del schedule.step
     assert same(updater.state_dict(), before)
 
 
