@@ -49,7 +49,9 @@ def check_composed(task, algorithm):
     assert type(config.algorithm) is GROUPS["algorithm"][algorithm]
 
 
-@pytest.mark.parametrize(("task", "algorithm"), zip(sorted(TASKS), cycle(ALGORITHMS), strict=False))
+@pytest.mark.parametrize(
+    ("task", "algorithm"), list(zip(sorted(TASKS), cycle(ALGORITHMS), strict=False))
+)
 def test_every_task_composes(task, algorithm):
     """All values are there, of the types of their schemas, under the names of their files."""
     check_composed(task, algorithm)
@@ -168,6 +170,11 @@ class TestResumedConfiguration:
         """A run can be made longer, and evaluated otherwise."""
         config = self.resume("resume=x", "total_frames=900000", "evaluation.interval=5")
         assert (config.total_frames, config.evaluation.interval) == (900_000, 5)
+
+    def test_the_machine_may_change(self):
+        """A run that was trained on a GPU goes on where there is none."""
+        config = self.resume("resume=x", "device=cpu", also=["device=cuda"])
+        assert config.device == "cpu"
 
     def test_a_falling_learning_rate_has_an_end(self):
         """Made longer, the run would go on with a learning rate of zero."""

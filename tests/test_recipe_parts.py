@@ -183,6 +183,17 @@ class TestReport:
             for task in ("lbforaging/8x8_2p_3f", "pettingzoo/simple_line")
         ]
 
+    def test_what_cannot_be_drawn_is_said(self, tmp_path, monkeypatch, capsys):
+        """In one sentence, before anything is built: another simulator, no checkpoint."""
+        monkeypatch.setattr(train, "write_report", lambda config, folder: None)
+        run = train.run(tiny_config("task=pettingzoo/simple_line"), tmp_path / "run")
+        for folder, words in ((run, "not pettingzoo/simple_line"), (tmp_path, "holds no")):
+            monkeypatch.setattr(sys, "argv", ["rollout", str(folder)])
+            with pytest.raises(SystemExit) as ended:
+                rollout.main()
+            assert ended.value.code == 2
+            assert words in capsys.readouterr().err.splitlines()[-1]
+
     def test_a_rollout_is_a_film_of_one_episode(self, tmp_path, monkeypatch):
         """One picture for each step of the newest checkpoint, whatever draws it."""
         from PIL import Image

@@ -18,6 +18,7 @@ from torchrl.modules import set_recurrent_mode
 
 from torchrl_happo.agents import Agent
 from torchrl_happo.batch import TeamBatch
+from torchrl_happo.generators import load_generator_state
 from torchrl_happo.learners import Learners
 from torchrl_happo.metrics import factor_metrics
 from torchrl_happo.objectives.common import SequentialLossMixin
@@ -372,7 +373,7 @@ class SequentialUpdater:
         return {k: v for k, v in state.items() if not k.startswith("_value_estimator.value_net")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a :meth:`state_dict`, bit for bit.
+        """Goes on from a :meth:`state_dict`, bit for bit on the same kind of device.
 
         Args:
             state (dict): what :meth:`state_dict` returned, for the same team and networks.
@@ -396,5 +397,5 @@ class SequentialUpdater:
         for name, step in self._steps.items():
             step.load_state_dict(state["steps"][name])
         for generator, value in zip(self._generators, state["generators"], strict=True):
-            generator.set_state(value)
+            load_generator_state(generator, value)
         self.num_updates = state["num_updates"]

@@ -10,6 +10,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from torchrl_happo.generators import load_generator_state
 from torchrl_happo.learners import Learners
 from torchrl_happo.optim.code import Code
 from torchrl_happo.optim.compiled_model import CompiledModel
@@ -187,4 +188,4 @@ class TrustRegionStep:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Loads what :meth:`state_dict` returned."""
         if self.generator is not None:
-            self.generator.set_state(state["generator"])
+            load_generator_state(self.generator, state["generator"])

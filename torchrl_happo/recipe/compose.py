@@ -36,6 +36,7 @@ LONGEST_FOLDER = 100
 # What a resumed run may set anew without becoming another run.
 CHANGEABLE = {
     "checkpoint",
+    "device",
     "evaluation",
     "learner_timeout",
     "logger",

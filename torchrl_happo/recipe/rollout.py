@@ -13,6 +13,8 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl_happo.networks import memory_transforms
 from torchrl_happo.recipe import checkpoint
 from torchrl_happo.recipe.algorithms import make_learner
+from torchrl_happo.recipe.checkpoint import CheckpointError
+from torchrl_happo.recipe.config import ConfigError, VmasTask
 from torchrl_happo.recipe.environments import make_env
 from torchrl_happo.recipe.places import run_folder
 
@@ -27,9 +29,15 @@ def record(source: Path, target: Path) -> None:
     Args:
         source (Path): a run's folder or a checkpoint.
         target (Path): the GIF to write.
+
+    Raises:
+        CheckpointError: in one sentence, if there is none or it cannot be used.
+        ConfigError: if the task's simulator does not draw.
     """
     content = checkpoint.read(source)
     config = checkpoint.read_config(content)
+    if not isinstance(config.task, VmasTask):
+        raise ConfigError(f"Tasks of VMAS alone are drawn, not {config.task.name}.")
     env = make_env(config.task, num_envs=1, seed=config.evaluation.seed)
     learner = make_learner(config, env)
     for transform in memory_transforms(learner.policy):
@@ -65,7 +73,10 @@ def main() -> None:
     parser.add_argument("source", type=Path, help="a run's folder or a checkpoint")
     parser.add_argument("--output", type=Path, help="default: rollout.gif in the run's folder")
     arguments = parser.parse_args()
-    record(arguments.source, arguments.output or run_folder(arguments.source) / "rollout.gif")
+    try:
+        record(arguments.source, arguments.output or run_folder(arguments.source) / "rollout.gif")
+    except (CheckpointError, ConfigError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
