@@ -342,6 +342,8 @@ def test_refuses_teams(arguments, message):
         ({"nearest": 1.5}, TypeError, "nearest must be a whole number of at least 0, got 1.5"),
         ({"num_envs": 0}, ValueError, "num_envs must be at least 1, got 0"),
         ({"max_steps": 0}, ValueError, "max_steps must be at least 1, got 0"),
+        ({"cost": 1}, ValueError, r"'HalfCheetah-v5' does not .* {'cost': 1}; .*ctrl_cost_weight"),
+        ({"ctrl_cost_weight": "a"}, ValueError, r"does not take .* {'ctrl_cost_weight': 'a'}"),
     ],
 )
 def test_refuses_arguments(settings, error, message):

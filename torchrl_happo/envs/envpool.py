@@ -57,8 +57,8 @@ class EnvPoolEnv(EnvBase):
 
     Raises:
         ImportError: if EnvPool is not installed.
-        ValueError: if EnvPool has no such task, observation or action are no vectors, or there are
-            no copies or steps.
+        ValueError: if EnvPool has no such task, the task no such arguments, observation or action
+            are no vectors, or there are no copies or steps.
 
     Examples:
         >>> env = EnvPoolEnv("HalfCheetah-v5", num_envs=3, seed=0)  # doctest: +SKIP
@@ -83,7 +83,7 @@ class EnvPoolEnv(EnvBase):
         if task not in envpool.list_all_envs():
             raise ValueError(f"EnvPool has no task {task!r}; see envpool.list_all_envs().")
         super().__init__(device=torch.device(device), batch_size=[num_envs])
-        spec = envpool.make_spec(task, **kwargs)
+        spec = _make_spec(envpool, task, kwargs)
         self.task = task
         self.max_steps = spec.config.max_episode_steps if max_steps is None else max_steps
         self._make = {
@@ -200,3 +200,14 @@ def _import_envpool() -> Any:
             "EnvPoolEnv needs EnvPool; install it by: pip install torchrl_happo[mujoco]."
         ) from error
     return envpool
+
+
+def _make_spec(envpool: Any, task: str, arguments: dict[str, Any]) -> Any:
+    """The task with ``arguments``, some of which may be unknown or of a wrong type."""
+    try:
+        return envpool.make_spec(task, **arguments)
+    except TypeError as error:
+        known = ", ".join(envpool.make_spec(task).config._fields)
+        raise ValueError(
+            f"{task!r} does not take the arguments {arguments}; what it can be given is {known}."
+        ) from error
