@@ -194,10 +194,11 @@ def run(name: str, tasks: list[str], algorithms: list[str], seeds: list[int], ru
         record(name, task, algorithm, seed, folder)
 
 
-def record_all(name: str, runs: Path) -> None:
-    """Puts what all runs of a suite have so far into its results."""
-    suite = SUITES[name]
-    for task, algorithm, seed in itertools.product(suite.tasks, suite.algorithms, suite.seeds):
+def record_all(
+    name: str, tasks: list[str], algorithms: list[str], seeds: list[int], runs: Path
+) -> None:
+    """Puts what all runs have so far into the suite's results."""
+    for task, algorithm, seed in itertools.product(tasks, algorithms, seeds):
         folder = runs / task / algorithm / f"seed_{seed}"
         if (folder / "evaluation.csv").exists():
             record(name, task, algorithm, seed, folder)
@@ -370,16 +371,15 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=HERE / "runs", help="where the runs lie")
     args = parser.parse_args()
     suite = SUITES[args.suite]
-    if args.action == "run":
-        run(
+    if args.action != "report":
+        make = run if args.action == "run" else record_all
+        make(
             args.suite,
             args.tasks or list(suite.tasks),
             args.algorithms or list(suite.algorithms),
             args.seeds or list(suite.seeds),
             args.runs,
         )
-    elif args.action == "record":
-        record_all(args.suite, args.runs)
     logger.info("%s\n\n%s", table(args.suite), figure(args.suite))
 
 

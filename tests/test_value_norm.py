@@ -17,11 +17,12 @@ from torchrl.modules import PercentileValueNorm, PopArtValueNorm, RunningValueNo
 from torchrl_happo import HAPPOLoss, HATRPOLoss, SequentialUpdater
 
 
-def make_updater(value_norm=None, *, loss_class=HAPPOLoss, popart=False, **kwargs):
+def make_updater(value_norm=None, *, loss_class=HAPPOLoss, popart=False, clip_value=None, **kwargs):
     """An updater whose critic predicts normalised values."""
     if value_norm is None:
         value_norm = PopArtValueNorm(shape=1)
-    loss = loss_class(make_actor(), make_critic(), value_norm=value_norm, popart=popart)
+    settings = {"value_norm": value_norm, "popart": popart, "clip_value": clip_value}
+    loss = loss_class(make_actor(), make_critic(), **settings)
     return SequentialUpdater(loss, **{"num_epochs": 2, **kwargs})
 
 
@@ -108,6 +109,32 @@ def test_popart_keeps_the_values():
         loss.update_value_norm(torch.randn(50, 1).double() * 400 - 1000)
         after = values(batch.copy())["agents", "state_value"]
     torch.testing.assert_close(after, before, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("popart", [False, True])
+@pytest.mark.parametrize("norm", [PopArtValueNorm, RunningValueNorm, PercentileValueNorm])
+def test_clipping_starts_from_the_old_predictions(norm, popart):
+    """Whatever the statistics do: before its first step the critic predicts what it is clipped to.
+
+    The reference clips the change of predictions, not of the values that these stand for.
+    """
+    updater = make_updater(norm(shape=1), popart=popart, clip_value=0.05)
+    loss = updater.loss
+    objective, differences = updater._critic_step.objective, []
+
+    def record(data):
+        prediction = loss.critic_network(data.copy())["agents", "state_value"]
+        old = loss.value_norm.normalize(data["agents", "state_value"])
+        differences.append((prediction - old).abs().max().item())
+        return objective(data)
+
+    updater._critic_step.objective = record
+    batch = make_batch(loss.actor_network)
+    for offset in (-100, 300, 0):
+        batch["next", "reward"] = batch["next", "reward"] * 10 + offset
+        updater(batch.copy())
+    assert max(differences[::2]) < 1e-5  # of two epochs in three batches
+    assert min(differences[1::2]) > 1e-3
 
 
 @pytest.mark.parametrize("norm", [PopArtValueNorm, RunningValueNorm, PercentileValueNorm])

@@ -315,9 +315,10 @@ class SequentialUpdater:
         """The fit of the critic, and of the statistics of its values."""
         report = TensorDict()
         if team.has_values():
+            data = team.critic_view()
             if self.loss.value_norm is not None:
-                undo.append(self.loss.update_value_norm(team.valid_returns()))
-            report = self._run("critic", step, team.critic_view(), undo)
+                undo.append(self.loss.update_value_norm(team.valid_returns(), data))
+            report = self._run("critic", step, data, undo)
         return report.set("explained_variance", team.explained_variance())
 
     def _update_agent(self, agent: Agent, team: TeamBatch, undo: list[Undo]) -> TensorDict:

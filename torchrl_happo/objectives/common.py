@@ -258,19 +258,27 @@ class SequentialLossMixin(_Base):
             old_state_value = self.value_norm.normalize(old_state_value)
         return self.value_norm.normalize(target_return), state_value, old_state_value
 
-    def update_value_norm(self, value_target: Tensor) -> Callable[[], None]:
+    def update_value_norm(
+        self, value_target: Tensor, data: TensorDictBase | None = None
+    ) -> Callable[[], None]:
         """Takes the valid returns of a batch into the value normalisation, if there is one.
 
         Args:
             value_target (Tensor): the returns, ``[num_returns, 1]``.
+            data (TensorDictBase, optional): whose old values become what the critic's predictions
+                of then stand for now; ``clip_value`` bounds how far a prediction moves from these.
 
         Returns:
-            a callable that takes it back.
+            a callable that takes back what happened to statistics and critic.
         """
         if self.value_norm is None:
             return lambda: None
         critic = self.critic_network if self.popart else None
-        return update_value_norm(self.value_norm, value_target, critic)
+        moved = update_value_norm(self.value_norm, value_target, critic)
+        old = None if data is None else data.get(self.tensor_keys.value, None)
+        if data is not None and old is not None:
+            data.set(self.tensor_keys.value, moved.restate(old))
+        return moved.undo
 
     @property
     def fits_critic(self) -> bool:

@@ -9,7 +9,7 @@ regresses on :math:`(R - \mu) / \sigma` (Yu et al., 2022, https://arxiv.org/abs/
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -17,7 +17,9 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 from torchrl.modules import ValueNorm
 
-__all__ = ["RealValues", "last_linear", "update_value_norm"]
+from torchrl_happo.undo import Undo
+
+__all__ = ["MovedStatistics", "RealValues", "last_linear", "update_value_norm"]
 
 
 class RealValues(TensorDictModuleBase):
@@ -58,10 +60,29 @@ class RealValues(TensorDictModuleBase):
         return tensordict.set(self.value_key, value)
 
 
+class MovedStatistics(NamedTuple):
+    """What a batch of returns has done to the running statistics, and so to a critic's values.
+
+    Attributes:
+        undo (callable): puts statistics and critic back to where they were.
+        gain (Tensor): with ``shift``, from what a prediction stood for to what it stands for now.
+            Both are 1 and 0 where the critic's values have not moved.
+        shift (Tensor): see ``gain``.
+    """
+
+    undo: Undo
+    gain: Tensor
+    shift: Tensor
+
+    def restate(self, values: Tensor) -> Tensor:
+        """Real values from before, as the same predictions stand for them now."""
+        return values * self.gain + self.shift
+
+
 @torch.no_grad()
 def update_value_norm(
     value_norm: ValueNorm, value_target: Tensor, critic: nn.Module | None = None
-) -> Callable[[], None]:
+) -> MovedStatistics:
     r"""Takes a batch of returns into the running statistics.
 
     With a critic, its last linear layer is rescaled so that the values it stands for do not jump
@@ -82,26 +103,31 @@ def update_value_norm(
         critic (nn.Module, optional): the critic whose outputs are to be preserved.
 
     Returns:
-        a callable that puts statistics and critic back to where they were.
+        how to take it back, and what predictions from before stand for now.
 
     Raises:
         ValueError: if the critic does not end in a linear layer with a bias.
     """
+    one, none = value_target.new_ones(1), value_target.new_zeros(1)
     if len(value_target) == 0:
-        return lambda: None
+        return MovedStatistics(lambda: None, one, none)
     before = copy.deepcopy(value_norm.state_dict())
     last = [] if critic is None else last_linear(critic)
     values = [parameter.clone() for parameter in last]
     zero = torch.zeros_like(value_target[:1])
     old_mean, old_scale = value_norm.denormalize(zero)[0], value_norm.scale().clone()
     value_norm.update(value_target)
+    mean, scale = value_norm.denormalize(zero)[0], value_norm.scale()
+    # The values stay if the predictions move, and the other way round.
+    gain = scale / old_scale
+    shift = mean - gain * old_mean
     if last:
-        mean, scale = value_norm.denormalize(zero)[0], value_norm.scale()
         weight, bias = last
         # All of them are zero until something is taken in.
         known = torch.stack([statistic.any() for statistic in before.values()]).any()
-        weight.mul_(torch.where(known, old_scale / scale, torch.ones_like(scale)))
+        weight.mul_(torch.where(known, old_scale / scale, one))
         bias.copy_(torch.where(known, (bias * old_scale + old_mean - mean) / scale, bias))
+        gain, shift = torch.where(known, one, gain), torch.where(known, none, shift)
 
     @torch.no_grad()
     def restore() -> None:
@@ -109,7 +135,7 @@ def update_value_norm(
         for parameter, value in zip(last, values, strict=True):
             parameter.copy_(value)
 
-    return restore
+    return MovedStatistics(restore, gain, shift)
 
 
 def last_linear(critic: nn.Module, *, most_outputs: int | None = None) -> list[nn.Parameter]:
