@@ -91,7 +91,9 @@ class HAPPOLoss(SequentialLossMixin, ClipPPOLoss):
             Defaults to ``None``: 1, if there is a critic.
         loss_critic_type (str): ``"l1"``, ``"l2"`` or ``"smooth_l1"``. Defaults to
             ``"smooth_l1"``.
-        clip_value (bool or float, optional): clips the change of the value. Defaults to ``None``.
+        clip_value (bool or float, optional): bounds how far a fit may move the value from the one
+            in the data, or with a ``value_norm`` the critic's prediction from the one of then.
+            ``True`` takes ``clip_epsilon``. Defaults to ``None``.
         normalize_advantage (bool): whether ``forward`` standardises the advantage of the
             tensordict it is given, before the factor. The updater does so once per batch, whatever
             is said here. Defaults to ``False``.
