@@ -38,7 +38,7 @@ def arguments(text):
                 yield name.strip(" *\n"), " ".join(words.split())
 
 
-@pytest.mark.parametrize("item", documented())
+@pytest.mark.parametrize("item", list(documented()))
 def test_arguments_and_defaults(item):
     """All arguments are documented, no others, and with the defaults that they have."""
     words = dict(arguments(inspect.getdoc(item)))
