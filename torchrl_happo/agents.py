@@ -22,10 +22,11 @@ from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
 from torchrl_happo.actor_list import ActorList
+from torchrl_happo.distributions import is_saturated
 from torchrl_happo.policy import Parameters, Policy
 from torchrl_happo.stacks import Tie, cut_actor, num_agents, same_distribution, shared_part
 
-__all__ = ["Agent", "split_actor", "split_team"]
+__all__ = ["Agent", "behaviour_log_prob", "split_actor", "split_team"]
 
 
 def group_of(key: NestedKey) -> str | None:
@@ -343,3 +344,39 @@ def split_team(
             "number; rename a group."
         )
     return agents
+
+
+def behaviour_log_prob(agent: Agent, data: TensorDictBase, current: Tensor | None) -> Tensor:
+    """The log-probability of the stored action under the policy that took it.
+
+    This is the stored one, except where a :class:`~torchrl.modules.TanhNormal` action lies so
+    near its bounds that ``tanh`` cannot be inverted in the tensor's precision. There the
+    collector's value (scored before the rounding) and any later one (scored from the stored
+    action) differ by several nats, and a policy compared with itself would have a ratio far from
+    one. Such actions are scored again, from the distribution's parameters that the actor left in
+    the data, so that both sides of the ratio see the same action.
+
+    Args:
+        agent (Agent): the agent or group.
+        data (TensorDictBase): its view of the batch, prepared by :meth:`Policy.prepare`.
+        current (Tensor, optional): log-probability under the current policy, used at saturated
+            actions if the data lacks the distribution's parameters. ``None``: the stored
+            log-probability is used there.
+
+    Returns:
+        the joint log-probability, ``[*B]`` or ``[*B, n_agents]``.
+    """
+    stored = agent.stored_log_prob(data)
+    policy = agent.policy
+    if not policy.may_saturate:
+        return stored
+    parameters = policy.stored_parameters(data)
+    if parameters is not None:
+        current = agent.log_prob(parameters, data)
+    elif current is not None:
+        parameters = policy.parameters(data)
+    if parameters is None or current is None:
+        return stored
+    dist = policy.distribution(parameters)
+    saturated = is_saturated(dist, policy.action(data), batch_ndim=stored.ndim)
+    return torch.where(saturated, current, stored)

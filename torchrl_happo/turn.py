@@ -8,7 +8,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from torchrl_happo.agents import Agent
+from torchrl_happo.agents import Agent, behaviour_log_prob
 from torchrl_happo.learners import Learners
 from torchrl_happo.metrics import agent_metrics, ratio_range
 from torchrl_happo.objectives.common import (
@@ -16,7 +16,6 @@ from torchrl_happo.objectives.common import (
     OLD_LOG_PROB,
     VALID,
     SequentialLossMixin,
-    behaviour_log_prob,
 )
 from torchrl_happo.optim.code import Code
 from torchrl_happo.policy import Parameters

@@ -50,9 +50,7 @@ from torchrl_happo.validation.values import check_finite
 __all__ = ["SequentialUpdater"]
 
 logger = logging.getLogger(__name__)
-
 STATE_VERSION = 1
-
 DEFAULT_OPTIMIZER: OptimizerFactory = partial(torch.optim.Adam, lr=3e-4)
 
 

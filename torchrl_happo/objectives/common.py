@@ -25,8 +25,7 @@ from torchrl.modules import ValueNorm
 from torchrl.objectives import PPOLoss
 from torchrl.objectives.utils import ValueEstimators, _sum_td_features
 
-from torchrl_happo.agents import Agent, split_actor, split_team
-from torchrl_happo.distributions import is_saturated
+from torchrl_happo.agents import Agent, behaviour_log_prob, split_actor, split_team
 from torchrl_happo.learners import Learners
 from torchrl_happo.masks import step_mask, value_mask
 from torchrl_happo.means import count
@@ -40,7 +39,7 @@ from torchrl_happo.validation.batch import check_agent_keys, check_team_shape
 from torchrl_happo.validation.team import check_policy_keys, check_separate, check_value_key
 from torchrl_happo.validation.values import explained
 
-__all__ = ["ADVANTAGE", "OLD_LOG_PROB", "VALID", "SequentialLossMixin", "behaviour_log_prob"]
+__all__ = ["ADVANTAGE", "OLD_LOG_PROB", "VALID", "SequentialLossMixin"]
 
 #: Entries that the updater adds to an agent's view of the batch, and its step reads:
 #: the log-probability the ratio starts from, the factor times the advantage, and the validity.
@@ -56,42 +55,6 @@ Actors: TypeAlias = (
 # It cannot inherit from PPOLoss itself: TorchRL's metaclass would put PPOLoss.forward in front of
 # ClipPPOLoss.forward.
 _Base: Any = PPOLoss if TYPE_CHECKING else object
-
-
-def behaviour_log_prob(agent: Agent, data: TensorDictBase, current: Tensor | None) -> Tensor:
-    """The log-probability of the stored action under the policy that took it.
-
-    This is the stored one, except where a :class:`~torchrl.modules.TanhNormal` action lies so
-    near its bounds that ``tanh`` cannot be inverted in the tensor's precision. There the
-    collector's value (scored before the rounding) and any later one (scored from the stored
-    action) differ by several nats, and a policy compared with itself would have a ratio far from
-    one. Such actions are scored again, from the distribution's parameters that the actor left in
-    the data, so that both sides of the ratio see the same action.
-
-    Args:
-        agent (Agent): the agent or group.
-        data (TensorDictBase): its view of the batch, prepared by :meth:`Policy.prepare`.
-        current (Tensor, optional): log-probability under the current policy, used at saturated
-            actions if the data lacks the distribution's parameters. ``None``: the stored
-            log-probability is used there.
-
-    Returns:
-        the joint log-probability, ``[*B]`` or ``[*B, n_agents]``.
-    """
-    stored = agent.stored_log_prob(data)
-    policy = agent.policy
-    if not policy.may_saturate:
-        return stored
-    parameters = policy.stored_parameters(data)
-    if parameters is not None:
-        current = agent.log_prob(parameters, data)
-    elif current is not None:
-        parameters = policy.parameters(data)
-    if parameters is None or current is None:
-        return stored
-    dist = policy.distribution(parameters)
-    saturated = is_saturated(dist, policy.action(data), batch_ndim=stored.ndim)
-    return torch.where(saturated, current, stored)
 
 
 class SequentialLossMixin(_Base):
