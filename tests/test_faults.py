@@ -16,12 +16,13 @@ import pytest
 import torch
 from checkpoint_writer import KEEP, Training
 from recipe_helpers import TINY, table, tiny_config
-from team import N_AGENTS, SPOILED_GRADIENTS
+from team import N_AGENTS, SPOILED_GRADIENTS, make_actor, make_batch, make_critic
 from torchrl.envs import VmasEnv
+from torchrl.modules import PopArtValueNorm, RunningValueNorm
 from wrong_calls import INF, NAN, Team, same
 
 import torchrl_happo
-from torchrl_happo import HAPPOLoss, HATRPOLoss, train
+from torchrl_happo import HAPPOLoss, HATRPOLoss, SequentialUpdater, train
 from torchrl_happo.recipe import checkpoint
 from torchrl_happo.recipe.checkpoint import CheckpointError, Checkpoints
 from torchrl_happo.recipe.collection import Batches, WorkerError
@@ -332,3 +333,26 @@ def test_killed_while_checkpoints_are_written(tmp_path, record_property):
     resumed.iterate()
     Checkpoints(tmp_path, KEEP).save(compose_config(), resumed.updater, resumed.progress)
     assert len(list(folder.iterdir())) == KEEP  # what the killed ones left about is gone
+
+
+@pytest.mark.parametrize("value_norm", [RunningValueNorm, PopArtValueNorm])
+@pytest.mark.parametrize("scale", [1e18, 1e25, 1e36])
+def test_returns_too_large_for_the_statistics(scale, value_norm):
+    """They are not taken in, or taken back with the critic's step; the next batch is as ever."""
+    actor, critic = make_actor(), make_critic()
+    loss = HAPPOLoss(actor, critic, value_norm=value_norm(shape=1), loss_critic_type="l2")
+    updater = SequentialUpdater(loss, num_epochs=1, max_grad_norm=1.0)
+    batch = make_batch(actor)
+    updater(batch)
+    before = copy.deepcopy(loss.value_norm.state_dict())
+    huge = batch.clone()
+    huge["next", "reward"] *= scale
+    updater(huge)
+    assert all(value.isfinite().all() for value in loss.state_dict().values())
+    if scale > 1e20:
+        assert same(loss.value_norm.state_dict(), before)
+    before = copy.deepcopy(updater.state_dict()["steps"])
+    metrics = updater(batch)
+    assert all(value.isfinite() for value in metrics.values(True, True))
+    for name, step in updater.state_dict()["steps"].items():
+        assert not same(step, before[name])

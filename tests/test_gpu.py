@@ -103,6 +103,20 @@ def test_no_synchronisation(loss_class, cudagraphs):
     assert isinstance(metrics, TensorDict)
 
 
+@pytest.mark.parametrize("loss_class", LOSSES)
+def test_a_team_goes_to_another_device(loss_class):
+    """Between two updates, with its optimisers' momentum; minibatches are drawn where they were."""
+    there, batch = make_updater(loss_class, "cpu", minibatch_size=12)
+    here = copy.deepcopy(there)
+    for updater in (there, here):
+        updater(batch)
+    here.loss.to("cuda")
+    there(batch)
+    here(batch.to("cuda"))
+    for key, value in parameters(there).items():
+        torch.testing.assert_close(parameters(here)[key], value, rtol=1e-3, atol=1e-4)
+
+
 def test_state_goes_to_another_device():
     """A state that was written on the GPU goes on on the CPU, and the other way round."""
     gpu, gpu_batch = make_updater(HAPPOLoss, "cuda")

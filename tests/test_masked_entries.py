@@ -13,9 +13,10 @@ import pytest
 import team
 import torch
 from tensordict import TensorDict
+from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torchrl.collectors import Collector
 from torchrl.envs import Compose, InitTracker, StepCounter, TransformedEnv, VmasEnv
-from torchrl.modules import IndependentNormal, PopArtValueNorm
+from torchrl.modules import IndependentNormal, PopArtValueNorm, ProbabilisticActor
 
 from torchrl_happo import (
     HAPPOLoss,
@@ -239,9 +240,9 @@ def test_no_minibatch_is_without_a_valid_entry(team, loss_class):
     updater.sequence_length = 5 if "memory" in team else None
     run, drawn = updater._run, []
 
-    def spy(name, step, data, undo):
+    def spy(name, step, data, *undo):
         drawn.append(len(data))
-        return run(name, step, data, undo)
+        return run(name, step, data, *undo)
 
     updater._run = spy
     update(updater, batch)
@@ -257,3 +258,107 @@ def test_nothing_counts():
     updater(batch)
     for part in ("loss", "steps"):
         assert_same(updater.state_dict()[part], before[part])
+
+
+def with_own_rewards(there, there_next, change):
+    """A team in which agent 0 is ``there`` at some steps, and what one agent is paid at one."""
+    actor, critic = team.make_actor(), team.make_critic()
+    loss = HAPPOLoss(actor, critic)
+    loss.set_keys(reward=("agents", "reward"))
+    batch = team.make_batch(actor)
+    shape, n_agents = batch.shape, team.N_AGENTS
+    for place, mask in (((), there), (("next",), there_next)):
+        active = torch.ones(*shape, n_agents, dtype=torch.bool)
+        active[..., 0] = torch.tensor(mask)
+        batch[(*place, "agents", "active")] = active
+    reward = batch["next", "reward"].unsqueeze(-2).expand(*shape, n_agents, 1).clone()
+    reward[:, 2, 0] = change(reward[:, 2, 0])
+    batch["next", "agents", "reward"] = reward
+    return SequentialUpdater(loss, num_epochs=1), batch.exclude(("next", "reward"))
+
+
+BORN = [False, False, False, True, True, True], [False, False, True, True, True, True]
+DIES = [True, True, True, False, False, False], [True, True, False, False, False, False]
+
+
+@pytest.mark.parametrize("change", [lambda r: r - 10, lambda r: r * torch.nan], ids=["less", "nan"])
+def test_a_reward_belongs_to_the_step_of_the_action(change):
+    """What an agent is paid at its last step counts, though it is dead when it is paid.
+
+    What is written for one that comes in at the next step does not.
+    """
+    updater, batch = with_own_rewards(*BORN, change)
+    assert updater(batch)["critic", "loss"].isfinite()
+    updater, batch = with_own_rewards(*DIES, change)
+    with pytest.raises(ValueError, match=r"rewards .* differ|NaN or infinite"):
+        updater(batch)
+
+
+@pytest.mark.parametrize("loss_class", LOSSES, ids=["happo", "hatrpo"])
+@pytest.mark.parametrize("masks", ["block", "chunks"])
+def test_a_ratio_that_overflows_where_nobody_acts(masks, loss_class):
+    """Behind a mask a ratio may be infinite, and the gradient is what it would be without it."""
+    actor = team.make_actor(distribution=IndependentNormal)
+    critic, batch = team.make_critic(), team.make_batch(actor)
+    active = torch.rand(*batch.shape, team.N_AGENTS) < 0.6
+    batch["agents", "active"] = active
+    ends = []
+    for change in (0.0, -200.0):
+        own = copy.deepcopy((actor, critic))
+        loss = loss_class(*own, blocks=["agents"] if masks == "block" else ())
+        updater = SequentialUpdater(
+            loss, num_epochs=1, sequence_length=3 if masks == "chunks" else None
+        )
+        data = batch.clone()
+        log_prob = data["agents", "action_log_prob"]
+        data["agents", "action_log_prob"] = torch.where(active, log_prob, log_prob + change)
+        ends.append(update(updater, data))
+    assert_same(*ends)
+
+
+def lone_agent(group):
+    """A team of one, in a group or without one, and a critic of the team; it acts at times."""
+    torch.manual_seed(0)
+    place = () if group is None else (group,)
+    size = () if group is None else (1,)
+    observation = (*place, "observation")
+    net = torch.nn.Linear(5, 4)
+    keys = [(*place, name) for name in ("loc", "scale")]
+    actor = ProbabilisticActor(
+        TensorDictModule(
+            torch.nn.Sequential(net, NormalParamExtractor()), in_keys=[observation], out_keys=keys
+        ),
+        in_keys=keys,
+        out_keys=[(*place, "action")],
+        distribution_class=IndependentNormal,
+        return_log_prob=True,
+    )
+    value = torch.nn.Linear(5, 1)
+    value = value if group is None else torch.nn.Sequential(torch.nn.Flatten(-2), value)
+    critic = TensorDictModule(value, in_keys=[observation], out_keys=["state_value"])
+    batch = team.make_observations(n_agents=1).exclude("agents", ("next", "agents"))
+    batch[observation] = torch.randn(*batch.shape, *size, 5)
+    batch[("next", *observation)] = torch.randn(*batch.shape, *size, 5)
+    with torch.no_grad():
+        batch = actor(batch)
+    active = torch.rand(*batch.shape, 1) < 0.6
+    batch[(*place, "active")] = active
+    return HAPPOLoss(actor, critic), batch, active, observation
+
+
+@pytest.mark.parametrize("group", ["agents", None])
+def test_a_team_of_one(group):
+    """Its value counts where its agent acts: in the loss, in its weight and in the statistics."""
+    loss, batch, active, observation = lone_agent(group)
+    data = TeamBatch(loss, batch)
+    returns = data.batch["value_target"][active]
+    assert torch.equal(data.valid_returns(), returns.unsqueeze(-1))
+    view = data.critic_view()
+    assert loss.critic_weight(view) == len(returns) == len(view)
+    values = loss.critic_network(data.critic_batch.copy())["state_value"][active]
+    wanted = torch.nn.functional.smooth_l1_loss(values, returns)
+    torch.testing.assert_close(loss.critic_objective(view), wanted)
+    gap = ~active if group is None else ~active.unsqueeze(-1)
+    batch[observation] = batch[observation].masked_fill(gap, torch.nan)
+    metrics = SequentialUpdater(loss, num_epochs=1)(batch)
+    assert all(value.isfinite() for value in metrics.values(True, True))

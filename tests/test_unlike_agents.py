@@ -39,6 +39,7 @@ from torchrl.modules import (
 )
 
 from torchrl_happo import ActorList, HAPPOLoss, HATRPOLoss, SequentialUpdater, joint_policy
+from torchrl_happo.agents import split_actor
 from torchrl_happo.memory import state_specs
 from torchrl_happo.objectives.common import ADVANTAGE, OLD_LOG_PROB
 from torchrl_happo.recurrent import CELLS
@@ -556,3 +557,52 @@ def test_forward_knows_no_dimensions_of_the_batch(sizes, inactive, own, loss_cla
             torch.testing.assert_close(each[name].flatten(), expected)
         for each in means:
             torch.testing.assert_close(each[name], expected.sum() / counts.sum())
+
+
+@set_composite_lp_aggregate(False)
+def test_a_head_with_bounds_of_its_own_for_each_agent():
+    """An agent that is cut from a stack has its own row of them, whatever the batch's sizes.
+
+    Among agents with the same bounds the code is shared, which compiles it once.
+    """
+    n_agents, group = 4, "agents"
+    net = MultiAgentMLP(
+        n_agent_inputs=OBS_DIM,
+        n_agent_outputs=7,
+        n_agents=n_agents,
+        centralized=False,
+        share_params=False,
+        depth=1,
+        num_cells=8,
+    )
+    high = torch.tensor([1.0, 2.0, 2.0, 3.0]).unsqueeze(-1).expand(-1, 2)
+    heads = [(group, "params", *key) for key in (("move", "loc"), ("move", "scale"))]
+    actor = ProbabilisticActor(
+        TensorDictModule(
+            nn.Sequential(net, Heads()),
+            in_keys=[(group, "observation")],
+            out_keys=[*heads, (group, "params", "talk", "logits")],
+        ),
+        in_keys=[(group, "params")],
+        out_keys=[(group, "move"), (group, "talk")],
+        distribution_class=CompositeDistribution,
+        distribution_kwargs={
+            **COMPOSITE,
+            "distribution_map": {"move": TanhNormal, "talk": d.Categorical},
+            "name_map": {"move": (group, "move"), "talk": (group, "talk")},
+            "extra_kwargs": {"move": {"low": -high, "high": high}},
+        },
+        return_log_prob=True,
+    )
+    batch = TensorDict(
+        {group: {"observation": torch.randn(3, n_agents, n_agents, OBS_DIM)}}, [3, n_agents]
+    )
+    with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
+        batch = actor(batch)
+    agents = split_actor(actor)
+    for agent in agents:
+        keys = [(group, "observation"), (group, "move"), (group, "talk")]
+        data = agent.view(batch, [*keys, *agent.policy.log_prob_keys])
+        log_prob = agent.log_prob(agent.policy.parameters(data), data)
+        torch.testing.assert_close(log_prob, agent.stored_log_prob(data), rtol=1e-4, atol=1e-4)
+    assert [agent.template is agents[1].actor for agent in agents] == [False, True, True, False]

@@ -8,6 +8,7 @@ import math
 from functools import partial
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from team import (
@@ -164,6 +165,8 @@ def test_masked_entries_have_no_influence():
     [
         ("fixed", [0, 1, 2]),
         ([2, 0, 1], [2, 0, 1]),
+        (np.array([2, 0, 1]), [2, 0, 1]),
+        (torch.tensor([2, 0, 1]), [2, 0, 1]),
         (["agents_1", "agents_2", "agents_0"], [1, 2, 0]),
         (lambda batch: [1, 0, 2], [1, 0, 2]),
     ],
@@ -1015,3 +1018,16 @@ def test_a_network_may_name_its_outputs(loss_class):
         ends.append(list(actor.parameters()))
     torch.testing.assert_close(ends[1], ends[0], rtol=0, atol=0)
     torch.testing.assert_close(ends[2], ends[0], rtol=0, atol=0)
+
+
+def test_an_optimiser_follows_its_network_to_another_device():
+    """With all that a fused step needs there: the moments of Adam and its count of steps."""
+    updater = make_updater()
+    updater(make_batch(updater.loss.actor_network))
+    updater.loss.critic_network.to("meta")
+    step = updater._critic_step
+    step.rebind()
+    assert step.optimizer.state
+    for state in step.optimizer.state.values():
+        devices = {name: value.device.type for name, value in state.items()}
+        assert devices == {"step": "meta", "exp_avg": "meta", "exp_avg_sq": "meta"}

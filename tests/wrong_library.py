@@ -10,7 +10,7 @@ from tensordict import TensorDict
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from torchrl.data import LazyTensorStorage, ReplayBuffer
-from torchrl.modules import PopArtValueNorm
+from torchrl.modules import PopArtValueNorm, RunningValueNorm
 from torchrl.objectives import ClipPPOLoss
 from wrong_calls import (
     INF,
@@ -167,6 +167,8 @@ UPDATERS = built([
     ("a hidden layer that PopArt would rescale", lambda: SequentialUpdater(
         loss(critic=head_first(), value_norm=PopArtValueNorm(shape=1), popart=True)), ValueError,
      r"last parameters are \['module.hidden.weight', 'module.hidden.bias'\].*registered after"),
+    ("statistics of three values", lambda: loss(value_norm=RunningValueNorm(shape=(3, 1))),
+     ValueError, r"a RunningValueNorm of shape \(3, 1\).*build it with shape=1"),
     ("a frozen critic", lambda: Team(critic=make_critic().requires_grad_(False)), ValueError,
      "critic has no parameter that requires a gradient"),
     ("a critic that writes other keys", lambda: Team(critic=two_keys()), KeyError,
@@ -272,6 +274,9 @@ BATCHES = called([
         ("agents", "active"), torch.ones(*STEPS, 3, 2).bool()), ValueError, "each agent at each"),
     ("a mask of too few steps", lambda batch: batch.set(
         ("collector", "mask"), torch.ones(*STEPS, 2).bool()), ValueError, "of each step whether"),
+    ("a mask of numbers", lambda batch: batch.set(
+        ("collector", "mask"), torch.ones(STEPS, dtype=torch.uint8)), ValueError,
+     "torch.uint8, but it must say yes or no: write it as torch.bool"),
 ])
 
 TEAMS = trained([

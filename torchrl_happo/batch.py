@@ -19,7 +19,7 @@ from torchrl_happo.masks import (
     step_mask,
     value_mask,
 )
-from torchrl_happo.means import moments
+from torchrl_happo.means import masked, moments
 from torchrl_happo.memory import has_memory, write_states
 from torchrl_happo.objectives.common import ADVANTAGE, VALID, SequentialLossMixin
 from torchrl_happo.objectives.functional import standardize
@@ -210,7 +210,7 @@ class TeamBatch:
         if valid is not None:
             valid = self._as_items(valid)
             valid = valid if kept is None else valid[kept]
-            log_ratio = torch.where(valid, log_ratio, torch.zeros_like(log_ratio))
+            log_ratio = masked(log_ratio, valid)
         if log_ratio.ndim > self.log_factor.ndim:
             log_ratio = log_ratio.sum(-1)
         if kept is None:
@@ -236,9 +236,9 @@ class TeamBatch:
         """What the critic reads and regresses on, as items."""
         keys = self.loss.tensor_keys
         names = [*self.loss.critic_network.in_keys, keys.value_target, keys.value]
-        names += [agent.group and (agent.group, keys.active) for agent in self.loss.agents]
+        names += [self.loss.active_key(agent) for agent in self.loss.agents]
         names += self.loss._loss_mask_keys()
-        names = [unravel_key(name) for name in names if name is not None]
+        names = [unravel_key(name) for name in names]
         data = self.critic_batch.select(*names, strict=False)
         data = _items(data, self.critic_sequence_length)
         valid, kept = self._counted, None

@@ -7,10 +7,15 @@ import hashlib
 import torch
 from torch import Tensor
 
-__all__ = ["load_generator_state"]
+__all__ = ["global_generators", "load_generator_state"]
 
 # In bytes: a Mersenne Twister on the CPU; seed and offset of Philox on CUDA.
 STATE_SIZES = {"cpu": 5056, "cuda": 16}
+
+
+def global_generators() -> list[torch.Generator]:
+    """Those that torch draws from where it is handed none: one on each device that is in use."""
+    return [torch.default_generator, *torch.cuda.default_generators]
 
 
 def load_generator_state(generator: torch.Generator, state: Tensor) -> None:

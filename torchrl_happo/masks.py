@@ -45,7 +45,8 @@ def value_mask(values: Tensor, steps: Tensor | None, active: Tensor | None) -> T
     """Which of a critic's values count; those of an agent only where it was active.
 
     Args:
-        values (Tensor): ``[*B, 1]`` for the team or ``[*B, n_agents, 1]`` for each agent.
+        values (Tensor): ``[*B, 1]`` for the team or ``[*B, n_agents, 1]`` for each agent. The
+            value of a team of one is that of its agent.
         steps (Tensor, optional): which steps count, ``[*B]``. ``None``: all.
         active (Tensor, optional): which agents act, ``[*B, n_agents]``. ``None``: all.
 
@@ -54,6 +55,8 @@ def value_mask(values: Tensor, steps: Tensor | None, active: Tensor | None) -> T
     """
     if active is not None and values.shape[:-1] == active.shape:
         return (active if steps is None else active & steps.unsqueeze(-1)).unsqueeze(-1)
+    if active is not None and values.shape == active.shape:  # a team of one
+        return active if steps is None else active & steps.unsqueeze(-1)
     if steps is None:
         return None
     return steps.reshape(*steps.shape, *(1,) * (values.ndim - steps.ndim)).expand_as(values)
@@ -79,20 +82,31 @@ def entry_mask(loss: SequentialLossMixin, batch: TensorDictBase, key: NestedKey)
 
 
 def _active(loss: SequentialLossMixin, batch: TensorDictBase, key: NestedKey) -> Tensor | None:
-    """Which agents of the entry's group act, at the step that the entry belongs to."""
+    """Which agents of the entry's group act, at the step that the entry belongs to.
+
+    What is observed next belongs to the next step, but what an action is paid to its own.
+    """
     path = _path(key)
     at_next = path[0] == "next"
-    group = path[1:-1] if at_next else path[:-1]
-    if not group:
-        return None
-    name = loss.tensor_keys.active
-    mask = batch.get((group[0], name), None)
-    if at_next:
-        mask = batch.get(("next", group[0], name), mask)
+    own = path[1:] if at_next else path
+    name = _active_key(loss, own)
+    mask = None if name is None else batch.get(name, None)
+    if name is not None and at_next and own != _path(loss.tensor_keys.reward):
+        mask = batch.get(("next", *_path(name)), mask)
     if mask is None:
         return None
     mask = mask.bool()
     return mask.squeeze(-1) if mask.ndim > batch.batch_dims and mask.shape[-1] == 1 else mask
+
+
+def _active_key(loss: SequentialLossMixin, path: tuple[str, ...]) -> NestedKey | None:
+    """Where it says who of an entry's group acts; ``None`` for an entry of nobody's own."""
+    if len(path) > 1:
+        return (path[0], loss.tensor_keys.active)
+    for agent in loss.agents:
+        if agent.group is None and path[0] in loss.agent_keys(agent):
+            return loss.active_key(agent)
+    return None
 
 
 def fill_masked(

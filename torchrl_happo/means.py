@@ -7,7 +7,27 @@ from torch import Tensor
 
 from torchrl_happo.learners import Average, own_mean
 
-__all__ = ["count", "largest", "masked_mean", "moments"]
+__all__ = ["count", "largest", "masked", "masked_mean", "moments"]
+
+
+def masked(value: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Zeros in place of what is not valid.
+
+    Before a function whose derivative may be infinite, such as ``exp``: zeros behind it would make
+    the gradient NaN.
+
+    Args:
+        value (Tensor): any shape. Entries that are not valid may hold anything, NaN included.
+        valid (Tensor, optional): boolean, same shape. ``None``: all entries are valid.
+
+    Returns:
+        a tensor of the same shape.
+
+    Example:
+        >>> masked(torch.tensor([1.0, float("nan")]), torch.tensor([True, False]))
+        tensor([1., 0.])
+    """
+    return value if valid is None else torch.where(valid, value, torch.zeros_like(value))
 
 
 def masked_mean(value: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -26,8 +46,7 @@ def masked_mean(value: Tensor, valid: Tensor | None = None) -> Tensor:
     """
     if valid is None:
         return value.mean()
-    kept = torch.where(valid, value, torch.zeros_like(value))
-    return kept.sum() / valid.sum().clamp_min(1)
+    return masked(value, valid).sum() / valid.sum().clamp_min(1)
 
 
 def count(value: Tensor, valid: Tensor | None = None) -> Tensor | float:

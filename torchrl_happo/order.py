@@ -58,7 +58,7 @@ class LineUp:
         self.generator = generator
         self.learners = Learners() if learners is None else learners
         if not isinstance(order, str) and not callable(order):
-            self._resolve(order)
+            self.order = [agent.name for agent in self._resolve(order)]
 
     def __call__(self, batch: TensorDictBase) -> list[Agent]:
         """All agents of the team, each once, in the order of their updates."""

@@ -8,7 +8,7 @@ the row again after the stack has been moved.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from torchrl.modules.models.multiagent import MultiAgentNetBase
 
 __all__ = ["Tie", "cut_actor", "num_agents", "same_distribution", "shared_part"]
+
+#: Arguments of a distribution of which a copy is as good.
+_PLAIN = (bool, int, float, str)
 
 
 @dataclass
@@ -160,10 +163,9 @@ def cut_actor(
         for name, _ in module.named_buffers(recurse=False):
             ties.append(Tie(single_actor.get_submodule(path), name, module, name, None))
     distribution = single_actor[-1]
-    distribution.distribution_kwargs = {
-        name: _row_of_bound(value, n_agents, index)
-        for name, value in distribution.distribution_kwargs.items()
-    }
+    distribution.distribution_kwargs = _row_of_bound(
+        distribution.distribution_kwargs, n_agents, index
+    )
     return single_actor, ties
 
 
@@ -171,15 +173,25 @@ def same_distribution(
     one: ProbabilisticTensorDictSequential, other: ProbabilisticTensorDictSequential
 ) -> bool:
     """Whether two agents cut from one actor share its distribution's arguments, such as bounds."""
-    arguments, others = one[-1].distribution_kwargs, other[-1].distribution_kwargs
-    return all(
-        torch.equal(value, others[name]) if isinstance(value, Tensor) else value is others[name]
-        for name, value in arguments.items()
-    )
+    return _equal(one[-1].distribution_kwargs, other[-1].distribution_kwargs)
+
+
+def _equal(one: object, other: object) -> bool:
+    """Whether two arguments of distributions, perhaps copies, say the same."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    return one is other or (isinstance(one, _PLAIN) and one == other)
 
 
 def _row_of_bound(value: object, n_agents: int, index: int) -> object:
-    """The row of a distribution argument of shape ``[..., n_agents, action_dim]``."""
+    """The row of a distribution argument of shape ``[..., n_agents, action_dim]``.
+
+    The heads of a composite distribution have arguments of their own, in a mapping.
+    """
+    if isinstance(value, Mapping):
+        return {key: _row_of_bound(argument, n_agents, index) for key, argument in value.items()}
     if isinstance(value, Tensor) and value.ndim >= 2 and value.shape[-2] == n_agents:
         return value.select(-2, index)
     return value

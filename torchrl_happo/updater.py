@@ -18,7 +18,7 @@ from torchrl.modules import set_recurrent_mode
 
 from torchrl_happo.agents import Agent
 from torchrl_happo.batch import TeamBatch
-from torchrl_happo.generators import load_generator_state
+from torchrl_happo.generators import global_generators, load_generator_state
 from torchrl_happo.learners import Learners
 from torchrl_happo.metrics import factor_metrics
 from torchrl_happo.objectives.common import SequentialLossMixin
@@ -93,14 +93,14 @@ class SequentialUpdater:
             names, or a callable that is handed the batch. Defaults to ``"random"``.
         scheduler (callable, optional): from an optimiser to its learning-rate scheduler, which
             steps once per batch, also of an agent that does not act in it. Defaults to ``None``.
-        target_kl (float, optional): an agent stops after the epoch in which the mean KL
-            divergence from its old policy passes this. Reads a number back from the device after
-            each epoch. Defaults to ``None``: no early stop.
+        target_kl (float, optional): an agent stops after the epoch in which its mean KL
+            divergence from the policy that acted, estimated by :math:`r - 1 - \log r`, passes
+            this. Reads a number back after each epoch. Defaults to ``None``: no early stop.
         sequence_length (int, optional): minibatches hold whole chunks of this many consecutive
             steps. Defaults to ``None``: single steps, but the whole length of the batch for the
             agents if an actor is recurrent, and for the critic if it is.
         replay_buffer (ReplayBuffer, optional): draws the minibatches with its own sampler, in
-            place of ``minibatch_size``. Defaults to ``None``.
+            place of ``minibatch_size``; its generator is not in the state. Defaults to ``None``.
         standardize_advantage (bool): whether to standardise the advantage over the batch.
             Defaults to ``True``.
         check_finite (bool, optional): whether to look for NaN, infinite numbers and unlike rewards
@@ -113,11 +113,10 @@ class SequentialUpdater:
             Without a CUDA device they run as they are, with one warning. Defaults to ``False``.
         seed (int): seed of the order and of the minibatches. Defaults to ``0``.
         process_group (ProcessGroup, optional): the processes that train this team together, each
-            with batches of its own, e.g. ``torch.distributed.group.WORLD``. They begin with the
-            networks of the first one and take each step on the data of all: the result is that of
-            one process with the whole batch. ``minibatch_size`` is each one's own. Whether all
-            accept their batches is read back from the device, twice for each agent. Defaults to
-            ``None``: this process alone.
+            on batches of its own, e.g. ``torch.distributed.group.WORLD``. They begin with the first
+            one's networks and take each step on the data of all: the result is that of one process
+            with the whole batch. ``minibatch_size`` is each one's own. Whether all accept a batch
+            is read back from the device twice an agent. Defaults to ``None``: this process alone.
 
     Raises:
         ValueError: if an argument is out of range, the optimiser is not over the parameters it was
@@ -256,8 +255,9 @@ class SequentialUpdater:
             ``kl``, ``entropy`` (both estimated where they have no closed form), ``factor_mean``,
             ``factor_max``, ``factor_ess`` (of the factor it starts from, where it acts),
             ``position`` (its place in the order) and what its step reports (``loss``,
-            ``grad_norm``, ``epochs``, ``clip_fraction``; a trust region's own). Under ``"critic"``:
-            ``loss``, ``grad_norm``, ``epochs``, ``explained_variance`` (before the fit).
+            ``grad_norm``, ``epochs``, ``clip_fraction``; a trust region's own); of one that acts
+            nowhere ``factor_*`` and ``position``. Under ``"critic"``: ``loss``, ``grad_norm``,
+            ``epochs``, ``explained_variance`` (before the fit).
 
         Raises:
             KeyError: if an entry is missing.
@@ -269,10 +269,9 @@ class SequentialUpdater:
             if self.check_finite or self.num_updates == 0:
                 check_finite(self.loss, batch)
         self._tie()
-        # Entropies without a closed form are estimated by draws from torch's global generator.
-        generators = [*self._generators, torch.default_generator]
+        # Entropies without a closed form are estimated by draws from torch's global generators.
         with (
-            all_or_nothing(generators) as undo,
+            all_or_nothing([*self._generators, *global_generators()]) as undo,
             kept_slots([self.loss, *(agent.actor for agent in self.loss.agents)]),
             set_exploration_type(ExplorationType.DETERMINISTIC),
             set_recurrent_mode(True),
@@ -313,10 +312,10 @@ class SequentialUpdater:
         """The fit of the critic, and of the statistics of its values."""
         report = TensorDict()
         if team.has_values():
-            data = team.critic_view()
+            data, since = team.critic_view(), len(undo)
             if self.loss.value_norm is not None:
                 undo.append(self.loss.update_value_norm(team.valid_returns(), data))
-            report = self._run("critic", step, data, undo)
+            report = self._run("critic", step, data, undo, since)
         return report.set("explained_variance", team.explained_variance())
 
     def _update_agent(self, agent: Agent, team: TeamBatch, undo: list[Undo]) -> TensorDict:
@@ -327,19 +326,20 @@ class SequentialUpdater:
         turn, step = self._turns[agent.name], self._agent_steps[agent.name]
         with self.learners.agreement():
             data = turn.before(team.agent_view(agent), read_values=self.check_finite)
-        report.update(self._run(agent.name, step, turn.step_view(data), undo))
+        report.update(self._run(agent.name, step, turn.step_view(data), undo, len(undo)))
         log_ratio, metrics = turn.after(data)
         team.include(agent, log_ratio)
         return report.update(metrics)
 
     def _run(
-        self, name: str, step: InnerStep, data: TensorDictBase, undo: list[Undo]
+        self, name: str, step: InnerStep, data: TensorDictBase, undo: list[Undo], since: int
     ) -> TensorDict:
-        """Runs an inner step, and takes it back if its gradient was not finite."""
+        """Runs a step; one with a non-finite gradient is undone, with what is ``since`` then."""
         undo.append(partial(step.restore, step.snapshot()))
         report = step(data)
         if self.check_finite and not report["grad_norm"].isfinite():
-            undo[-1]()
+            for restore in reversed(undo[since:]):
+                restore()
             logger.warning("The gradient of %s was not finite; its update was taken back.", name)
         return report
 
@@ -350,9 +350,9 @@ class SequentialUpdater:
         return [self._order_generator, self._minibatch_generator]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything the next update depends on, but the batch and torch's global generator.
+        """Everything the next update depends on, but the batch and generators not its own.
 
-        From that one TorchRL draws to estimate an entropy bonus without a closed form.
+        TorchRL estimates entropies without a closed form by draws from torch's global one.
 
         Returns:
             networks and coefficients of the loss, optimisers, schedulers, generators and counters;

@@ -36,7 +36,12 @@ from torchrl_happo.optim.first_order import FirstOrderStep, InnerStep
 from torchrl_happo.optim.graphs import GraphCompiler
 from torchrl_happo.validation.arguments import check_keys
 from torchrl_happo.validation.batch import check_agent_keys, check_team_shape
-from torchrl_happo.validation.team import check_policy_keys, check_separate, check_value_key
+from torchrl_happo.validation.team import (
+    check_policy_keys,
+    check_separate,
+    check_value_key,
+    check_value_norm,
+)
 from torchrl_happo.validation.values import explained
 
 __all__ = ["ADVANTAGE", "OLD_LOG_PROB", "VALID", "SequentialLossMixin"]
@@ -69,7 +74,8 @@ class SequentialLossMixin(_Base):
                 before, shape ``[*B, 1]`` or ``[*B, n_agents, 1]``. Absent: 1.
                 Defaults to ``"factor"``.
             active (str): name of a boolean entry of each group, ``[*B, n_agents]`` or
-                ``[*B, n_agents, 1]``, that is ``False`` where an agent is dead or not yet there.
+                ``[*B, n_agents, 1]`` (at the root for an agent without a group, ``[*B]`` or
+                ``[*B, 1]``), that is ``False`` where an agent is dead or not yet there.
                 Nothing that it says or sees there has an influence: in an update the critic sees
                 zeros in its place. Only the memory of a recurrent actor goes on, up to the next
                 reset. Absent: all are active. Defaults to ``"active"``.
@@ -95,6 +101,7 @@ class SequentialLossMixin(_Base):
                 "popart=True needs the statistics of a value_norm; pass e.g. "
                 "value_norm=PopArtValueNorm(shape=1)."
             )
+        check_value_norm(value_norm)
         self.value_norm = value_norm
         self.popart = popart
         self._agents = tuple(split_team(actors, blocks))
@@ -334,19 +341,24 @@ class SequentialLossMixin(_Base):
             advantage = advantage.unsqueeze(-2)
         return factor * advantage
 
+    def active_key(self, agent: Agent) -> NestedKey:
+        """Where a batch may say at which steps an agent acts."""
+        name = self.tensor_keys.active
+        return name if agent.group is None else (agent.group, name)
+
     def active(self, tensordict: TensorDictBase) -> Tensor | None:
         """Which agents act at which step, ``[*B, n_agents]``; ``None`` if nothing says so."""
         masks: list[Tensor | None] = []
         for agent in self._agents:
-            name = self.tensor_keys.active
-            key = name if agent.group is None else (agent.group, name)
+            key = self.active_key(agent)
             mask = agent.view(tensordict, [key]).get(key, None)
             if mask is not None:
                 mask = mask.reshape(*tensordict.batch_size, agent.num_members).bool()
             masks.append(mask)
-        if all(mask is None for mask in masks):
+        known = next((mask for mask in masks if mask is not None), None)
+        if known is None:
             return None
-        always = torch.ones((), dtype=torch.bool, device=tensordict.device)
+        always = torch.ones((), dtype=torch.bool, device=known.device)
         sizes = [agent.num_members for agent in self._agents]
         return torch.cat(
             [

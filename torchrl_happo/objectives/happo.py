@@ -18,7 +18,7 @@ from torchrl.objectives import ClipPPOLoss
 
 from torchrl_happo.agents import Agent
 from torchrl_happo.learners import Learners
-from torchrl_happo.means import masked_mean
+from torchrl_happo.means import masked, masked_mean
 from torchrl_happo.objectives.common import (
     ADVANTAGE,
     OLD_LOG_PROB,
@@ -260,7 +260,7 @@ class HAPPOLoss(SequentialLossMixin, ClipPPOLoss):
         """Clipped surrogate and entropy bonus of one agent (see :class:`SequentialLossMixin`)."""
         parameters = agent.policy.parameters(data)
         valid = data.get(VALID, None)
-        log_ratio = agent.log_prob(parameters, data) - data.get(OLD_LOG_PROB)
+        log_ratio = masked(agent.log_prob(parameters, data) - data.get(OLD_LOG_PROB), valid)
         gain = clipped_surrogate(log_ratio, data.get(ADVANTAGE), *self._clip_bounds)
         loss = -masked_mean(gain, valid)
         if self.entropy_bonus:

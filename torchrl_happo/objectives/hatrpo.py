@@ -17,7 +17,7 @@ from torchrl.objectives import PPOLoss
 from torchrl_happo.agents import Agent
 from torchrl_happo.distributions import kl_divergence
 from torchrl_happo.learners import Learners
-from torchrl_happo.means import masked_mean
+from torchrl_happo.means import masked, masked_mean
 from torchrl_happo.objectives.common import (
     ADVANTAGE,
     OLD_LOG_PROB,
@@ -216,8 +216,9 @@ class HATRPOLoss(SequentialLossMixin, PPOLoss):
             a scalar.
         """
         log_prob = agent.joint_log_prob(agent.policy.scored_log_prob(dist, data), data)
-        gain = surrogate(log_prob - data.get(OLD_LOG_PROB), data.get(ADVANTAGE))
-        return masked_mean(gain, data.get(VALID, None))
+        valid = data.get(VALID, None)
+        log_ratio = masked(log_prob - data.get(OLD_LOG_PROB), valid)
+        return masked_mean(surrogate(log_ratio, data.get(ADVANTAGE)), valid)
 
     def make_agent_step(
         self,

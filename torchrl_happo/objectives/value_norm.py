@@ -94,7 +94,7 @@ def update_value_norm(
 
     The first batch is an exception: a critic that has never been fitted stands for no values worth
     keeping, and at their scale, which is next to zero while there are no statistics, its last layer
-    would all but vanish.
+    would all but vanish. Returns by which the statistics would overflow are not taken in.
 
     Args:
         value_norm (ValueNorm): the statistics; modified.
@@ -117,6 +117,7 @@ def update_value_norm(
     zero = torch.zeros_like(value_target[:1])
     old_mean, old_scale = value_norm.denormalize(zero)[0], value_norm.scale().clone()
     value_norm.update(value_target)
+    _keep_finite(value_norm, before)
     mean, scale = value_norm.denormalize(zero)[0], value_norm.scale()
     # The values stay if the predictions move, and the other way round.
     gain = scale / old_scale
@@ -136,6 +137,14 @@ def update_value_norm(
             parameter.copy_(value)
 
     return MovedStatistics(restore, gain, shift)
+
+
+def _keep_finite(value_norm: ValueNorm, before: dict[str, Tensor]) -> None:
+    """Puts statistics back that are not finite, which they would stay; reads no value back."""
+    after = value_norm.state_dict()
+    finite = torch.stack([statistic.isfinite().all() for statistic in after.values()]).all()
+    for name, statistic in after.items():
+        statistic.copy_(torch.where(finite, statistic, before[name]))
 
 
 def last_linear(critic: nn.Module, *, most_outputs: int | None = None) -> list[nn.Parameter]:

@@ -147,10 +147,16 @@ class FirstOrderStep:
             )
         if any(old is not new for old, new in zip(self.parameters, current, strict=True)):
             self._replace(current)
-        for p, state in self.optimizer.state.items():
-            for name, value in state.items():
-                if isinstance(value, Tensor) and value.shape == p.shape:
-                    state[name] = value.to(p)
+        for group in self.optimizer.param_groups:
+            # Otherwise torch counts the steps on the CPU.
+            counts_there = group.get("fused") or group.get("capturable")
+            for p in group["params"]:
+                for name, value in self.optimizer.state.get(p, {}).items():
+                    if name == "step":
+                        moved = value.to(p.device) if counts_there else value
+                    else:
+                        moved = value.to(p) if _is_like(value, p) else value
+                    self.optimizer.state[p][name] = moved
 
     def _replace(self, current: list[nn.Parameter]) -> None:
         successor = dict(zip(map(id, self.parameters), current, strict=True))
@@ -320,6 +326,11 @@ def _fuse(optimizer: Optimizer) -> Optimizer:
             if not chosen and not special:
                 group["fused"] = True
     return optimizer
+
+
+def _is_like(value: Any, parameter: Tensor) -> bool:
+    """Whether a part of an optimiser's state has a number for each of a parameter."""
+    return isinstance(value, Tensor) and value.shape == parameter.shape
 
 
 def _laid_out_as(parameter: Tensor, gradient: Tensor) -> Tensor:

@@ -75,10 +75,13 @@ def _rows(data: TensorDictBase, index: Tensor) -> TensorDictBase:
     """``data[index]``, by a kernel that copies whole rows and takes a third of the time."""
     if not isinstance(data, TensorDict):
         return data[index]
-    rows = {
-        key: value.index_select(0, index) if isinstance(value, Tensor) else _rows(value, index)
-        for key, value in data.items()
-    }
+    rows = {}
+    for key, value in data.items():
+        # The generator stays where it was made, when a team is moved.
+        is_tensor = isinstance(value, Tensor)
+        rows[key] = (
+            value.index_select(0, index.to(value.device)) if is_tensor else _rows(value, index)
+        )
     return TensorDict(rows, batch_size=[len(index), *data.batch_size[1:]], device=data.device)
 
 

@@ -234,9 +234,13 @@ def _check_masks(loss: SequentialLossMixin, batch: TensorDictBase) -> None:
                 f"The mask {key!r} has shape {list(mask.shape)}; it must say of each step whether "
                 f"it counts, {[*steps]} or {[*steps, 1]}."
             )
+        if mask is not None and mask.dtype != torch.bool:
+            raise ValueError(
+                f"The mask {key!r} is of {mask.dtype}, but it must say yes or no: write it as "
+                "torch.bool."
+            )
     for agent in loss.agents:
-        name = loss.tensor_keys.active
-        key = name if agent.group is None else (agent.group, name)
+        key = loss.active_key(agent)
         mask = agent.view(batch, [key]).get(key, None)
         if mask is not None and mask.numel() != batch.numel() * agent.num_members:
             raise ValueError(

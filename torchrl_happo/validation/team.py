@@ -23,6 +23,7 @@ __all__ = [
     "check_policy_keys",
     "check_separate",
     "check_value_key",
+    "check_value_norm",
 ]
 
 
@@ -105,6 +106,20 @@ def check_value_key(key: NestedKey, critic: TensorDictModuleBase) -> None:
         raise KeyError(
             f"The critic writes {list(critic.out_keys)}, but the loss reads the state value "
             f"from {key!r}; call loss.set_keys(value=...) with a key that it writes."
+        )
+
+
+def check_value_norm(value_norm: Any) -> None:
+    """Refuses statistics of anything but single values.
+
+    Raises:
+        ValueError: naming the shape.
+    """
+    if value_norm is not None and tuple(value_norm.shape) != (1,):
+        raise ValueError(
+            f"value_norm is a {type(value_norm).__name__} of shape {tuple(value_norm.shape)}, but "
+            "its statistics are over the values of all agents, one number each; build it with "
+            "shape=1."
         )
 
 
