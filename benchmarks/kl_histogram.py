@@ -40,9 +40,8 @@ def accepted_steps(path: Path) -> tuple[np.ndarray, int]:
     return np.array(kls), tried
 
 
-def record(runs: Path) -> None:
+def record(paths: list[Path]) -> None:
     """Writes the histogram of each task, and prints a line about it."""
-    paths = sorted(runs.glob("vmas/*/hatrpo/seed_*/metrics.csv"))
     rows = []
     for task in dict.fromkeys(path.parts[-4] for path in paths):
         parts = [accepted_steps(path) for path in paths if path.parts[-4] == task]
@@ -92,7 +91,10 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=HERE / "runs", help="where the runs lie")
     args = parser.parse_args()
     if not args.report_only:
-        record(args.runs)
+        paths = sorted(args.runs.glob("vmas/vmas/*/hatrpo/seed_*/metrics.csv"))
+        if not paths:
+            parser.error(f"there are no runs of HATRPO in {args.runs}: learning.py run vmas")
+        record(paths)
     draw()
 
 

@@ -6,7 +6,7 @@
     python benchmarks/learning.py report vmas           # table and figure from the committed CSV
 
 A run is one call of the recipe (its command is logged); its folder lies under
-``benchmarks/runs``, which git ignores. When it has ended, its evaluations are added to
+``benchmarks/runs/<suite>``, which git ignores. When it has ended, its evaluations are added to
 ``benchmarks/results/<suite>.csv``, which is committed: the return of the deterministic policy and,
 over the iterations since the evaluation before, the mean return of training episodes and the mean
 seconds of collecting and of updating. The report shows the mean of the seeds' evaluations at the
@@ -33,6 +33,7 @@ import matplotlib as mpl
 import numpy as np
 from scipy import stats
 
+from torchrl_happo.recipe.compose import compose_config
 from torchrl_happo.recipe.tables import cell, listed, short
 
 logger = logging.getLogger("learning")
@@ -182,7 +183,7 @@ def run(name: str, tasks: list[str], algorithms: list[str], seeds: list[int], ru
     """Runs what is not in the suite's results yet, one after the other."""
     suite = SUITES[name]
     for seed, task, algorithm in itertools.product(seeds, tasks, algorithms):
-        folder = runs / task / algorithm / f"seed_{seed}"
+        folder = _folder(runs, name, task, algorithm, seed)
         if _is_recorded(name, task, algorithm, seed):
             continue
         line = command(suite, task, algorithm, seed, folder)
@@ -199,9 +200,14 @@ def record_all(
 ) -> None:
     """Puts what all runs have so far into the suite's results."""
     for task, algorithm, seed in itertools.product(tasks, algorithms, seeds):
-        folder = runs / task / algorithm / f"seed_{seed}"
+        folder = _folder(runs, name, task, algorithm, seed)
         if (folder / "evaluation.csv").exists():
             record(name, task, algorithm, seed, folder)
+
+
+def _folder(runs: Path, name: str, task: str, algorithm: str, seed: int) -> Path:
+    """Where a run lies: suites may share a task, with other settings."""
+    return runs / name / task / algorithm / f"seed_{seed}"
 
 
 def record(name: str, task: str, algorithm: str, seed: int, folder: Path) -> None:
@@ -240,9 +246,12 @@ def _mean(rows: list[dict], column: str) -> str:
 
 
 def _is_recorded(name: str, task: str, algorithm: str, seed: int) -> bool:
-    wanted = (task, algorithm, str(seed))
+    """Whether the results have all of a run, to its last evaluation."""
+    suite = SUITES[name]
+    config = compose_config(*suite.overrides, *suite.tasks[task], *suite.algorithms[algorithm])
+    wanted = (task, algorithm, str(seed), str(config.iterations * config.frames_per_batch))
     rows = _read(HERE / "results" / f"{name}.csv")
-    return any((r["task"], r["algorithm"], r["seed"]) == wanted for r in rows)
+    return any((r["task"], r["algorithm"], r["seed"], r["frames"]) == wanted for r in rows)
 
 
 Curves = dict[str, dict[str, dict[int, np.ndarray]]]
@@ -281,8 +290,10 @@ def table(name: str) -> str:
 
 
 def _cell(seeds: dict[int, np.ndarray], frames: int | None) -> str:
-    """The seeds' evaluations after ``frames`` steps, or their last ones."""
-    rows = [seed[-1:] if frames is None else seed[seed[:, 0] == frames] for seed in seeds.values()]
+    """The seeds' evaluations after ``frames`` steps, or the last that all of them have."""
+    if frames is None and seeds:
+        frames = max(_at_common_frames(list(seeds.values()))[0], default=None)
+    rows = [seed[seed[:, 0] == frames] for seed in seeds.values()]
     there = [row[0] for row in rows if len(row)]
     return cell([row[1] for row in there], [row[2] for row in there])
 
@@ -371,6 +382,11 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=HERE / "runs", help="where the runs lie")
     args = parser.parse_args()
     suite = SUITES[args.suite]
+    for option in ("tasks", "algorithms"):
+        unknown = set(getattr(args, option) or ()) - set(getattr(suite, option))
+        if unknown:
+            known = ", ".join(getattr(suite, option))
+            parser.error(f"the suite has no {option} {sorted(unknown)}; it has {known}")
     if args.action != "report":
         make = run if args.action == "run" else record_all
         make(

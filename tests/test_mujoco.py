@@ -341,6 +341,8 @@ def test_refuses_teams(arguments, message):
         ({"nearest": -2}, ValueError, "nearest must be at least 0, got -2"),
         ({"nearest": 1.5}, TypeError, "nearest must be a whole number of at least 0, got 1.5"),
         ({"num_envs": 0}, ValueError, "num_envs must be at least 1, got 0"),
+        ({"num_threads": -1}, ValueError, "num_threads must be at least 1, got -1"),
+        ({"batch_size": 2}, ValueError, r"does not take .* {'batch_size': 2}; .* given is thread"),
         ({"max_steps": 0}, ValueError, "max_steps must be at least 1, got 0"),
         ({"cost": 1}, ValueError, r"'HalfCheetah-v5' does not .* {'cost': 1}; .*ctrl_cost_weight"),
         ({"ctrl_cost_weight": "a"}, ValueError, r"does not take .* {'ctrl_cost_weight': 'a'}"),

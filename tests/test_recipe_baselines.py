@@ -95,6 +95,18 @@ def test_one_step_is_the_gradient_step_of_the_loss():
 
 
 @pytest.mark.parametrize("algorithm", ["mappo", "ippo"])
+def test_a_last_minibatch_of_one_frame_is_left_out(algorithm):
+    """The loss standardises the advantage over a minibatch; a batch has 24 frames."""
+    learner, batch = learner_and_batch(f"algorithm={algorithm}", "algorithm.minibatch_size=23")
+    sizes = []
+    for loss in learner.updater.losses.values():
+        loss.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    learner.updater(batch)
+    assert set(sizes) == {23}
+    assert all(p.isfinite().all() for p in learner.updater.losses["agents"].parameters())
+
+
+@pytest.mark.parametrize("algorithm", ["mappo", "ippo"])
 def test_a_normalised_critic_is_fitted_to_normalised_returns(algorithm):
     """The advantage sees real values; the loss is that of the network and normalised returns."""
     learner, batch = learner_and_batch(f"algorithm={algorithm}", "algorithm.value_norm=running")

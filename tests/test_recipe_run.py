@@ -79,6 +79,17 @@ def test_a_finished_run_can_be_made_longer(tmp_path):
     assert [row["iteration"] for row in after] == ["1", "2", "3", "4", "5"]
 
 
+def test_branching_off_where_nothing_is_left(tmp_path):
+    """It is refused: it would leave a folder without a checkpoint, which cannot be resumed."""
+    config = tiny_config()
+    last = train.run(config, tmp_path / "run") / "checkpoints" / "00000003.pt"
+    with pytest.raises(ConfigError, match=r"end of its total_frames=72: raise total_frames"):
+        train.run(replace(config, resume=str(last)), tmp_path / "branch")
+    assert not (tmp_path / "branch").exists()
+    train.run(replace(config, resume=str(last), total_frames=96), tmp_path / "branch")
+    assert len(table(tmp_path / "branch" / "metrics.csv")) == 4
+
+
 def test_the_folder_of_another_run_is_refused(tmp_path):
     """A new run does not write over what another one has saved, a resumed one does not mix."""
     config = tiny_config()
@@ -283,18 +294,44 @@ class TestCommandLine:
         assert train.main() == 0
         assert len(table(run / "metrics.csv")) == 4
 
+    def test_options_of_the_resumed_task(self, monkeypatch, tmp_path, capsys):
+        """They are known with the name of the task, and the sentence says so without it."""
+        run = train.run(tiny_config("algorithm=hatrpo"), tmp_path / "run")
+        words = ["torchrl-happo", f"resume={run}", "algorithm.max_kl=0.01"]
+        monkeypatch.setattr("sys.argv", words)
+        assert train.main() == 2
+        assert "want task=... and algorithm=... too.\n" in capsys.readouterr().err
+        monkeypatch.setattr("sys.argv", [*words, "algorithm=hatrpo"])
+        assert train.main() == 0
+
     @pytest.mark.parametrize(
         ("override", "words"),
         [
             ("task=vmas/whel", "There is no task 'vmas/whel'; near: vmas/wheel."),
             ("algorithm.lr=-1", "algorithm.lr is -1.0, but must be above 0."),
             ("resume=nowhere", "There is no checkpoint or run folder at nowhere."),
+            (
+                "task=vmas/flocking task.team_reward=null",
+                "task.team_reward=null takes the reward that all agents share, but in "
+                "vmas/flocking theirs differ: take mean or sum.",
+            ),
+            (
+                "hydra.run.dir=here/run",
+                "The folder of the run cannot be made: here/run (Not a directory).",
+            ),
+            (
+                "-m evaluation.seed=1,2",
+                "A sweep over evaluation.seed would put its runs into one folder, as "
+                "evaluation.seed makes no other run: give each a command of its own, with its own "
+                "hydra.sweep.dir.",
+            ),
         ],
     )
     def test_refuses_in_one_sentence(self, monkeypatch, tmp_path, capsys, override, words):
         """Exit code 2, one line, no traceback."""
+        (tmp_path / "here").write_text("a file")
         try:
-            code = self.call(monkeypatch, tmp_path, override)
+            code = self.call(monkeypatch, tmp_path, *override.split())
         except SystemExit as error:
             code = error.code
         assert code == 2

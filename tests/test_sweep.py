@@ -12,6 +12,7 @@ from recipe_helpers import TINY, table, tiny_config
 
 from torchrl_happo import train
 from torchrl_happo.recipe import checkpoint
+from torchrl_happo.recipe import sweep as sweep_module
 from torchrl_happo.recipe.config import ConfigError
 from torchrl_happo.recipe.sweep import Run, common_frames, remaining, summarize, write_summary
 
@@ -56,7 +57,7 @@ def test_a_sweep_goes_on_where_it_was(sweep, tmp_path):
     shutil.rmtree(tmp_path / folders[1])
     assert sweep() == [folders[1]]
 
-    assert sorted(sweep("total_frames=96")) == sorted(folders)  # every one has an iteration to go
+    assert sorted(sweep("total_frames=96")) == sorted(folders)  # each has an iteration to go
     assert all(len(table(tmp_path / folder / "metrics.csv")) == 4 for folder in folders)
     for folder in folders:
         assert table(tmp_path / folder / "metrics.csv")[:3] == before[folder]
@@ -128,3 +129,11 @@ def test_the_summary_counts_right():
         "| c/d | 1 ± 0.25 (1) | - |",
         "| e/f | 2750 ± 50 (2700, 2800) | - |",
     ]
+
+
+def test_a_folder_without_runs(tmp_path, monkeypatch, capsys):
+    """The command of the summary says in a sentence that there is nothing to summarise."""
+    monkeypatch.setattr("sys.argv", ["sweep", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        sweep_module.main()
+    assert "There is no run with evaluations in" in capsys.readouterr().err

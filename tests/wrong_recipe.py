@@ -101,6 +101,9 @@ CONFIGS = built([(override, partial(compose_config, *override.split()), ConfigEr
     ("task=pettingzoo/simple_spread task.local_ratio=5", "task.local_ratio is 5.0, .* at most 1"),
     ("task=pettingzoo/collect_treasure task.num_deposits=0", "task.num_deposits is 0"),
     ("task=vmas/multi_give_way task.n_agents=3", "no option 'task.n_agents'"),
+    ("task.max_steps=1001", "checkpoint.interval is 10, .*1001 steps.*: take at least 11, or 0"),
+    ("algorithm=ippo algorithm.minibatch_size=1", "algorithm.minibatch_size is 1, .*at least 2"),
+    ("model.initial_std=0.005", "model.initial_std is 0.005, but must be above 0.01"),
     ("num_envs=61 collector=multi", "num_envs=61 cannot be split evenly"),
     ("total_frames=0", "total_frames is 0, but must be at least 1"),
     ("logger=tensorbord", "logger is 'tensorbord', but must be one of csv, tensorboard"),
@@ -132,6 +135,7 @@ CHECKPOINTS = resumed([
     ("a truncated checkpoint", len, [], "truncated or damaged"),
     ("a device that is not there", None, ["device=cuda:99"], "torch sees . CUDA devices"),
     ("a device that does not exist", None, ["device=tpu"], "must be cpu or cuda"),
+    ("a second CPU", None, ["device=cpu:1"], "device is 'cpu:1', but must be cpu or cuda"),
     ("a scenario that does not exist", None, ["task.scenario=nope"], "cannot be built: nope"),
     ("a team of nobody", None, ["task.n_agents=0"], "task.n_agents is 0"),
 ])

@@ -80,6 +80,7 @@ def _run(config: TrainConfig, own: TrainConfig, folder: Path, ranks: Ranks) -> P
     stored = ranks.from_first(partial(_stored, config, folder))
     if stored is not None:
         progress = checkpoint.restore(stored, learner.updater)
+        _check_left(config, folder, progress)
     # Several learners draw numbers of their own.
     own_seed = partial(derive_seed, config.seed, *([ranks.rank] if ranks.size > 1 else []))
 
@@ -120,6 +121,16 @@ def _check_folder(config: TrainConfig, folder: Path) -> None:
         raise ConfigError(
             f"The folder {folder} holds the checkpoints of a run: go on from them by "
             f"resume={folder}, or choose another hydra.run.dir."
+        )
+
+
+def _check_left(config: TrainConfig, folder: Path, progress: Progress) -> None:
+    """Refuses to branch off where there is nothing left to learn, which would leave no run."""
+    is_new = not checkpoint.list_checkpoints(folder / CHECKPOINTS)
+    if is_new and progress.iteration >= config.iterations:
+        raise ConfigError(
+            f"{config.resume} has come to the end of its total_frames={config.total_frames}: raise "
+            "total_frames to go on from it."
         )
 
 

@@ -19,6 +19,19 @@ __all__ = ["EnvPoolEnv"]
 # episode truncated that terminates in its last step.
 _LARGEST = 2**31 - 1
 
+# Arguments of EnvPool's that are set here, or would make other data of its steps.
+_OWN = {
+    "num_envs",
+    "batch_size",
+    "num_threads",
+    "max_num_players",
+    "base_path",
+    "seed",
+    "env_seed",
+    "gym_reset_return_info",
+    "max_episode_steps",
+}
+
 
 class EnvPoolEnv(EnvBase):
     """A batch of continuous control tasks, stepped by `EnvPool <https://envpool.readthedocs.io>`_.
@@ -77,7 +90,7 @@ class EnvPoolEnv(EnvBase):
         device: torch.device | str = "cpu",
         **kwargs: Any,
     ) -> None:
-        check_counts(num_envs=num_envs)
+        check_counts(num_envs=num_envs, num_threads=num_threads)
         check_counts(max_steps=max_steps, optional=True)
         envpool = _import_envpool()
         if task not in envpool.list_all_envs():
@@ -204,10 +217,14 @@ def _import_envpool() -> Any:
 
 def _make_spec(envpool: Any, task: str, arguments: dict[str, Any]) -> Any:
     """The task with ``arguments``, some of which may be unknown or of a wrong type."""
+    known = [name for name in envpool.make_spec(task).config._fields if name not in _OWN]
     try:
-        return envpool.make_spec(task, **arguments)
-    except TypeError as error:
-        known = ", ".join(envpool.make_spec(task).config._fields)
-        raise ValueError(
-            f"{task!r} does not take the arguments {arguments}; what it can be given is {known}."
-        ) from error
+        if arguments.keys() <= set(known):
+            return envpool.make_spec(task, **arguments)
+        error = None
+    except TypeError as raised:
+        error = raised
+    raise ValueError(
+        f"{task!r} does not take the arguments {arguments}; what it can be given is "
+        f"{', '.join(known)}."
+    ) from error

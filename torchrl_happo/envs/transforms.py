@@ -10,10 +10,14 @@ from tensordict import NestedKey, TensorDictBase
 from torchrl.data import Composite, Unbounded
 from torchrl.envs import EnvBase, Transform, TransformedEnv
 
-__all__ = ["TeamReward"]
+__all__ = ["TeamReward", "UnlikeRewardsError"]
 
 _REDUCTIONS = ("mean", "sum", None)
 _AGENTS = "_rewards_of_agents"
+
+
+class UnlikeRewardsError(ValueError):
+    """The agents of a team are not paid the same, as ``TeamReward(None)`` takes them to be."""
 
 
 class TeamReward(Transform):
@@ -51,7 +55,8 @@ class TeamReward(Transform):
     Raises:
         ValueError: if the reduction is none of the above; at the first use, if ``in_keys`` are
             no rewards of the environment, ``out_key`` holds a reward already or lies inside
-            a group; at any step, if ``reduction=None`` and the agents' rewards differ.
+            a group; at any step (:class:`UnlikeRewardsError`), if ``reduction=None`` and the
+            agents' rewards differ.
 
     Examples:
         >>> from torchrl.envs import Compose, RewardSum, StepCounter, TransformedEnv, VmasEnv
@@ -199,7 +204,7 @@ class TeamReward(Transform):
         if reward.shape[-2] == 1 or (reward.is_cuda and self._verified):
             return  # nothing to compare, or it would wait for the device at every step
         if not torch.allclose(reward, reward[..., :1, :].expand_as(reward), equal_nan=True):
-            raise ValueError(
+            raise UnlikeRewardsError(
                 f"TeamReward(None) takes the reward that the agents share, but {self.in_keys} "
                 "differ between agents; choose reduction='mean' or reduction='sum'."
             )

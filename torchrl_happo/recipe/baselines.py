@@ -34,7 +34,8 @@ class SimultaneousUpdater:
     Keyword Args:
         optimizer (callable): from parameters to an optimiser; called once per group.
         num_epochs (int): passes over the batch.
-        minibatch_size (int): frames of a minibatch; the last one of an epoch may be smaller.
+        minibatch_size (int): frames of a minibatch, at least 2; the last one of an epoch may be
+            smaller, and is left out if it would be a single frame.
         max_grad_norm (float, optional): the gradient of actor and critic together is scaled down
             to this norm. Defaults to ``None``: no clipping.
         scheduler (callable, optional): from an optimiser to its learning-rate scheduler, which
@@ -88,7 +89,8 @@ class SimultaneousUpdater:
         if self._buffer is None or self._buffer.storage.max_size != len(data):
             self._buffer = ReplayBuffer(
                 storage=LazyTensorStorage(len(data)),
-                sampler=SamplerWithoutReplacement(),
+                # The loss standardises the advantage, of which one frame has no deviation.
+                sampler=SamplerWithoutReplacement(drop_last=len(data) % self.minibatch_size == 1),
                 batch_size=self.minibatch_size,
             )
         self._buffer.empty()  # also the permutation that is drawn ahead for the next epoch

@@ -16,12 +16,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from torchrl_happo.envs.transforms import UnlikeRewardsError
 from torchrl_happo.recipe import checkpoint, compose
 from torchrl_happo.recipe.checkpoint import CheckpointError
 from torchrl_happo.recipe.collection import WorkerError
 from torchrl_happo.recipe.config import ConfigError, TrainConfig
 from torchrl_happo.recipe.ranks import LearnerError, world_rank, world_size
-from torchrl_happo.recipe.sweep import remaining
+from torchrl_happo.recipe.sweep import check_swept, remaining
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ UNWRITABLE = {
     errno.EDQUOT,
     errno.EROFS,
     errno.EACCES,
+    errno.EPERM,
     errno.EEXIST,
     errno.ENOTDIR,
 }
@@ -67,6 +69,13 @@ def command_line(run: Callable[[TrainConfig, Path], Path]) -> int:
             raise SystemExit(_refuse(str(error))) from error
         except (LearnerError, WorkerError) as error:
             raise SystemExit(_say(str(error))) from error
+        except UnlikeRewardsError as error:
+            raise SystemExit(
+                _refuse(
+                    "task.team_reward=null takes the reward that all agents share, but in "
+                    f"{config.task.name} theirs differ: take mean or sum."
+                )
+            ) from error
         except OSError as error:
             if error.errno not in UNWRITABLE:
                 raise
@@ -84,12 +93,28 @@ def command_line(run: Callable[[TrainConfig, Path], Path]) -> int:
     if world_rank() > 0:
         sys.argv += ["hydra/job_logging=none", "hydra/hydra_logging=none"]
     try:
+        check_swept(sys.argv[1:])
         job()
+    except ConfigError as error:
+        return _refuse(str(error))
     except (HydraException, MissingConfigException, OmegaConfBaseException) as error:
-        return _refuse(compose.sentence(error))
+        return _refuse(compose.sentence(error) + _resumed(sys.argv[1:]))
     except KeyboardInterrupt:
         return INTERRUPTED
+    except OSError as error:  # of the folder, which Hydra makes
+        if error.errno not in {*UNWRITABLE, errno.ENOENT} or error.filename is None:
+            raise
+        return _refuse(
+            f"The folder of the run cannot be made: {error.filename} ({error.strerror})."
+        )
     return 0
+
+
+def _resumed(arguments: list[str]) -> str:
+    """What an option may lack that is the resumed run's own."""
+    if not any(argument.startswith("resume=") for argument in arguments):
+        return ""
+    return " Options of the resumed run's task and algorithm want task=... and algorithm=... too."
 
 
 def _load(composed: DictConfig, overrides: list[str]) -> TrainConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -105,9 +106,11 @@ class Batches:
         ended = [w for w in self._workers if not w._closed and w.exitcode is not None]
         if ended:
             codes = ", ".join(str(w.exitcode) for w in ended)
+            killed = any(w.exitcode == -signal.SIGKILL for w in ended)
+            why = ", perhaps for want of memory" if killed else "; what they said stands above"
             raise WorkerError(
                 f"{len(ended)} of {len(self._workers)} processes that collect have ended (exit "
-                f"codes: {codes}), perhaps for want of memory: resume from the last checkpoint."
+                f"codes: {codes}){why}: resume from the last checkpoint."
             )
 
     def close(self) -> None:

@@ -113,8 +113,9 @@ class ModelConfig:
     actor_init: str = choice("orthogonal", "torch")
     state_dependent_std: bool = MISSING
     """Whether the deviation of a continuous action depends on the observation."""
-    initial_std: float = number(above=0)
-    """Deviation of a continuous action at the start, before bounds are imposed on it."""
+    initial_std: float = number(above=0.01)
+    """Deviation of a continuous action at the start, before bounds are imposed on it; 0.01, below
+    which TorchRL's ``biased_softplus`` does not go, is added to what can be learned."""
     max_std: float | None = number(above=0)
     """Bound of a deviation that does not depend on the observation; ``null``: none."""
     layer_norm: bool = MISSING
@@ -214,7 +215,8 @@ class CheckpointConfig:
     """When a checkpoint is written and how many stay."""
 
     interval: int = number(at_least=0)
-    """Iterations between two checkpoints; 0 writes one at the end only."""
+    """Iterations between two checkpoints, at which the environments begin anew, so that a resumed
+    run does as one that was not interrupted; 0 writes one at the end only."""
     keep: int = count()
 
 

@@ -89,7 +89,8 @@ def check_device(device: str) -> None:
         wanted = torch.device(device)
     except RuntimeError:
         wanted = None
-    if wanted is None or wanted.type not in ("cpu", "cuda"):
+    numbered_cpu = wanted is not None and wanted.type == "cpu" and wanted.index is not None
+    if wanted is None or wanted.type not in ("cpu", "cuda") or numbered_cpu:
         raise ConfigError(f"device is {device!r}, but must be cpu or cuda, such as cuda:0.")
     available = torch.cuda.device_count()
     if wanted.type == "cuda" and (wanted.index or 0) >= available:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -26,7 +27,7 @@ from matplotlib.ticker import EngFormatter
 from omegaconf import DictConfig, OmegaConf
 
 from torchrl_happo.recipe import checkpoint
-from torchrl_happo.recipe.compose import changeable
+from torchrl_happo.recipe.compose import CHANGEABLE, changeable
 from torchrl_happo.recipe.config import ConfigError, TrainConfig
 from torchrl_happo.recipe.places import CHECKPOINTS
 from torchrl_happo.recipe.records import EVALUATION, Row, read_table
@@ -64,6 +65,27 @@ def remaining(config: TrainConfig, folder: Path) -> TrainConfig | None:
     if written[-1].stem >= f"{config.iterations:08d}":
         return None
     return replace(config, resume=str(folder))
+
+
+def check_swept(arguments: list[str]) -> None:
+    """Refuses to sweep over what does not make another run: its folder would be the same.
+
+    Args:
+        arguments (list of str): the command line.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    words = [word for word in arguments if not word.startswith("-") and "=" in word]
+    if len(words) == len(arguments):  # without -m Hydra refuses it
+        return
+    for override in OverridesParser.create().parse_overrides(words):
+        key = override.key_or_group
+        if override.is_sweep_override() and key.partition(".")[0] in CHANGEABLE - {"device"}:
+            raise ConfigError(
+                f"A sweep over {key} would put its runs into one folder, as {key} makes no other "
+                "run: give each a command of its own, with its own hydra.sweep.dir."
+            )
 
 
 @dataclass(frozen=True)
@@ -194,7 +216,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Writes sweep.csv, sweep.md and sweep.png.")
     parser.add_argument("folder", type=Path, help="hydra.sweep.dir of the sweep")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logger.info("%s", write_summary(parser.parse_args().folder))
+    try:
+        logger.info("%s", write_summary(parser.parse_args().folder))
+    except ConfigError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

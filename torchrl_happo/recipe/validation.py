@@ -35,6 +35,14 @@ def validate(config: TrainConfig) -> None:
             f"{config.frames_per_batch} frames of a batch (num_envs * steps_per_batch): lower it "
             "or collect more."
         )
+    interval, steps = config.checkpoint.interval, config.steps_per_batch
+    if 0 < interval < config.iterations and interval * steps < config.task.max_steps:
+        raise ConfigError(
+            f"checkpoint.interval is {interval}, but at a checkpoint the environments begin anew, "
+            f"and an episode of {config.task.max_steps} steps (task.max_steps) lasts longer than "
+            f"that many batches of {steps} (steps_per_batch): take at least "
+            f"{-(-config.task.max_steps // steps)}, or 0 for one at the end."
+        )
     workers = getattr(config.collector, "num_workers", 1)
     if config.num_envs % workers:
         raise ConfigError(
@@ -52,6 +60,11 @@ def _validate_networks(config: TrainConfig) -> None:
             raise ConfigError(
                 "algorithm.popart needs statistics of the values: set algorithm.value_norm."
             )
+    elif algorithm.minibatch_size == 1:
+        raise ConfigError(
+            f"algorithm.minibatch_size is 1, but {algorithm.name} standardises the advantage over "
+            "a minibatch: take at least 2."
+        )
     elif isinstance(model, RecurrentModel):
         raise ConfigError(
             f"model={model.name} is for happo and hatrpo: take model=mlp with {algorithm.name}."
