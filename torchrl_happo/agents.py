@@ -113,7 +113,8 @@ class Agent:
 
         ``.to(...)``, ``load_state_dict(assign=True)`` and ``share_memory()`` move the storage of
         the stack. Called at the start of each update, this makes the slices follow it. Parameter
-        objects stay the same, so optimisers keep their state.
+        objects stay the same, so optimisers keep their state. The slice is in training or in
+        evaluation mode as the joint actor is, all of its parts alike.
         """
         for tie in self._ties:
             tie()

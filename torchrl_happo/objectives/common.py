@@ -1,10 +1,13 @@
 """What the sequential objectives share: the team of agents, its keys, and the factor.
 
 :class:`SequentialLossMixin` turns a PPO loss of TorchRL into the loss of a team. ``forward`` stays
-TorchRL's and reads the joint tensordict; three of its hooks are extended:
+TorchRL's and reads the joint tensordict; its hooks are extended:
 
 - ``_log_weight`` evaluates each group's actor and lines the agents up along one dimension;
+- ``_get_entropy`` lines the entropies of the groups up in the same way;
 - ``_maybe_normalize_advantage`` multiplies the advantage by the factor, if there is one;
+- ``_critic_loss_inputs`` and ``_forward_value_estimator_keys`` put values on the scale of the
+  critic, or of the returns, where they are normalised;
 - ``_reduce_loss`` leaves out agents that were not active.
 """
 
