@@ -338,7 +338,7 @@ def test_killed_while_checkpoints_are_written(tmp_path, record_property):
 @pytest.mark.parametrize("value_norm", [RunningValueNorm, PopArtValueNorm])
 @pytest.mark.parametrize("scale", [1e18, 1e25, 1e36])
 def test_returns_too_large_for_the_statistics(scale, value_norm):
-    """They are not taken in, or taken back with the critic's step; the next batch is as ever."""
+    """They are not taken in where they would overflow; the next batch is learned from as ever."""
     actor, critic = make_actor(), make_critic()
     loss = HAPPOLoss(actor, critic, value_norm=value_norm(shape=1), loss_critic_type="l2")
     updater = SequentialUpdater(loss, num_epochs=1, max_grad_norm=1.0)

@@ -240,9 +240,9 @@ def test_no_minibatch_is_without_a_valid_entry(team, loss_class):
     updater.sequence_length = 5 if "memory" in team else None
     run, drawn = updater._run, []
 
-    def spy(name, step, data, *undo):
+    def spy(name, step, data, undo):
         drawn.append(len(data))
-        return run(name, step, data, *undo)
+        return run(name, step, data, undo)
 
     updater._run = spy
     update(updater, batch)

@@ -312,10 +312,10 @@ class SequentialUpdater:
         """The fit of the critic, and of the statistics of its values."""
         report = TensorDict()
         if team.has_values():
-            data, since = team.critic_view(), len(undo)
+            data = team.critic_view()
             if self.loss.value_norm is not None:
                 undo.append(self.loss.update_value_norm(team.valid_returns(), data))
-            report = self._run("critic", step, data, undo, since)
+            report = self._run("critic", step, data, undo)
         return report.set("explained_variance", team.explained_variance())
 
     def _update_agent(self, agent: Agent, team: TeamBatch, undo: list[Undo]) -> TensorDict:
@@ -326,20 +326,19 @@ class SequentialUpdater:
         turn, step = self._turns[agent.name], self._agent_steps[agent.name]
         with self.learners.agreement():
             data = turn.before(team.agent_view(agent), read_values=self.check_finite)
-        report.update(self._run(agent.name, step, turn.step_view(data), undo, len(undo)))
+        report.update(self._run(agent.name, step, turn.step_view(data), undo))
         log_ratio, metrics = turn.after(data)
         team.include(agent, log_ratio)
         return report.update(metrics)
 
     def _run(
-        self, name: str, step: InnerStep, data: TensorDictBase, undo: list[Undo], since: int
+        self, name: str, step: InnerStep, data: TensorDictBase, undo: list[Undo]
     ) -> TensorDict:
-        """Runs a step; one with a non-finite gradient is undone, with what is ``since`` then."""
+        """Runs an inner step, and takes it back if its gradient was not finite."""
         undo.append(partial(step.restore, step.snapshot()))
         report = step(data)
         if self.check_finite and not report["grad_norm"].isfinite():
-            for restore in reversed(undo[since:]):
-                restore()
+            undo[-1]()
             logger.warning("The gradient of %s was not finite; its update was taken back.", name)
         return report
 
