@@ -97,7 +97,7 @@ SUITES = {
         algorithms={name: COMPILED[name] for name in ("happo", "hatrpo", "mappo-unshared")},
         overrides=SELDOM,
         milestones=(500_000, 1_000_000, 2_000_000),
-        # HARL on EnvPool's HalfCheetah-v4, with its tuned settings: means of 40 episodes.
+        # HARL on EnvPool's -v4 tasks, with its tuned settings: means of 40 episodes.
         reference={
             (CHEETAH, "happo", 500_000): [1260, 1070, 1710, 1568, 1299, 1275, 1600, 1499],
             (CHEETAH, "happo", 1_000_000): [2500, 2040, 2360, 2538, 2415, 2403, 2326, 2407],
@@ -106,6 +106,8 @@ SUITES = {
             (CHEETAH, "hatrpo", 1_000_000): [1650, 1270, 591],
             (CHEETAH, "mappo-unshared", 500_000): [1560],
             (CHEETAH, "mappo-unshared", 1_000_000): [2270],
+            ("mujoco/walker2d_2x3", "happo", 500_000): [704, 265],
+            ("mujoco/walker2d_2x3", "happo", 1_000_000): [1618, 649],
         },
     ),
     "mujoco_long": Suite(
