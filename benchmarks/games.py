@@ -41,8 +41,8 @@ from torchrl_happo.envs import (
     permutation_payoff,
     xor_payoff,
 )
+from torchrl_happo.networks.specs import read_groups
 from torchrl_happo.recipe.baselines import SimultaneousUpdater, make_group_critic
-from torchrl_happo.specs import read_groups
 
 logger = logging.getLogger("games")
 

@@ -26,8 +26,8 @@ from torchrl.modules import (
 )
 
 from torchrl_happo import ActorList, SequentialUpdater
-from torchrl_happo.networks import CentralizedMLP
-from torchrl_happo.recurrent import add_memory
+from torchrl_happo.networks.actors import CentralizedMLP
+from torchrl_happo.networks.recurrent import add_memory
 
 DISTRIBUTIONS = {
     "tanh": TanhNormal,

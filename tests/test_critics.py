@@ -15,8 +15,8 @@ from torchrl.envs import TransformedEnv, VmasEnv
 from torchrl.modules import PopArtValueNorm
 
 from torchrl_happo import HAPPOLoss, HATRPOLoss, SequentialUpdater, TeamReward, make_actor
-from torchrl_happo.batch import TeamBatch
-from torchrl_happo.critics import CRITIC_INPUTS, make_critic
+from torchrl_happo.networks.critics import CRITIC_INPUTS, make_critic
+from torchrl_happo.update.batch import TeamBatch
 
 
 def with_state(n_agents=3):

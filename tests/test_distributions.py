@@ -19,13 +19,13 @@ from torchrl.modules import (
     TruncatedNormal,
 )
 
-from torchrl_happo.distributions import (
+from torchrl_happo.policy.distributions import (
     distribution_parameters,
     entropy,
     fisher_product,
     kl_divergence,
 )
-from torchrl_happo.optim.natural_gradient import fisher_vector_product
+from torchrl_happo.steps.trust_region.natural_gradient import fisher_vector_product
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 names = st.sampled_from(POLICY_NAMES)

@@ -27,7 +27,7 @@ from torchrl_happo.recipe import checkpoint
 from torchrl_happo.recipe.checkpoint import CheckpointError, Checkpoints
 from torchrl_happo.recipe.collection import Batches, WorkerError
 from torchrl_happo.recipe.compose import compose_config
-from torchrl_happo.validation.entries import entries_read
+from torchrl_happo.team.entries import entries_read
 
 KILLS = int(os.environ.get("CHECKPOINT_KILLS", "20"))
 LOSSES = pytest.mark.parametrize("kind", [HAPPOLoss, HATRPOLoss])

@@ -24,8 +24,8 @@ from torch import nn
 from torchrl.modules import IndependentNormal, MultiAgentMLP, ProbabilisticActor
 
 from torchrl_happo import HAPPOLoss, HATRPOLoss
-from torchrl_happo.batch import TeamBatch
 from torchrl_happo.envs import TabularGame
+from torchrl_happo.update.batch import TeamBatch
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torchrl.modules import IndependentNormal
 from wrong_calls import same
 
 from torchrl_happo import HAPPOLoss, HATRPOLoss, SequentialUpdater
-from torchrl_happo.generators import STATE_SIZES, load_generator_state
+from torchrl_happo.transaction import STATE_SIZES, load_generator_state
 
 
 def cuda_state(seed, offset=0):

@@ -10,8 +10,8 @@ import torch
 from reference import load, make_actors, make_batch, relative_error
 
 from torchrl_happo import HAPPOLoss, HATRPOLoss, SequentialUpdater
-from torchrl_happo.batch import TeamBatch
-from torchrl_happo.optim import FirstOrderStep
+from torchrl_happo.steps import FirstOrderStep
+from torchrl_happo.update.batch import TeamBatch
 
 CASES = ["happo_continuous", "happo_continuous_stale", "happo_continuous_mb2", "happo_discrete"]
 

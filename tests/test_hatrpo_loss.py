@@ -20,7 +20,7 @@ from torchrl.modules import IndependentNormal, TanhNormal
 from torchrl.objectives import PPOLoss, ValueEstimators
 
 from torchrl_happo import HATRPOLoss, SequentialUpdater
-from torchrl_happo.optim.trust_region import TrustRegion
+from torchrl_happo.steps.trust_region.solve import TrustRegion
 
 NAMES = [f"agents_{i}" for i in range(N_AGENTS)]
 KEYS = {"value": ("agents", "state_value"), "action": ("agents", "action")}

@@ -23,7 +23,7 @@ from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.multiagent import MAPPOLoss
 
 from torchrl_happo import ActorList, HAPPOLoss, HATRPOLoss, SequentialUpdater
-from torchrl_happo.batch import TeamBatch
+from torchrl_happo.update.batch import TeamBatch
 
 OBS, ACT, AGENTS, BATCH = 3, 2, 3, (4, 6)
 LAYOUTS = ["stack", "list", "groups", "groups of one", "blocks of one"]

@@ -12,7 +12,7 @@ from torchrl.modules import PopArtValueNorm
 from wrong_calls import same
 
 from torchrl_happo import HAPPOLoss, HATRPOLoss, SequentialUpdater
-from torchrl_happo.optim import FirstOrderStep
+from torchrl_happo.steps import FirstOrderStep
 
 ROBOTS = Group("agents", "tanh", 3, obs_dim=2, size=2, block=False, listed=False)
 TEAMS = {

@@ -9,8 +9,8 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.modules import MultiAgentMLP, ProbabilisticActor
 
-from torchrl_happo.agents import split_actor
-from torchrl_happo.layer_norm import LayerNormMLP, MultiAgentLayerNormMLP
+from torchrl_happo.networks.layer_norm import LayerNormMLP, MultiAgentLayerNormMLP
+from torchrl_happo.team.agents import split_actor
 
 SIZES = {"num_cells": [16, 8], "activation_class": nn.ReLU}
 

@@ -20,10 +20,10 @@ from torchrl.modules import IndependentNormal, PopArtValueNorm, RunningValueNorm
 from wrong_calls import same
 
 from torchrl_happo import HAPPOLoss, HATRPOLoss, SequentialUpdater
-from torchrl_happo.learners import Learners
-from torchrl_happo.optim import line_search, minibatches, trust_region
-from torchrl_happo.optim.minibatches import ShuffledMinibatches
+from torchrl_happo.distributed import Learners
 from torchrl_happo.recipe.ranks import Ranks as RecipeRanks
+from torchrl_happo.steps import line_search, minibatches, trust_region
+from torchrl_happo.steps.minibatches import ShuffledMinibatches
 
 #: Two more processes take long to start.
 pytestmark = pytest.mark.slow

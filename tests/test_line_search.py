@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from policies import seeds
 
-from torchrl_happo.optim.line_search import batched_line_search, sequential_line_search
+from torchrl_happo.steps.trust_region.line_search import batched_line_search, sequential_line_search
 
 
 @given(

@@ -28,7 +28,7 @@ from torchrl_happo import (
     make_critic,
     memory_transforms,
 )
-from torchrl_happo.batch import TeamBatch
+from torchrl_happo.update.batch import TeamBatch
 
 ENVS, STEPS, EPISODE = 4, 10, 5
 GROUPS = {"adversary": 3, "agent": 1}

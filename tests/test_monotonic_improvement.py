@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from torch.distributions import Categorical
 
 from torchrl_happo import HATRPOLoss
-from torchrl_happo.optim.trust_region import TrustRegion, trust_region_step
+from torchrl_happo.steps.trust_region.solve import TrustRegion, trust_region_step
 
 logger = logging.getLogger(__name__)
 

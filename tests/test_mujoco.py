@@ -14,8 +14,8 @@ from torchrl.envs.utils import check_env_specs
 
 from torchrl_happo import HAPPOLoss, SequentialUpdater, TeamReward, make_actor, make_critic
 from torchrl_happo.envs import EnvPoolEnv, make_mujoco
-from torchrl_happo.envs.robots import ROBOTS
-from torchrl_happo.networks import joint_policy
+from torchrl_happo.envs.simulators.robots import ROBOTS
+from torchrl_happo.networks.actors import joint_policy
 
 envpool = pytest.importorskip("envpool")
 gymnasium = pytest.importorskip("gymnasium")

@@ -16,9 +16,9 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from torchrl_happo.distributions import kl_divergence
-from torchrl_happo.optim.linearize import linearizable
-from torchrl_happo.optim.natural_gradient import (
+from torchrl_happo.policy.distributions import kl_divergence
+from torchrl_happo.steps.trust_region.linearize import linearizable
+from torchrl_happo.steps.trust_region.natural_gradient import (
     conjugate_gradient,
     fisher_vector_product,
     flatten,

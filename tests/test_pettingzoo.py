@@ -14,7 +14,7 @@ from torchrl.envs.utils import check_env_specs
 
 from torchrl_happo import HAPPOLoss, SequentialUpdater, TeamReward, make_actor, make_critic
 from torchrl_happo.envs import BatchedPettingZooEnv, Rounds
-from torchrl_happo.networks import joint_policy
+from torchrl_happo.networks.actors import joint_policy
 
 pytest.importorskip("mpe2")
 from mpe2 import (

@@ -13,11 +13,11 @@ from torch import nn
 from torchrl.collectors import Collector
 from torchrl.modules import MultiAgentMLP
 
+from torchrl_happo.networks.specs import read_groups
 from torchrl_happo.recipe.algorithms import make_learner
 from torchrl_happo.recipe.baselines import SimultaneousUpdater, TeamStateCritic, make_group_critic
 from torchrl_happo.recipe.config import ConfigError
 from torchrl_happo.recipe.environments import make_env
-from torchrl_happo.specs import read_groups
 
 BASELINES = [(algorithm, share) for algorithm in ("mappo", "ippo") for share in ("true", "false")]
 

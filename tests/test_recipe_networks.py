@@ -12,7 +12,7 @@ from torch import nn
 from torchrl.modules import LSTMModule, PopArtValueNorm, RunningValueNorm
 
 from torchrl_happo import ActorList, train
-from torchrl_happo.memory import has_memory
+from torchrl_happo.policy.memory import has_memory
 from torchrl_happo.recipe import checkpoint
 from torchrl_happo.recipe.algorithms import make_learner
 from torchrl_happo.recipe.compose import compose_config, from_dict, to_dict

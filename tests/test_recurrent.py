@@ -25,7 +25,7 @@ from torchrl_happo import (
     make_actor,
     make_critic,
 )
-from torchrl_happo.recurrent import CELLS, memory_transforms
+from torchrl_happo.networks.recurrent import CELLS, memory_transforms
 
 HIDDEN = 6
 

@@ -22,8 +22,8 @@ from torchrl_happo import (
     make_critic,
     memory_transforms,
 )
-from torchrl_happo.batch import TeamBatch
-from torchrl_happo.memory import state_specs
+from torchrl_happo.policy.memory import state_specs
+from torchrl_happo.update.batch import TeamBatch
 
 CELLS = ["gru", "lstm"]
 INPUTS = ["observations", "agent_specific", "own"]

@@ -17,8 +17,8 @@ from torchrl.modules import ProbabilisticActor, TanhNormal
 from wrong_calls import stack
 
 from torchrl_happo import HAPPOLoss
-from torchrl_happo.agents import behaviour_log_prob
-from torchrl_happo.distributions import is_saturated
+from torchrl_happo.policy.distributions import is_saturated
+from torchrl_happo.team.agents import behaviour_log_prob
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -15,7 +15,7 @@ from torchrl.envs import Compose, EnvBase, GymEnv, MarlGroupMapType, Transformed
 from torchrl.envs.utils import check_env_specs
 
 from torchrl_happo.envs import AgentSplit
-from torchrl_happo.networks import make_actor
+from torchrl_happo.networks.actors import make_actor
 
 PER_AGENT = MarlGroupMapType.ONE_GROUP_PER_AGENT
 ONE_GROUP = MarlGroupMapType.ALL_IN_ONE_GROUP

@@ -24,14 +24,14 @@ from torchrl.modules import (
     set_recurrent_mode,
 )
 
-from torchrl_happo.distributions import kl_divergence
-from torchrl_happo.optim.natural_gradient import (
+from torchrl_happo.policy.distributions import kl_divergence
+from torchrl_happo.steps.trust_region.natural_gradient import (
     conjugate_gradient,
     fisher_vector_product,
     flatten,
     gradient,
 )
-from torchrl_happo.optim.trust_region import (
+from torchrl_happo.steps.trust_region.solve import (
     LocalModel,
     TrustRegion,
     step_length,

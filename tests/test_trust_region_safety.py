@@ -10,7 +10,7 @@ from problems import assert_unmoved, make_problem
 from torch import distributions as D
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchrl_happo.optim.trust_region import TrustRegion, step_length, trust_region_step
+from torchrl_happo.steps.trust_region.solve import TrustRegion, step_length, trust_region_step
 
 LINE_SEARCHES = ["sequential", "batched"]
 

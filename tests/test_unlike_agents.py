@@ -39,10 +39,10 @@ from torchrl.modules import (
 )
 
 from torchrl_happo import ActorList, HAPPOLoss, HATRPOLoss, SequentialUpdater, joint_policy
-from torchrl_happo.agents import split_actor
-from torchrl_happo.memory import state_specs
-from torchrl_happo.objectives.common import ADVANTAGE, OLD_LOG_PROB
-from torchrl_happo.recurrent import CELLS
+from torchrl_happo.networks.recurrent import CELLS
+from torchrl_happo.objectives.base import ADVANTAGE, OLD_LOG_PROB
+from torchrl_happo.policy.memory import state_specs
+from torchrl_happo.team.agents import split_actor
 
 OBS_DIM, N_AGENTS, BATCH = 4, 2, torch.Size([6, 5])
 

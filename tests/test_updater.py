@@ -31,15 +31,15 @@ from torchrl.modules import IndependentNormal, ProbabilisticActor, TanhNormal
 from wrong_calls import same
 
 from torchrl_happo import HAPPOLoss, HATRPOLoss, SequentialUpdater
-from torchrl_happo.batch import TeamBatch
-from torchrl_happo.distributions import entropy
-from torchrl_happo.learners import Learners
-from torchrl_happo.optim.first_order import FirstOrderStep
-from torchrl_happo.optim.minibatches import (
+from torchrl_happo.distributed import Learners
+from torchrl_happo.policy.distributions import entropy
+from torchrl_happo.steps.first_order import FirstOrderStep
+from torchrl_happo.steps.minibatches import (
     ReplayBufferMinibatches,
     ShuffledMinibatches,
     draw_rows,
 )
+from torchrl_happo.update.batch import TeamBatch
 
 ADAM = partial(torch.optim.Adam, lr=1e-2)
 NAMES = [f"agents_{i}" for i in range(N_AGENTS)]
@@ -858,7 +858,7 @@ def test_a_non_finite_gradient_takes_the_agents_step_back(spoil, caplog):
     assert metrics[NAMES[1], "ratio_mean"] == 1
     assert metrics[NAMES[1], "kl"] == 0
     (record,) = caplog.records
-    assert record.name == "torchrl_happo.updater"
+    assert record.name == "torchrl_happo.update.updater"
     assert "agents_1 was not finite" in record.message
 
 

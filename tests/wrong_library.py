@@ -50,8 +50,8 @@ from torchrl_happo import (
     HATRPOLoss,
     SequentialUpdater,
 )
-from torchrl_happo.optim import FirstOrderStep, ShuffledMinibatches, TrustRegion
-from torchrl_happo.optim.factories import build_optimizer, build_scheduler
+from torchrl_happo.steps import FirstOrderStep, ShuffledMinibatches, TrustRegion
+from torchrl_happo.steps.optimizers import build_optimizer, build_scheduler
 
 OBS, ACT, LOG_PROB = [("agents", name) for name in ("observation", "action", "action_log_prob")]
 REWARD, DONE, NEXT_OBS = ("next", "reward"), ("next", "done"), ("next", *OBS)

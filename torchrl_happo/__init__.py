@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from torchrl_happo.actor_list import ActorList
-from torchrl_happo.envs.transforms import TeamReward
-from torchrl_happo.networks import joint_policy, make_actor, make_critic, memory_transforms
+from torchrl_happo.envs.team_reward import TeamReward
+from torchrl_happo.networks.actors import joint_policy, make_actor, make_critic, memory_transforms
 from torchrl_happo.objectives import HAPPOLoss, HATRPOLoss
-from torchrl_happo.updater import SequentialUpdater
+from torchrl_happo.policy.actor_list import ActorList
+from torchrl_happo.update.updater import SequentialUpdater
 
 __all__ = [
     "ActorList",

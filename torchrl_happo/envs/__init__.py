@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from torchrl_happo.envs.envpool import EnvPoolEnv
-from torchrl_happo.envs.foraging import SeededForagingEnv
-from torchrl_happo.envs.matrix import (
+from torchrl_happo.envs.games.matrix import (
     DifferentialGame,
     MatrixGame,
     climbing_payoff,
@@ -12,12 +10,14 @@ from torchrl_happo.envs.matrix import (
     permutation_payoff,
     xor_payoff,
 )
-from torchrl_happo.envs.mujoco import make_mujoco
-from torchrl_happo.envs.pettingzoo import BatchedPettingZooEnv
-from torchrl_happo.envs.rounds import Rounds
+from torchrl_happo.envs.games.tabular import TabularGame, TabularGameEnv
+from torchrl_happo.envs.simulators.envpool import EnvPoolEnv
+from torchrl_happo.envs.simulators.foraging import SeededForagingEnv
+from torchrl_happo.envs.simulators.mujoco import make_mujoco
+from torchrl_happo.envs.simulators.pettingzoo import BatchedPettingZooEnv
+from torchrl_happo.envs.simulators.rounds import Rounds
 from torchrl_happo.envs.split import AgentSplit
-from torchrl_happo.envs.tabular import TabularGame, TabularGameEnv
-from torchrl_happo.envs.transforms import TeamReward
+from torchrl_happo.envs.team_reward import TeamReward
 
 __all__ = [
     "AgentSplit",

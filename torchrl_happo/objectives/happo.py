@@ -16,27 +16,27 @@ from torchrl.modules import ValueNorm
 from torchrl.modules.distributions import has_analytic_entropy
 from torchrl.objectives import ClipPPOLoss
 
-from torchrl_happo.agents import Agent
-from torchrl_happo.learners import Learners
-from torchrl_happo.means import masked, masked_mean
-from torchrl_happo.objectives.common import (
+from torchrl_happo.arguments import (
+    check_clip_epsilon,
+    check_counts,
+    check_critic,
+    check_entropy_coeff,
+)
+from torchrl_happo.distributed import Learners
+from torchrl_happo.masked import masked, masked_mean
+from torchrl_happo.objectives.base import (
     ADVANTAGE,
     OLD_LOG_PROB,
     VALID,
     Actors,
     SequentialLossMixin,
 )
-from torchrl_happo.objectives.functional import clipped_surrogate
-from torchrl_happo.optim.code import Code
-from torchrl_happo.optim.first_order import FirstOrderStep
-from torchrl_happo.policy import Policy
-from torchrl_happo.validation.arguments import (
-    check_clip_epsilon,
-    check_counts,
-    check_critic,
-    check_entropy_coeff,
-)
-from torchrl_happo.validation.team import check_networks
+from torchrl_happo.objectives.surrogate import clipped_surrogate
+from torchrl_happo.policy.policy import Policy
+from torchrl_happo.steps.compile.code import Code
+from torchrl_happo.steps.first_order import FirstOrderStep
+from torchrl_happo.team.agents import Agent
+from torchrl_happo.team.construction import check_networks
 
 __all__ = ["HAPPOLoss"]
 

@@ -14,24 +14,24 @@ from torch.distributions import Distribution
 from torchrl.modules import ValueNorm
 from torchrl.objectives import PPOLoss
 
-from torchrl_happo.agents import Agent
-from torchrl_happo.distributions import kl_divergence
-from torchrl_happo.learners import Learners
-from torchrl_happo.means import masked, masked_mean
-from torchrl_happo.objectives.common import (
+from torchrl_happo.arguments import check_counts, check_critic, check_numbers
+from torchrl_happo.distributed import Learners
+from torchrl_happo.masked import masked, masked_mean
+from torchrl_happo.objectives.base import (
     ADVANTAGE,
     OLD_LOG_PROB,
     VALID,
     Actors,
     SequentialLossMixin,
 )
-from torchrl_happo.objectives.functional import surrogate
-from torchrl_happo.optim.code import Code
-from torchrl_happo.optim.first_order import FirstOrderStep
-from torchrl_happo.optim.second_order import TrustRegionStep
-from torchrl_happo.optim.trust_region import TrustRegion
-from torchrl_happo.validation.arguments import check_counts, check_critic, check_numbers
-from torchrl_happo.validation.team import check_networks
+from torchrl_happo.objectives.surrogate import surrogate
+from torchrl_happo.policy.distributions import kl_divergence
+from torchrl_happo.steps.compile.code import Code
+from torchrl_happo.steps.first_order import FirstOrderStep
+from torchrl_happo.steps.trust_region.solve import TrustRegion
+from torchrl_happo.steps.trust_region.step import TrustRegionStep
+from torchrl_happo.team.agents import Agent
+from torchrl_happo.team.construction import check_networks
 
 __all__ = ["HATRPOLoss"]
 
@@ -52,8 +52,8 @@ class HATRPOLoss(SequentialLossMixin, PPOLoss):
     :class:`~torchrl.modules.TruncatedNormal` has none, with which the first update is refused.
 
     :class:`~torchrl_happo.SequentialUpdater` takes the step by conjugate gradient and a
-    backtracking line search (see :mod:`torchrl_happo.optim.trust_region`). Its optimiser, epochs
-    and minibatches are then the critic's.
+    backtracking line search (see :mod:`torchrl_happo.steps.trust_region.solve`). Its optimiser,
+    epochs and minibatches are then the critic's.
 
     ``forward`` gives the unclipped surrogate as ``loss_objective`` and, where the data holds the
     parameters of the old distribution, the mean divergence as ``kl``.

@@ -17,7 +17,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 from torchrl.modules import ValueNorm
 
-from torchrl_happo.undo import Undo
+from torchrl_happo.transaction import Undo
 
 __all__ = ["MovedStatistics", "RealValues", "last_linear", "update_value_norm"]
 

@@ -17,11 +17,12 @@ from torchrl.modules import PopArtValueNorm, RunningValueNorm, ValueNorm
 from torchrl.objectives import ValueEstimators
 from torchrl.objectives.multiagent import IPPOLoss, MAPPOLoss
 
-from torchrl_happo.memory import has_memory
-from torchrl_happo.networks import joint_policy, make_actor, make_critic
+from torchrl_happo.networks.actors import joint_policy, make_actor, make_critic
+from torchrl_happo.networks.specs import read_groups
 from torchrl_happo.objectives import HAPPOLoss, HATRPOLoss
-from torchrl_happo.objectives.common import SequentialLossMixin
+from torchrl_happo.objectives.base import SequentialLossMixin
 from torchrl_happo.objectives.value_norm import RealValues
+from torchrl_happo.policy.memory import has_memory
 from torchrl_happo.recipe.baselines import SimultaneousUpdater, make_group_critic
 from torchrl_happo.recipe.config import (
     AlgorithmConfig,
@@ -34,8 +35,7 @@ from torchrl_happo.recipe.config import (
     RecurrentModel,
     TrainConfig,
 )
-from torchrl_happo.specs import read_groups
-from torchrl_happo.updater import SequentialUpdater
+from torchrl_happo.update.updater import SequentialUpdater
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "tanh": nn.Tanh,

@@ -19,10 +19,10 @@ from torchrl.envs import EnvBase
 from torchrl.modules import MultiAgentMLP
 from torchrl.objectives.multiagent import MAPPOLoss
 
-from torchrl_happo.layer_norm import MultiAgentLayerNormMLP
-from torchrl_happo.optim.factories import OptimizerFactory, SchedulerFactory
+from torchrl_happo.networks.layer_norm import MultiAgentLayerNormMLP
+from torchrl_happo.networks.specs import Group, observation_shape, read_groups
 from torchrl_happo.recipe.config import ConfigError
-from torchrl_happo.specs import Group, observation_shape, read_groups
+from torchrl_happo.steps.optimizers import OptimizerFactory, SchedulerFactory
 
 
 class SimultaneousUpdater:

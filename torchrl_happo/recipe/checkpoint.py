@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from torchrl_happo.arguments import first_line
 from torchrl_happo.recipe.compose import from_dict, to_dict
 from torchrl_happo.recipe.config import TrainConfig
 from torchrl_happo.recipe.places import CHECKPOINTS, SUFFIX
-from torchrl_happo.validation.arguments import first_line
 
 logger = logging.getLogger(__name__)
 

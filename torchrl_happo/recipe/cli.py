@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from torchrl_happo.envs.transforms import UnlikeRewardsError
+from torchrl_happo.envs.team_reward import UnlikeRewardsError
 from torchrl_happo.recipe import checkpoint, compose
 from torchrl_happo.recipe.checkpoint import CheckpointError
 from torchrl_happo.recipe.collection import WorkerError

@@ -15,11 +15,11 @@ from tensordict.nn import TensorDictModuleBase
 from torchrl.collectors import BaseCollector
 from torchrl.collectors.distributed import DistributedCollector, RayCollector
 
+from torchrl_happo.arguments import first_line
 from torchrl_happo.recipe.collectors import make_collector
 from torchrl_happo.recipe.config import TrainConfig
 from torchrl_happo.recipe.interrupt import deaf_children
 from torchrl_happo.recipe.randomness import seed_everything
-from torchrl_happo.validation.arguments import first_line
 
 
 class WorkerError(RuntimeError):

@@ -18,7 +18,7 @@ from tensordict.nn import TensorDictModuleBase
 from torchrl.collectors import BaseCollector, Collector
 from torchrl.envs import EnvBase
 
-from torchrl_happo.networks import memory_transforms
+from torchrl_happo.networks.actors import memory_transforms
 from torchrl_happo.recipe.config import (
     ConfigError,
     DistributedCollector,

@@ -13,8 +13,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from torchrl_happo.critics import CRITIC_INPUTS
-from torchrl_happo.recurrent import CELLS
+from torchrl_happo.networks.critics import CRITIC_INPUTS
+from torchrl_happo.networks.recurrent import CELLS
 
 ALGORITHMS = ("happo", "hatrpo", "mappo", "ippo")
 LOGGERS = ("csv", "tensorboard", "wandb")

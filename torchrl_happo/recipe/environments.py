@@ -22,6 +22,7 @@ from torchrl.envs import (
     VmasEnv,
 )
 
+from torchrl_happo.arguments import first_line
 from torchrl_happo.envs import (
     BatchedPettingZooEnv,
     Rounds,
@@ -37,7 +38,6 @@ from torchrl_happo.recipe.config import (
     TaskConfig,
     VmasTask,
 )
-from torchrl_happo.validation.arguments import first_line
 
 
 def make_env(
@@ -62,7 +62,7 @@ def make_env(
         seed (int): of the initial states and whatever else the simulator draws.
         device (str, optional): where the simulation runs. Defaults to ``"cpu"``.
         transforms (sequence of Transform): what a policy needs besides, see
-            :func:`~torchrl_happo.networks.memory_transforms`. Defaults to ``()``.
+            :func:`~torchrl_happo.networks.actors.memory_transforms`. Defaults to ``()``.
     """
     check_device(device)
     env = TransformedEnv(

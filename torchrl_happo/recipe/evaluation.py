@@ -9,7 +9,7 @@ from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from torchrl_happo.networks import memory_transforms
+from torchrl_happo.networks.actors import memory_transforms
 from torchrl_happo.recipe.config import TrainConfig
 from torchrl_happo.recipe.environments import make_env
 from torchrl_happo.recipe.randomness import isolated_randomness

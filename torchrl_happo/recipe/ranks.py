@@ -3,7 +3,7 @@
 ``torchrun --standalone --nproc-per-node 2 -m torchrl_happo.train ...`` runs the same program in two
 processes. ``num_envs``, ``minibatch_size`` and ``total_frames`` are those of the whole run: each
 learner has its part of the environments, and all take each step together (see
-:mod:`torchrl_happo.learners`). The first one alone evaluates and writes.
+:mod:`torchrl_happo.distributed`). The first one alone evaluates and writes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
-from torchrl_happo.learners import Learners
+from torchrl_happo.distributed import Learners
 from torchrl_happo.recipe.config import (
     ConfigError,
     DistributedCollector,

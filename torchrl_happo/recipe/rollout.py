@@ -10,7 +10,7 @@ from PIL import Image
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from torchrl_happo.networks import memory_transforms
+from torchrl_happo.networks.actors import memory_transforms
 from torchrl_happo.recipe import checkpoint
 from torchrl_happo.recipe.algorithms import make_learner
 from torchrl_happo.recipe.checkpoint import CheckpointError

@@ -1,0 +1,1 @@
+"""Exact games with known answers."""

@@ -1,0 +1,1 @@
+"""Simulators as batched TorchRL environments."""

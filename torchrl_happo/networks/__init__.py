@@ -1,0 +1,1 @@
+"""Networks from an environment's specs."""

@@ -1,0 +1,1 @@
+"""One agent's policy as a function of tensors."""

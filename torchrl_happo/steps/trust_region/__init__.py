@@ -1,0 +1,1 @@
+"""The trust-region step: conjugate gradient and line search."""

@@ -1,0 +1,287 @@
+"""What a batch must hold before it may touch a parameter: keys, shapes, types, devices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+
+from torchrl_happo.policy.memory import INIT, state_specs
+from torchrl_happo.team.agents import Agent, group_of
+from torchrl_happo.team.construction import check_value_key
+from torchrl_happo.team.entries import (
+    agent_keys,
+    entries_read,
+    has,
+    next_key,
+    tensors_of,
+)
+
+if TYPE_CHECKING:
+    from torchrl_happo.objectives.base import SequentialLossMixin
+
+__all__ = ["check_agent_keys", "check_batch", "check_team_shape"]
+
+
+def check_batch(loss: SequentialLossMixin, batch: TensorDictBase) -> None:
+    """Refuses a batch whose keys, shapes, types or device do not fit the loss.
+
+    Nothing here reads a tensor's values, so it costs no synchronisation.
+
+    Args:
+        loss (HAPPOLoss or HATRPOLoss): the loss the batch is for.
+        batch (TensorDictBase): joint data of batch size ``[*B]``.
+
+    Raises:
+        TypeError: if ``batch`` is not a tensordict.
+        KeyError: if an entry is missing.
+        ValueError: if a shape, a type or the device does not fit.
+    """
+    if not isinstance(batch, TensorDictBase):
+        raise TypeError(
+            f"The batch must be a TensorDict, got a {type(batch).__name__}; pass what a collector "
+            "yields."
+        )
+    if batch.batch_dims < 1 or batch.batch_size.numel() == 0:
+        raise ValueError(
+            f"The batch has batch size {list(batch.batch_size)}; pass the tensordict of a "
+            "collector, e.g. of batch size [num_envs, time], with at least one step."
+        )
+    for agent in loss.agents:
+        check_agent_keys(agent, batch)
+    _check_group_sizes(loss, batch)
+    for agent in loss.agents:
+        _check_log_prob_shape(agent, batch)
+    _check_value_keys(loss, batch)
+    _check_masks(loss, batch)
+    _check_devices(loss, batch)
+    _check_detached(loss, batch)
+
+
+def _require(batch: TensorDictBase, key: NestedKey, whose: str, remedy: str) -> None:
+    if not has(batch, key):
+        raise KeyError(f"The batch has no entry {key!r}, which {whose} needs; {remedy}.")
+
+
+def check_agent_keys(agent: Agent, batch: TensorDictBase) -> None:
+    """Refuses a batch without an agent's observations, actions or log-probabilities."""
+    whose = f"agent {agent.name!r}"
+    for key in (*agent.actor.in_keys, *agent.policy.action_keys):
+        _require(batch, key, whose, "collect with the loss's own actor")
+    for key in agent.policy.log_prob_keys:
+        _require(batch, key, whose, "build its actor with return_log_prob=True and collect with it")
+
+
+def _check_group_sizes(loss: SequentialLossMixin, batch: TensorDictBase) -> None:
+    """Refuses entries that are not of as many agents as the group has networks."""
+    members: dict[str, list[Agent]] = {}
+    for agent in loss.agents:
+        if agent.group is not None:
+            members.setdefault(agent.group, []).append(agent)
+    for group, agents in members.items():
+        wanted = sum(agent.num_members for agent in agents)
+        if wanted == 1 and agents[0].index is None:
+            continue  # one network for whatever there is
+        for key in _entries_of_group(group, agents, batch):
+            entry = batch.get(key)
+            shape = tuple(entry.batch_size if isinstance(entry, TensorDictBase) else entry.shape)
+            if shape[: batch.batch_dims + 1] != (*batch.batch_size, wanted):
+                raise ValueError(
+                    f"The entry {key!r} has shape {list(shape)}, but the actor of {group!r} has "
+                    f"networks for {wanted} agents; collect with it, or build it for as many "
+                    "agents as the environment has."
+                )
+
+
+def _entries_of_group(
+    group: str, agents: Iterable[Agent], batch: TensorDictBase
+) -> list[NestedKey]:
+    """What says how many agents there are: the group's batch size, or each entry's shape."""
+    if batch.get(group).batch_dims > batch.batch_dims:
+        return [group]
+    keys = dict.fromkeys(key for agent in agents for key in agent_keys(agent))
+    return [key for key in keys if group_of(key) == group]
+
+
+def _check_log_prob_shape(agent: Agent, batch: TensorDictBase) -> None:
+    data = agent.view(batch, [*agent.policy.action_keys, *agent.policy.log_prob_keys])
+    log_prob = agent.stored_log_prob(data)
+    if not log_prob.is_floating_point():
+        raise ValueError(
+            f"The log-probability {agent.policy.log_prob_keys[0]!r} is of {log_prob.dtype}, but "
+            "must be of a float type; collect with the loss's own actor."
+        )
+    shape = tuple(log_prob.shape)
+    wanted = tuple(batch.batch_size)
+    if shape == wanted:
+        return
+    if len(shape) == len(wanted) + 1 and shape[:-1] == wanted:
+        if shape[-1] == agent.num_members:
+            return
+        if agent.index is None:
+            raise ValueError(
+                f"The log-probability {agent.policy.log_prob_keys[0]!r} has shape {list(shape)}, "
+                f"so group {agent.group!r} has {shape[-1]} agents, but its actor is one network "
+                "that all of them share; build it of a MultiAgentMLP, which knows their number, "
+                f"with share_params=False, or with share_params=True and blocks=[{agent.name!r}]."
+            )
+    raise ValueError(
+        f"The log-probability {agent.policy.log_prob_keys[0]!r} of agent {agent.name!r} has shape "
+        f"{list(shape)}, but the batch size is {list(wanted)}; collect with the loss's own actor."
+    )
+
+
+def _check_value_keys(loss: SequentialLossMixin, batch: TensorDictBase) -> None:
+    keys, critic = loss.tensor_keys, loss.critic_network
+    has_advantage = has(batch, keys.advantage)
+    if critic is None:
+        if not has_advantage:
+            raise KeyError(
+                f"The batch has no {keys.advantage!r} and the loss no critic to estimate it with; "
+                "pass a critic network or write the advantage."
+            )
+    else:
+        check_value_key(keys.value, critic)
+        states = state_specs(critic)  # made by the update itself, where they are not there
+        for key in critic.in_keys:
+            if key == INIT:
+                _require(
+                    batch, key, "the critic's memory", "append InitTracker() to the transforms"
+                )
+            elif key not in states:
+                _require(batch, key, "the critic", "collect it or change the critic's in_keys")
+                _check_one_tensor(batch, key)
+    if has_advantage:
+        check_team_shape(loss, batch, keys.advantage, loss.num_agents)
+        if critic is not None:
+            _require(batch, keys.value_target, "the critic", "write it beside the advantage")
+            check_team_shape(loss, batch, keys.value_target)
+    else:
+        _check_estimable(loss, batch)
+
+
+def _check_one_tensor(batch: TensorDictBase, key: NestedKey) -> None:
+    """Refuses an entry of agents of unlike sizes, which no critic can read at once."""
+    sizes = list(dict.fromkeys(tuple(value.shape) for value in tensors_of(batch, key)))
+    if len(sizes) > 1:
+        raise ValueError(
+            f"The critic reads {key!r}, but its agents have tensors of unlike sizes there, "
+            f"{' and '.join(str(list(size)) for size in sizes)}; build the environment with "
+            "group_map=MarlGroupMapType.ONE_GROUP_PER_AGENT, which gives each a key of its own."
+        )
+
+
+def _check_estimable(loss: SequentialLossMixin, batch: TensorDictBase) -> None:
+    """Refuses a batch from which no advantage can be estimated."""
+    keys = loss.tensor_keys
+    _require(
+        batch,
+        next_key(keys.reward),
+        "the advantage",
+        'append TeamReward("mean") to the environment\'s transforms or call '
+        "loss.set_keys(reward=...)",
+    )
+    check_team_shape(loss, batch, next_key(keys.reward))
+    for name in ("done", "terminated"):
+        key = next_key(getattr(keys, name))
+        _require(batch, key, "the advantage", f"call loss.set_keys({name}=...)")
+        if batch.get(key).dtype != torch.bool:
+            raise ValueError(
+                f"The entry {key!r} is of {batch.get(key).dtype}, but it must say yes or no: write "
+                "it as torch.bool."
+            )
+        check_team_shape(loss, batch, key)
+    states = state_specs(loss.critic_network)
+    for key in loss.critic_network.in_keys:
+        if key == INIT or key in states:
+            continue
+        _require(batch, next_key(key), "the value of the next state", "collect it")
+        pairs = zip(tensors_of(batch, key), tensors_of(batch, next_key(key)), strict=False)
+        for now, after in pairs:
+            if (now.shape, now.dtype) != (after.shape, after.dtype):
+                raise ValueError(
+                    f"The entry {next_key(key)!r} has shape {list(after.shape)} and {after.dtype}, "
+                    f"but {key!r} has {list(now.shape)} and {now.dtype}; both are observations of "
+                    "the same kind and must be alike."
+                )
+
+
+def check_team_shape(
+    loss: SequentialLossMixin, batch: TensorDictBase, key: NestedKey, n_agents: int | None = None
+) -> None:
+    """Refuses what is neither one number for the team nor one for each agent."""
+    value, dims = batch.get(key), batch.batch_dims
+    shape, steps = tuple(value.shape), tuple(batch.batch_size)
+    per_agent = len(shape) == dims + 2 and n_agents in (None, shape[dims])
+    if not (shape[:dims] == steps and shape[-1] == 1 and (len(shape) == dims + 1 or per_agent)):
+        raise ValueError(
+            f"The entry {key!r} has shape {list(shape)}; it must be {[*steps, 1]} for the team or "
+            f"{[*steps, loss.num_agents, 1]} for each agent."
+        )
+    if value.dtype != torch.bool and not value.is_floating_point():
+        raise ValueError(f"The entry {key!r} is of {value.dtype}, but must be of a float type.")
+
+
+def _check_masks(loss: SequentialLossMixin, batch: TensorDictBase) -> None:
+    """Refuses masks that do not say yes or no of each step, or of each agent at each step."""
+    steps = tuple(batch.batch_size)
+    for key in loss._loss_mask_keys():
+        mask = batch.get(key, None)
+        if mask is not None and mask.numel() != batch.numel():
+            raise ValueError(
+                f"The mask {key!r} has shape {list(mask.shape)}; it must say of each step whether "
+                f"it counts, {[*steps]} or {[*steps, 1]}."
+            )
+        if mask is not None and mask.dtype != torch.bool:
+            raise ValueError(
+                f"The mask {key!r} is of {mask.dtype}, but it must say yes or no: write it as "
+                "torch.bool."
+            )
+    for agent in loss.agents:
+        key = loss.active_key(agent)
+        mask = agent.view(batch, [key]).get(key, None)
+        if mask is not None and mask.numel() != batch.numel() * agent.num_members:
+            raise ValueError(
+                f"The mask {key!r} has shape {list(batch.get(key).shape)}; it must say of each "
+                f"agent at each step whether it acts, {[*steps, 'n_agents']}."
+            )
+
+
+def _check_devices(loss: SequentialLossMixin, batch: TensorDictBase) -> None:
+    # The agents' own parameters follow a stack that was moved only when the update begins.
+    networks = [loss.actor_network, loss.critic_network]
+    parameters = [p for network in networks if network is not None for p in network.parameters()]
+    device = parameters[0].device
+    for parameter in parameters:
+        if parameter.device.type == "meta":
+            raise ValueError(
+                "The networks lie on the meta device, which holds no numbers; load their "
+                "parameters onto a real one."
+            )
+        if parameter.device != device:
+            raise ValueError(
+                f"The networks lie on {device} and {parameter.device}; move the loss to one device "
+                "with loss.to(...)."
+            )
+    for key in entries_read(loss, batch):
+        for value in tensors_of(batch, key):
+            if value.device != device:
+                raise ValueError(
+                    f"The entry {key!r} of the batch lies on {value.device}, but the networks lie "
+                    f"on {device}; move one of them with .to(...)."
+                )
+
+
+def _check_detached(loss: SequentialLossMixin, batch: TensorDictBase) -> None:
+    """Refuses what would carry gradients of the past into the update."""
+    keys = [loss.tensor_keys.advantage, loss.tensor_keys.value_target]
+    for agent in loss.agents:
+        keys += [*agent.policy.action_keys, *agent.policy.log_prob_keys]
+    for key in dict.fromkeys(keys):
+        if any(value.requires_grad for value in tensors_of(batch, key)):
+            raise ValueError(
+                f"The entry {key!r} of the batch requires grad; collect under torch.no_grad() or "
+                "detach it."
+            )

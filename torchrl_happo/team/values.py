@@ -1,0 +1,166 @@
+"""What the numbers of a batch must be before they may touch a parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import CompositeDistribution
+from tensordict.utils import unravel_key
+from torch import Tensor
+from torch.distributions import Categorical, Distribution
+from torchrl.modules import TanhNormal
+from torchrl.modules.distributions import MaskedOneHotCategorical, OneHotCategorical
+
+from torchrl_happo.arguments import first_line
+from torchrl_happo.policy.policy import Parameters
+from torchrl_happo.team.agents import Agent
+from torchrl_happo.team.entries import entries_read, has, next_key, tensors_of
+from torchrl_happo.team.masks import entry_mask, unmasked_finite
+
+if TYPE_CHECKING:
+    from torchrl_happo.objectives.base import SequentialLossMixin
+
+__all__ = ["check_actions", "check_finite", "explained"]
+
+
+def check_finite(loss: SequentialLossMixin, batch: TensorDictBase) -> None:
+    """Refuses non-finite numbers, and rewards that differ between the agents of a team.
+
+    Where a mask says that an agent was not active, or that a step does not count, anything may
+    stand. Reads the values, and so synchronises with the device, once.
+
+    Args:
+        loss (HAPPOLoss or HATRPOLoss): the loss the batch is for.
+        batch (TensorDictBase): a batch that passed :func:`check_batch`.
+
+    Raises:
+        ValueError: naming the entry that is not finite, or the rewards that differ.
+    """
+    names, verdicts = [], []
+    for key in entries_read(loss, batch):
+        for verdict in unmasked_finite(loss, batch, key):
+            names.append(key)
+            verdicts.append(verdict)
+    reward_key = next_key(loss.tensor_keys.reward)
+    if not has(batch, loss.tensor_keys.advantage):
+        verdicts.append(_is_shared(loss, batch, reward_key))
+    good = torch.stack(verdicts).tolist()
+    for name, is_good in zip(names, good, strict=False):
+        if not is_good:
+            raise ValueError(
+                f"The entry {name!r} of the batch holds NaN or infinite numbers; nothing was "
+                "updated."
+            )
+    if not all(good):
+        raise ValueError(
+            f"The rewards {reward_key!r} differ between the agents of the team, but HAPPO "
+            'maximises one shared reward; append TeamReward("mean") or TeamReward("sum") to the '
+            'environment\'s transforms and call loss.set_keys(reward="reward").'
+        )
+
+
+def _is_shared(loss: SequentialLossMixin, batch: TensorDictBase, key: NestedKey) -> Tensor:
+    """Whether all agents that act at a step are paid the same for it."""
+    reward = batch.get(key)
+    if reward.ndim == batch.batch_dims + 1:
+        return torch.ones((), dtype=torch.bool, device=reward.device)
+    least, most = reward, reward
+    mask = entry_mask(loss, batch, key)
+    if mask is not None:
+        mask = mask.reshape(*mask.shape, *(1,) * (reward.ndim - mask.ndim))
+        least = torch.where(mask, reward, torch.inf)
+        most = torch.where(mask, reward, -torch.inf)
+    return (most.amax(batch.batch_dims) <= least.amin(batch.batch_dims)).all()
+
+
+def check_actions(
+    agent: Agent,
+    parameters: Parameters,
+    data: TensorDictBase,
+    *,
+    valid: Tensor | None = None,
+    read_values: bool = True,
+) -> None:
+    """Refuses actions that the agent's distribution cannot have drawn.
+
+    Args:
+        agent (Agent): the agent.
+        parameters (dict of str to Tensor): of its distribution, at the observations of ``data``.
+        data (TensorDictBase): its view of the batch.
+
+    Keyword Args:
+        valid (Tensor, optional): which actions count.
+        read_values (bool): whether to look at the actions' values, which synchronises once.
+
+    Raises:
+        ValueError: naming the action, what was got and what is wanted.
+    """
+    key, dist = agent.policy.action_keys[0], agent.policy.distribution(parameters)
+    if isinstance(dist, CompositeDistribution):
+        return
+    action = data.get(key)
+    one_hot = isinstance(dist, (OneHotCategorical, MaskedOneHotCategorical))
+    choices = dist.logits.shape[-1:] if isinstance(dist, Categorical) and one_hot else ()
+    shape = (*dist.batch_shape, *dist.event_shape, *choices)
+    drawn = f"{type(dist).__name__} of {agent.name!r}"
+    if tuple(action.shape) != tuple(shape):
+        raise ValueError(
+            f"The action {key!r} has shape {list(action.shape)}, but the {drawn} draws actions of "
+            f"shape {list(shape)}; collect with the loss's own actor."
+        )
+    if dist.has_rsample and not one_hot and not action.is_floating_point():
+        raise ValueError(
+            f"The action {key!r} is of {action.dtype}, but the {drawn} draws actions of a float "
+            "type; collect with the loss's own actor."
+        )
+    bounds = _bounds(dist, one_hot) if read_values else None
+    if bounds is not None:
+        inside = (action >= bounds[0]) & (action <= bounds[1])
+        if valid is not None:
+            inside |= ~valid.reshape(*valid.shape, *(1,) * (inside.ndim - valid.ndim))
+        if not bool(inside.all()):
+            raise ValueError(
+                f"The action {key!r} leaves the range of the {drawn}; collect with the loss's own "
+                "actor, and let the environment rescale what it takes."
+            )
+
+
+def _bounds(dist: Distribution, one_hot: bool) -> tuple[Tensor | float, Tensor | float] | None:
+    """Least and largest action, with room for rounding; ``None`` where there is no bound."""
+    if isinstance(dist, Categorical):
+        return 0, (1 if one_hot else dist.logits.shape[-1] - 1)
+    if isinstance(dist, TanhNormal):
+        room = 0.01 * (dist.high - dist.low)
+        return dist.low - room, dist.high + room
+    return None
+
+
+@contextmanager
+def explained(who: str, data: TensorDictBase, keys: Iterable[NestedKey]) -> Iterator[None]:
+    """Says in one sentence what a network could not read, where it would raise a torch error.
+
+    Args:
+        who (str): whose network it is, the beginning of the sentence.
+        data (TensorDictBase): what it reads.
+        keys (iterable of NestedKey): where.
+
+    Raises:
+        ValueError: from whatever error the network raised.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+        entries = ", ".join(
+            f"{key!r} {list(value.shape)} of {value.dtype}"
+            for key in dict.fromkeys(unravel_key(key) for key in keys)
+            for value in tensors_of(data, key)
+        )
+        raise ValueError(
+            f"{who} cannot read the batch ({entries}): {first_line(error)}."
+        ) from error
