@@ -17,7 +17,7 @@ from torchrl.data import (
     Binary,
     Bounded,
     Composite,
-    MultiCategorical,
+    MultiOneHot,
     OneHot,
     Unbounded,
 )
@@ -367,9 +367,9 @@ def test_unlike_agents_in_one_group_are_refused(scenario, continuous, builder):
         (team(Unbounded((3, 2)), Unbounded((3, 4, 4))), {}, ValueError, "flatten"),
         (team(Unbounded((3, 2)), Unbounded((3, 4), dtype=torch.float64)), {}, ValueError, "Double"),
         (team(Bounded(-torch.inf, 1.0, (3, 2))), {}, ValueError, "finite"),
-        (team(MultiCategorical([2, 3]).expand(3, 2)), {}, ValueError, "MultiCategorical"),
+        (team(MultiOneHot([2, 3]).expand(3, 5)), {}, ValueError, "MultiOneHot"),
     ],
-    ids=["observation", "image", "dtype", "infinite", "multi-discrete"],
+    ids=["observation", "image", "dtype", "infinite", "multi-one-hot"],
 )
 def test_refuses_specs(env, kwargs, error, message):
     """What no network fits is refused with the key, what was got and what to do."""

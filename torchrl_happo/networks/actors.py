@@ -1,7 +1,7 @@
 """A team's networks, built from the specs of its environment.
 
 :func:`make_actor` gives every agent a policy of its own, :func:`make_critic` the team one critic.
-Both are made of TorchRL's modules: whatever takes the networks of a MAPPO script takes these.
+Both are made of TorchRL's modules, and fit wherever the networks of a MAPPO script do.
 """
 
 from __future__ import annotations
@@ -11,31 +11,27 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from tensordict import NestedKey
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import nn
 from torchrl.envs import EnvBase
-from torchrl.modules import MLP, MultiAgentMLP, ProbabilisticActor
+from torchrl.modules import ProbabilisticActor
 
 from torchrl_happo.arguments import check_counts
+from torchrl_happo.networks.architecture import Architecture
 from torchrl_happo.networks.checks import (
     check_builder,
     check_critic,
     check_policies,
+    check_recurrent,
     check_scale_mapping,
     check_std,
 )
 from torchrl_happo.networks.critics import CentralizedMLP, make_critic
-from torchrl_happo.networks.heads import ParameterHead
-from torchrl_happo.networks.initialization import init_orthogonal
-from torchrl_happo.networks.layer_norm import LayerNormMLP, MultiAgentLayerNormMLP
+from torchrl_happo.networks.heads import NormalStd, PolicyHead, read_head
+from torchrl_happo.networks.observations import ObservationEncoder, encode_inputs
 from torchrl_happo.networks.recurrent import CELLS, make_recurrent_actor, memory_transforms
-from torchrl_happo.networks.specs import (
-    ActionHead,
-    Group,
-    read_action_head,
-    read_groups,
-    select_groups,
-)
+from torchrl_happo.networks.specs import read_groups, select_groups
 from torchrl_happo.policy.actor_list import ActorList
 from torchrl_happo.policy.memory import memory_of
 
@@ -55,13 +51,13 @@ def make_actor(
     max_std: float | None = None,
     output_gain: float = 0.01,
     init: Literal["orthogonal", "torch"] = "orthogonal",
-    observation_key: str = "observation",
-    mask_key: str | None = "action_mask",
+    observation_key: NestedKey | list[NestedKey] = "observation",
+    mask_key: NestedKey | None = "action_mask",
     recurrent: str | None = None,
     hidden_size: int = 128,
     device: torch.device | str | None = None,
 ) -> ProbabilisticActor | ActorList | dict[str, ProbabilisticActor | ActorList]:
-    r"""Builds a policy for every agent of an environment.
+    r"""Build a policy for every agent of an environment.
 
     The distribution follows the action spec of the group:
 
@@ -73,12 +69,19 @@ def make_actor(
     unbounded, continuous     :class:`~torchrl.modules.IndependentNormal`
     categorical               :class:`~torch.distributions.Categorical`, or
                               :class:`~torchrl.modules.MaskedCategorical` if there is a mask
+    multi-categorical         :class:`~torchrl_happo.networks.discrete.MultiCategorical`: an
+                              independent categorical for each component, masked or not
     one-hot                   :class:`~torchrl.modules.OneHotCategorical`, or
                               :class:`~torchrl.modules.MaskedOneHotCategorical` if there is a mask
     ========================  ===================================================================
 
+    Vectors are read as they are, whole numbers and booleans are cast, categorical observations
+    become one-hot vectors, images ``[C, H, W]`` pass through convolutions
+    (:class:`~torchrl.modules.MultiAgentConvNet`); several entries are then concatenated. Masks
+    may be boolean or of numbers, zero where an action is forbidden.
+
     Weights are orthogonal and biases zero. The small gain of the last layer makes the first policy
-    nearly the same at every observation, which on-policy methods are better for
+    nearly the same at every observation, from which on-policy methods learn better
     (`Andrychowicz et al., 2021 <https://arxiv.org/abs/2006.05990>`_). Each agent draws its own
     weights from torch's global generator.
 
@@ -106,11 +109,14 @@ def make_actor(
             Defaults to ``None``: no bound.
         output_gain (float): gain of the last layer's initialisation. Defaults to ``0.01``.
         init (str): ``"orthogonal"``, or ``"torch"`` for the initialisation of torch's own layers,
-            under which the agents' first policies differ more. Defaults to ``"orthogonal"``.
-        observation_key (str): name of the observation in the group.
+            with which the agents' first policies differ more. Defaults to ``"orthogonal"``.
+        observation_key (NestedKey or list of NestedKey): name of the observation in the group; a
+            tuple if it is nested, such as ``("observation", "observation")``, and a list for
+            several entries. A dict of entries counts as all of them but the mask.
             Defaults to ``"observation"``.
-        mask_key (str, optional): name of the mask of available actions in the group, which is used
-            where the environment has one. ``None`` ignores masks. Defaults to ``"action_mask"``.
+        mask_key (NestedKey, optional): name of the mask of available actions in the group or
+            beside a nested observation, which is used where the environment has one. ``None``
+            ignores masks. Defaults to ``"action_mask"``.
         recurrent (str, optional): memory of the policies, ``"gru"`` or ``"lstm"``: hidden layers
             of ``num_cells``, the memory, and a linear layer. The environment must keep its state
             (:func:`memory_transforms`). Defaults to ``None``: no memory.
@@ -119,17 +125,18 @@ def make_actor(
             environment's.
 
     Returns:
-        the actor of the only group or of the one asked for; for several groups, one actor for each
-        in a dict by name. With memory, the actor of a group with an agent dimension is an
+        the actor of the only group or of the one asked for; for several groups, a dict of one
+        actor for each by name. With memory, the actor of a group with an agent dimension is an
         :class:`~torchrl_happo.ActorList`. An actor reads ``(group, observation_key)``, of shape
-        ``[*B, n, d]`` for a group of ``n`` agents and ``[*B, d]`` for a group without an agent
-        dimension, and writes ``(group, "action")`` and ``(group, "action_log_prob")``.
+        ``[*B, n, *shape]`` for a group of ``n`` agents and ``[*B, *shape]`` for a group without an
+        agent dimension, and writes ``(group, "action")`` and ``(group, "action_log_prob")``.
 
     Raises:
         KeyError: if the environment lacks the group or its observation.
-        ValueError: if the observations are not vectors of the default dtype, the agents of a group
-            have unlike spaces, the action spec has no distribution in the table, agents with memory
-            are to share parameters, or the first standard deviation is not below ``max_std``.
+        ValueError: if a network cannot read an observation, the agents of a group have unlike
+            spaces, the action spec has no distribution in the table or a mask of another size,
+            agents with memory are to share parameters, or the first standard deviation is not
+            below ``max_std``.
 
     Examples:
         >>> from torchrl.envs import VmasEnv
@@ -157,29 +164,19 @@ def make_actor(
     check_scale_mapping(scale_mapping)
     check_std(max_std, scale_mapping, state_dependent_std)
     check_counts(hidden_size=hidden_size)
-    team = select_groups(read_groups(env, observation_key), None if group is None else [group])
-    device = env.device if device is None else device
+    check_recurrent("make_actor", recurrent, CELLS, share_params)
     if init not in ("orthogonal", "torch"):
         raise ValueError(f'init must be "orthogonal" or "torch", got {init!r}.')
+    groups = read_groups(env, observation_key, mask_key)
+    device = env.device if device is None else device
+    architecture = Architecture(num_cells, activation_class, layer_norm, device, init)
+    std = NormalStd(state_dependent_std, scale_mapping, max_std)
     build = partial(_make_group_actor, share_params=share_params)
     if recurrent is not None:
-        _check_recurrent(recurrent, share_params)
         build = partial(make_recurrent_actor, cell=recurrent, hidden_size=hidden_size)
     actors = {
-        member.name: build(
-            member,
-            read_action_head(env, member, mask_key),
-            num_cells=num_cells,
-            activation_class=activation_class,
-            layer_norm=layer_norm,
-            state_dependent_std=state_dependent_std,
-            scale_mapping=scale_mapping,
-            max_std=max_std,
-            output_gain=output_gain,
-            init=init,
-            device=device,
-        )
-        for member in team
+        each.name: build(read_head(env, each, mask_key, std), architecture, output_gain=output_gain)
+        for each in select_groups(groups, None if group is None else [group])
     }
     return actors if len(actors) > 1 else next(iter(actors.values()))
 
@@ -188,16 +185,16 @@ def joint_policy(
     actors: TensorDictModuleBase | Mapping[str, TensorDictModuleBase],
     critic: TensorDictModuleBase | None = None,
 ) -> TensorDictModuleBase:
-    """The one policy that a collector rolls out, from the actors of all groups.
+    """Return the one policy that a collector rolls out, from the actors of all groups.
 
     Args:
         actors (TensorDictModule or mapping of str to it): what :func:`make_actor` returns.
-        critic (TensorDictModule, optional): a critic with memory, whose state is to go on from
-            one batch to the next; see :func:`make_critic`. Defaults to ``None``.
+        critic (TensorDictModule, optional): a critic with memory, whose hidden state is then kept
+            from one batch to the next; see :func:`make_critic`. Defaults to ``None``.
 
     Returns:
-        the actor itself if it is the only one; otherwise a module that calls one after the other
-        and shares their parameters.
+        the actor itself if it is the only one; otherwise a module that calls the actors one after
+        the other and shares their parameters.
 
     Example:
         >>> from torchrl.collectors import Collector
@@ -220,59 +217,15 @@ def joint_policy(
     return TensorDictSequential(*policies)
 
 
-def _check_recurrent(recurrent: str, share_params: bool) -> None:
-    if recurrent not in CELLS:
-        raise ValueError(f"recurrent must be one of {', '.join(CELLS)} or None, got {recurrent!r}.")
-    if share_params:
-        raise ValueError(
-            f"make_actor got recurrent={recurrent!r} and share_params=True, but agents with memory "
-            "have a network each; leave share_params out."
-        )
-
-
 def _make_group_actor(
-    group: Group,
-    head: ActionHead,
-    *,
-    num_cells: Sequence[int],
-    activation_class: type[nn.Module],
-    layer_norm: bool,
-    share_params: bool,
-    state_dependent_std: bool,
-    scale_mapping: str,
-    max_std: float | None,
-    output_gain: float,
-    init: str,
-    device: torch.device | str | None,
+    head: PolicyHead, architecture: Architecture, *, output_gain: float, share_params: bool
 ) -> ProbabilisticActor:
-    parameters = ParameterHead(
-        group,
-        head,
-        state_dependent_std=state_dependent_std,
-        scale_mapping=scale_mapping,
-        max_std=max_std,
-    )
-    mlp: dict[str, Any] = {
-        "num_cells": list(num_cells),
-        "activation_class": activation_class,
-        "device": device,
-    }
-    if group.n_agents is None:
-        single = LayerNormMLP if layer_norm else MLP
-        net = single(in_features=group.n_inputs, out_features=parameters.n_outputs, **mlp)
-    else:
-        stack = MultiAgentLayerNormMLP if layer_norm else MultiAgentMLP
-        net = stack(
-            n_agent_inputs=group.n_inputs,
-            n_agent_outputs=parameters.n_outputs,
-            n_agents=group.n_agents,
-            centralized=False,
-            share_params=share_params,
-            **mlp,
-        )
-    if init == "orthogonal":
-        init_orthogonal(net, activation_class, output_gain)
+    """Build the joint actor of a group: a stack of one network for each agent."""
+    group, device = head.group, architecture.device
+    agents: dict[str, Any] = {"n_agents": group.n_agents, "share_params": share_params}
+    encoder = ObservationEncoder(group.entries, architecture, **agents)
+    net = architecture.mlp(encoder.n_features, head.n_outputs, **agents)
+    architecture.initialize(net, output_gain)
     rows = () if group.n_agents is None or share_params else (group.n_agents,)
-    net = parameters.split(net, rows, device)
-    module = TensorDictModule(net, in_keys=[group.observation], out_keys=parameters.keys)
-    return parameters.actor(module, head.bounds, device)
+    net = encode_inputs(head.parametrize(net, rows, device), [encoder])
+    return head.actor(TensorDictModule(net, in_keys=group.in_keys, out_keys=head.keys), device)

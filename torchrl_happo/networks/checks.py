@@ -1,13 +1,13 @@
-"""Arguments of the builders of networks and of small environments."""
+"""Checks of the arguments of the builders of networks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from tensordict.nn import TensorDictModuleBase, mappings
-from torch import Tensor, nn
+from torch import nn
 from torchrl.envs import EnvBase
 
 from torchrl_happo.arguments import check_counts, check_numbers, check_positive, kind_of
@@ -15,8 +15,8 @@ from torchrl_happo.arguments import check_counts, check_numbers, check_positive,
 __all__ = [
     "check_builder",
     "check_groups",
-    "check_payoff",
     "check_policies",
+    "check_recurrent",
     "check_scale_mapping",
     "check_std",
 ]
@@ -25,7 +25,7 @@ __all__ = [
 def check_builder(
     env: Any, *, num_cells: Any, activation_class: Any, output_gain: Any, observation_key: Any
 ) -> None:
-    """Refuses what no network can be built from.
+    """Refuse arguments that no network can be built from.
 
     Raises:
         TypeError: if an argument is of another kind.
@@ -47,14 +47,46 @@ def check_builder(
             f"{activation_class!r}."
         )
     check_numbers(output_gain=output_gain)
-    if not isinstance(observation_key, str):
+    keys = observation_key if isinstance(observation_key, list) else [observation_key]
+    if not keys or not all(map(_is_key, keys)):
         raise TypeError(
-            f"observation_key must be the name of an entry of a group, got {observation_key!r}."
+            "observation_key must be the name of an entry of a group, a tuple for a nested one, or "
+            f"a list of several, got {observation_key!r}."
+        )
+
+
+def _is_key(key: Any) -> bool:
+    parts = key if isinstance(key, tuple) else (key,)
+    return bool(parts) and all(isinstance(part, str) for part in parts)
+
+
+def check_recurrent(
+    builder: str, recurrent: str | None, kinds: Collection[str], share_params: bool
+) -> None:
+    """Refuse a kind of memory that does not exist, and agents with memory that share a network.
+
+    Args:
+        builder (str): the function that builds the networks.
+        recurrent (str, optional): the kind of memory.
+        kinds (collection of str): the kinds that there are.
+        share_params (bool): whether agents are to share parameters.
+
+    Raises:
+        ValueError: if they do not fit.
+    """
+    if recurrent is None:
+        return
+    if recurrent not in kinds:
+        raise ValueError(f"recurrent must be one of {', '.join(kinds)} or None, got {recurrent!r}.")
+    if share_params:
+        raise ValueError(
+            f"{builder} got recurrent={recurrent!r} and share_params=True, but agents with memory "
+            "have a network each; leave share_params out."
         )
 
 
 def check_scale_mapping(name: Any) -> None:
-    """Refuses a mapping to positive numbers that tensordict does not know."""
+    """Refuse a mapping to positive numbers that tensordict does not know."""
     try:
         mappings(name)
     except (NotImplementedError, ValueError, AttributeError, TypeError) as error:
@@ -65,7 +97,7 @@ def check_scale_mapping(name: Any) -> None:
 
 
 def check_std(max_std: Any, scale_mapping: str, state_dependent_std: bool) -> None:
-    """Refuses a bound of the standard deviation that goes unused, or is passed at the start."""
+    """Refuse a bound of the standard deviation that has no effect, or is below the first value."""
     check_positive(max_std=max_std)
     if max_std is None:
         return
@@ -83,7 +115,7 @@ def check_std(max_std: Any, scale_mapping: str, state_dependent_std: bool) -> No
 
 
 def check_groups(groups: Any) -> None:
-    """Refuses a choice of groups that is no sequence of different names; ``None`` is all."""
+    """Refuse a choice of groups that is no sequence of different names; ``None`` is all."""
     if groups is None:
         return
     if isinstance(groups, str) or not isinstance(groups, Sequence):
@@ -95,7 +127,7 @@ def check_groups(groups: Any) -> None:
 
 
 def check_policies(actors: Any) -> None:
-    """Refuses what is to act in an environment and cannot."""
+    """Refuse actors that are no tensordict modules."""
     for name, actor in actors.items():
         if not isinstance(actor, TensorDictModuleBase):
             where = "" if name is None else f" for group {name!r}"
@@ -105,23 +137,8 @@ def check_policies(actors: Any) -> None:
 
 
 def check_critic(critic: Any) -> None:
-    """Refuses what is to be asked for values and cannot."""
+    """Refuse a critic that is no tensordict module."""
     if not isinstance(critic, TensorDictModuleBase):
         raise TypeError(
             f"joint_policy got {kind_of(critic)} as the critic; pass what make_critic returns."
         )
-
-
-def check_payoff(payoff: Any) -> None:
-    """Refuses payoffs that are no finite tensor with one dimension per agent, all of one size."""
-    if not isinstance(payoff, Tensor):
-        raise TypeError(
-            f"The payoff must be a tensor with one dimension per agent, got {kind_of(payoff)}."
-        )
-    if payoff.ndim < 1 or len(set(payoff.shape)) != 1 or payoff.numel() == 0:
-        raise ValueError(
-            f"The payoff has shape {list(payoff.shape)}; it needs one dimension per agent, all "
-            "of the same size, the number of actions."
-        )
-    if not bool(torch.isfinite(payoff).all()):
-        raise ValueError("The payoff holds NaN or infinite numbers; all payoffs must be finite.")

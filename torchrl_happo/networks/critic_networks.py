@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchrl.modules import MLP, MultiAgentMLP
+from torchrl.modules import MLP
 
-from torchrl_happo.networks.initialization import init_orthogonal
-from torchrl_happo.networks.layer_norm import LayerNormMLP, MultiAgentLayerNormMLP
+from torchrl_happo.networks.architecture import Architecture
+from torchrl_happo.networks.layer_norm import LayerNormMLP
+from torchrl_happo.networks.observations import Entry, ObservationEncoder
 from torchrl_happo.networks.specs import Group
 
-__all__ = ["AgentFeatures", "AgentValues", "CentralizedMLP", "PerAgentMLP", "team_inputs"]
-
-
-def team_inputs(team: Sequence[Group]) -> int:
-    """Size of the concatenated observations of all agents."""
-    return sum(group.n_inputs * (group.n_agents or 1) for group in team)
+__all__ = ["AgentFeatures", "AgentValues", "CentralizedMLP"]
 
 
 class CentralizedMLP(nn.Module):
@@ -48,7 +43,7 @@ class CentralizedMLP(nn.Module):
         self.mlp = LayerNormMLP(**kwargs) if layer_norm else MLP(**kwargs)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """The output for a batch of inputs.
+        """Return the output for a batch of inputs.
 
         Args:
             *inputs (torch.Tensor): one tensor for each of ``event_dims``.
@@ -61,142 +56,98 @@ class CentralizedMLP(nn.Module):
 
 
 class AgentFeatures(nn.Module):
-    """The hidden layers of each agent of a team, whose groups may observe unlike things.
+    """The hidden layers of each agent of a team, whose groups may have unlike observations.
 
     Args:
         team (sequence of Group): the groups.
+        architecture (Architecture): the hidden layers, at least one.
 
     Keyword Args:
-        sees_team (bool): whether an agent's view is its observation and the state, or its
-            observation alone.
-        state_shape (sequence of int): of the environment's own state. Empty: the state is the
-            concatenation of all observations.
-        num_cells (sequence of int): widths of the hidden layers, at least one.
-        activation_class (type of nn.Module): behind each of them.
+        sees_team (bool): whether an agent sees its observation and the state, or its observation
+            alone.
+        state (Entry, optional): the environment's own state. Defaults to ``None``: the state is
+            the concatenation of all observations.
         share_params (bool): whether agents of a group share the layers. Defaults to ``False``.
-        layer_norm (bool): whether inputs and the output of each hidden layer are normalised.
-            Defaults to ``False``.
-        device (torch.device or str, optional): of the parameters.
     """
 
     def __init__(
         self,
         team: Sequence[Group],
+        architecture: Architecture,
         *,
         sees_team: bool,
-        state_shape: Sequence[int] = (),
-        num_cells: Sequence[int],
-        activation_class: type[nn.Module],
+        state: Entry | None = None,
         share_params: bool = False,
-        layer_norm: bool = False,
-        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.has_agent_dim = [group.n_agents is not None for group in team]
         self.sees_team = sees_team
-        self.state_dims = len(state_shape)
-        n_state = math.prod(state_shape) if state_shape else team_inputs(team)
-        trunk_class = MultiAgentLayerNormMLP if layer_norm else MultiAgentMLP
-        self.trunks = nn.ModuleList(
-            trunk_class(
-                n_agent_inputs=group.n_inputs + (n_state if sees_team else 0),
-                n_agent_outputs=num_cells[-1],
-                n_agents=group.n_agents or 1,
-                num_cells=list(num_cells[:-1]),
-                activation_class=activation_class,
-                activate_last_layer=True,
-                centralized=False,
-                share_params=share_params,
-                device=device,
+        encoders = [
+            ObservationEncoder(
+                group.entries, architecture, n_agents=group.n_agents, share_params=share_params
             )
             for group in team
+        ]
+        self.encoders: Any = nn.ModuleList(encoders)
+        sizes = [encoder.n_features for encoder in encoders]
+        n_state = sum(size * (group.n_agents or 1) for size, group in zip(sizes, team, strict=True))
+        self.state_encoder = None
+        if state is not None:
+            self.state_encoder = ObservationEncoder([state], architecture)
+            n_state = self.state_encoder.n_features
+        self.hidden_layers = nn.ModuleList(
+            architecture.hidden_layers(
+                size + (n_state if sees_team else 0), group.n_agents or 1, share_params=share_params
+            )
+            for size, group in zip(sizes, team, strict=True)
         )
-        for trunk in self.trunks:
-            init_orthogonal(trunk, activation_class)
+        for layers in self.hidden_layers:
+            architecture.initialize(layers)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """The agents' features.
+        """Return the agents' features.
 
         Args:
-            *inputs (torch.Tensor): the observations of each group, ``[*B, n, d]`` or ``[*B, d]``,
-                then the environment's state, if it is seen.
+            *inputs (torch.Tensor): the entries of each group, ``[*B, n, *shape]`` or
+                ``[*B, *shape]``, then the environment's state, if it is seen.
 
         Returns:
             a tensor ``[*B, n_total, num_cells[-1]]``, the agents in the order of the groups.
         """
-        views = [
-            tensor if has_agent_dim else tensor.unsqueeze(-2)
-            for tensor, has_agent_dim in zip(inputs, self.has_agent_dim, strict=False)
-        ]
+        remaining, views = list(inputs), []
+        for encoder, has_agent_dim in zip(self.encoders, self.has_agent_dim, strict=True):
+            count = len(encoder.entries)
+            view = encoder(*remaining[:count])
+            views.append(view if has_agent_dim else view.unsqueeze(-2))
+            del remaining[:count]
         if self.sees_team:
-            if self.state_dims:
-                state = inputs[-1].flatten(-self.state_dims)
+            if self.state_encoder is not None:
+                state = self.state_encoder(*remaining)
             else:
                 state = torch.cat([view.flatten(-2) for view in views], -1)
             views = [
                 torch.cat([view, state.unsqueeze(-2).expand(*view.shape[:-1], -1)], -1)
                 for view in views
             ]
-        return torch.cat([trunk(view) for trunk, view in zip(self.trunks, views, strict=True)], -2)
+        pairs = zip(self.hidden_layers, views, strict=True)
+        return torch.cat([layers(view) for layers, view in pairs], -2)
 
 
 class AgentValues(nn.Module):
-    """The last layer of each agent of a team, stacked.
+    """A value for each agent of a team: its features, then the last layer of each agent.
 
-    Whoever rescales a critic's last layer (PopArt) finds that of all agents in one place.
-
-    Args:
-        n_features (int): of each agent.
-        n_agents (int): agents of the team.
-
-    Keyword Args:
-        output_gain (float): gain of the initialisation.
-        activation_class (type of nn.Module): before this layer.
-        share_params (bool): whether agents share the layer. Defaults to ``False``.
-        device (torch.device or str, optional): of the parameters.
-    """
-
-    def __init__(
-        self,
-        n_features: int,
-        n_agents: int,
-        *,
-        output_gain: float,
-        activation_class: type[nn.Module],
-        share_params: bool = False,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__()
-        self.n_agents = n_agents
-        self.layer = MultiAgentMLP(
-            n_agent_inputs=n_features,
-            n_agent_outputs=1,
-            n_agents=n_agents,
-            num_cells=[],
-            centralized=False,
-            share_params=share_params,
-            device=device,
-        )
-        init_orthogonal(self.layer, activation_class, output_gain)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Values ``[*B, n_agents, 1]`` from features ``[*B, n_agents, n_features]``."""
-        return self.layer(features)
-
-
-class PerAgentMLP(nn.Module):
-    """A value for each agent of a team.
+    The last layers of all agents are one stack, so that PopArt rescales them in one place.
 
     Args:
         features (AgentFeatures): the hidden layers.
-        values (AgentValues): the last one.
+        values (nn.Module): the stack of last layers.
     """
 
-    def __init__(self, features: AgentFeatures, values: AgentValues) -> None:
+    def __init__(self, features: AgentFeatures, values: nn.Module) -> None:
         super().__init__()
         self.features = features
         self.values = values
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Values ``[*B, n_agents, 1]`` from what :class:`AgentFeatures` reads."""
+        """Return values ``[*B, n_agents, 1]`` from the inputs of :class:`AgentFeatures`."""
         return self.values(self.features(*inputs))

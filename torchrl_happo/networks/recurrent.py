@@ -1,8 +1,8 @@
-"""Networks with memory: recurrent actors and critics, and what keeps their state.
+"""Networks with memory: recurrent actors and critics, and the transforms that keep their state.
 
 The hidden state travels through the data like an observation: a network reads it under its key and
-writes the new one under ``"next"``. An environment must hand it over from step to step and set it
-to zero at resets; :func:`memory_transforms` makes it do so.
+writes the new one under ``"next"``. The environment has to pass it on from step to step and set it
+to zero at resets; the transforms of :func:`memory_transforms` do so.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequ
 from torch import Tensor, nn
 from torchrl.data import Composite, Unbounded
 from torchrl.envs import InitTracker, TensorDictPrimer, Transform
-from torchrl.modules import MLP, GRUModule, LSTMModule, ProbabilisticActor
+from torchrl.modules import GRUModule, LSTMModule, ProbabilisticActor
 
-from torchrl_happo.networks.heads import ParameterHead
+from torchrl_happo.networks.architecture import Architecture
+from torchrl_happo.networks.heads import PolicyHead
 from torchrl_happo.networks.initialization import init_orthogonal
-from torchrl_happo.networks.layer_norm import LayerNormMLP
-from torchrl_happo.networks.specs import ActionHead, Group
+from torchrl_happo.networks.observations import ObservationEncoder, encode_inputs
 from torchrl_happo.policy.actor_list import ActorList
 from torchrl_happo.policy.memory import next_key, state_specs
 
@@ -36,7 +36,7 @@ CELLS: dict[str, tuple[type[TensorDictModuleBase], tuple[str, ...]]] = {
 def memory_transforms(
     actors: TensorDictModuleBase | Mapping[str, TensorDictModuleBase],
 ) -> list[Transform]:
-    """The transforms that an environment needs to keep the hidden states of a policy.
+    """Return the transforms by which an environment keeps the hidden states of a policy.
 
     TorchRL's own :func:`~torchrl.modules.utils.get_primers_from_module` does this for one policy;
     here the state of a group has an agent dimension, with a row for each actor of an
@@ -49,9 +49,9 @@ def memory_transforms(
             with memory is part of the joint policy.
 
     Returns:
-        :class:`~torchrl.envs.InitTracker` and :class:`~torchrl.envs.TensorDictPrimer`; nothing for
-        policies without memory. States are ``[*B, n_agents, num_layers, hidden_size]`` in a group
-        with an agent dimension, ``[*B, num_layers, hidden_size]`` in one without.
+        :class:`~torchrl.envs.InitTracker` and :class:`~torchrl.envs.TensorDictPrimer`; an empty
+        list for policies without memory. States are ``[*B, n_agents, num_layers, hidden_size]``
+        in a group with an agent dimension, ``[*B, num_layers, hidden_size]`` in one without.
 
     Raises:
         ValueError: if the agents of a group have memories of unlike keys or sizes.
@@ -92,7 +92,7 @@ def memory_transforms(
 
 
 def _parts(policy: TensorDictModuleBase) -> list[TensorDictModuleBase]:
-    """The actors of a joint policy."""
+    """Return the actors of a joint policy."""
     if type(policy) is TensorDictSequential:
         return [part for module in policy.module for part in _parts(module)]
     return [policy]
@@ -103,72 +103,71 @@ def _stacked(spec: Unbounded, n_agents: int) -> Unbounded:
 
 
 def make_recurrent_actor(
-    group: Group,
-    head: ActionHead,
+    head: PolicyHead,
+    architecture: Architecture,
     *,
     cell: str,
     hidden_size: int,
-    num_cells: Sequence[int],
-    activation_class: type[nn.Module],
-    layer_norm: bool,
-    state_dependent_std: bool,
-    scale_mapping: str,
-    max_std: float | None,
     output_gain: float,
-    init: str,
-    device: torch.device | str | None,
 ) -> ProbabilisticActor | ActorList:
-    """A recurrent actor for each agent of a group; see :func:`~torchrl_happo.make_actor`.
+    """Build a recurrent actor for each agent of a group; see :func:`~torchrl_happo.make_actor`.
 
-    An MLP reads the observation, the memory its output, and a linear layer the memory's.
+    The hidden layers read the observation, the cell reads their output, and a linear layer reads
+    the cell's.
+
+    Args:
+        head (PolicyHead): the distribution of the group's actions.
+        architecture (Architecture): the hidden layers.
+
+    Keyword Args:
+        cell (str): kind of the memory, one of :data:`CELLS`.
+        hidden_size (int): size of the memory.
+        output_gain (float): gain of the last layer's initialisation.
     """
-    parameters = ParameterHead(
-        group,
-        head,
-        state_dependent_std=state_dependent_std,
-        scale_mapping=scale_mapping,
-        max_std=max_std,
+    if head.group.n_agents is None:
+        return _recurrent_actor(head, architecture, cell, hidden_size, output_gain)
+    return ActorList(
+        [
+            _recurrent_actor(head.of_agent(index), architecture, cell, hidden_size, output_gain)
+            for index in range(head.group.n_agents)
+        ]
     )
-    trunk_class = LayerNormMLP if layer_norm else MLP
-    actors = []
-    for index in range(group.n_agents or 1):
-        layers: list[TensorDictModuleBase] = []
-        # Names that begin with an underscore do not go into the batch.
-        embedding, memory = group.key("_embedding"), group.key("_memory")
-        if num_cells:
-            trunk = trunk_class(
-                in_features=group.n_inputs,
-                out_features=num_cells[-1],
-                num_cells=list(num_cells[:-1]),
-                activation_class=activation_class,
-                activate_last_layer=True,
-                device=device,
-            )
-            layers.append(TensorDictModule(trunk, [group.observation], [embedding]))
-        module_class, states = CELLS[cell]
-        recurrent = module_class(
-            input_size=num_cells[-1] if num_cells else group.n_inputs,
-            hidden_size=hidden_size,
-            in_keys=[embedding if num_cells else group.observation, *map(group.key, states)],
-            out_keys=[memory, *(next_key(group.key(state)) for state in states)],
-            device=device,
-        )
-        output: nn.Module = nn.Linear(hidden_size, parameters.n_outputs, device=device)
-        if layer_norm:
-            output = nn.Sequential(nn.LayerNorm(hidden_size, device=device), output)
-        layers.append(recurrent)
-        if init == "orthogonal":
-            for layer in layers:
-                init_orthogonal(layer, activation_class)
-            init_orthogonal(output, activation_class, output_gain)
-        net = parameters.split(output, (), device)
-        layers.append(TensorDictModule(net, [memory], parameters.keys))
-        own = {
-            name: bound if group.n_agents is None else bound[index]
-            for name, bound in head.bounds.items()
-        }
-        actors.append(parameters.actor(TensorDictSequential(*layers), own, device))
-    return actors[0] if group.n_agents is None else ActorList(actors)
+
+
+def _recurrent_actor(
+    head: PolicyHead, architecture: Architecture, cell: str, hidden_size: int, output_gain: float
+) -> ProbabilisticActor:
+    """Build the actor of one agent, whose view of the data has no agent dimension."""
+    group, device = head.group, architecture.device
+    encoder = ObservationEncoder(group.entries, architecture)
+    # Names that begin with an underscore do not go into the batch.
+    embedding, memory = group.key("_embedding"), group.key("_memory")
+    layers: list[TensorDictModuleBase] = []
+    cell_in, n_inputs = group.in_keys[0], encoder.n_features
+    features: nn.Module = encoder
+    if architecture.num_cells:
+        n_inputs = architecture.num_cells[-1]
+        features = encode_inputs(architecture.hidden_layers(encoder.n_features), [encoder])
+    if architecture.num_cells or not encoder.is_identity:
+        cell_in = embedding
+        layers.append(TensorDictModule(features, group.in_keys, [embedding]))
+    module_class, states = CELLS[cell]
+    recurrent = module_class(
+        input_size=n_inputs,
+        hidden_size=hidden_size,
+        in_keys=[cell_in, *map(group.key, states)],
+        out_keys=[memory, *(next_key(group.key(state)) for state in states)],
+        device=device,
+    )
+    layers.append(recurrent)
+    output: nn.Module = nn.Linear(hidden_size, head.n_outputs, device=device)
+    if architecture.layer_norm:
+        output = nn.Sequential(nn.LayerNorm(hidden_size, device=device), output)
+    for layer in layers:
+        architecture.initialize(layer)
+    architecture.initialize(output, output_gain)
+    layers.append(TensorDictModule(head.parametrize(output, (), device), [memory], head.keys))
+    return head.actor(TensorDictSequential(*layers), device)
 
 
 def add_memory(
@@ -184,24 +183,24 @@ def add_memory(
     out_key: NestedKey,
     device: torch.device | str | None,
 ) -> TensorDictSequential:
-    """A critic with memory between its hidden layers and its last one.
+    """Build a critic with memory between its hidden layers and its last one.
 
     Args:
-        features (nn.Module): from the observations to ``[*B, n_features]``, or to
+        features (nn.Module): maps observations to ``[*B, n_features]``, or to
             ``[*B, n_agents, n_features]``.
-        value (nn.Module): from ``[*B, hidden_size]``, or ``[*B, n_agents, hidden_size]``, to the
+        value (nn.Module): maps ``[*B, hidden_size]``, or ``[*B, n_agents, hidden_size]``, to the
             value.
 
     Keyword Args:
-        in_keys (sequence of NestedKey): the observations.
-        n_features (int): input of a memory.
-        n_agents (int, optional): how many agents have a memory each. Defaults to ``None``: there
-            is one memory.
-        cell (str): its kind, one of :data:`CELLS`.
-        hidden_size (int): its size.
-        activation_class (type of nn.Module): of the hidden layers.
-        out_key (NestedKey): where the value is written.
-        device (torch.device or str, optional): of the parameters.
+        in_keys (sequence of NestedKey): keys of the observations.
+        n_features (int): size of a memory's input.
+        n_agents (int, optional): number of agents that have a memory each. Defaults to ``None``:
+            there is one memory.
+        cell (str): kind of the memory, one of :data:`CELLS`.
+        hidden_size (int): size of the memory.
+        activation_class (type of nn.Module): activation of the hidden layers.
+        out_key (NestedKey): key of the value.
+        device (torch.device or str, optional): device of the parameters.
     """
     rows = [""]
     if n_agents is not None:
@@ -227,7 +226,7 @@ def add_memory(
 
 
 class _Rows(nn.Module):
-    """A network, its output apart for each agent."""
+    """A network whose output is a tensor for each agent."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -238,7 +237,7 @@ class _Rows(nn.Module):
 
 
 class _Stack(nn.Module):
-    """A network that is given a tensor for each agent."""
+    """A network whose inputs are a tensor for each agent."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()

@@ -20,7 +20,7 @@ from torchrl.modules import MultiAgentMLP
 from torchrl.objectives.multiagent import MAPPOLoss
 
 from torchrl_happo.networks.layer_norm import MultiAgentLayerNormMLP
-from torchrl_happo.networks.specs import Group, observation_shape, read_groups
+from torchrl_happo.networks.specs import Group, read_groups, read_state
 from torchrl_happo.recipe.config import ConfigError
 from torchrl_happo.steps.optimizers import OptimizerFactory, SchedulerFactory
 
@@ -220,7 +220,7 @@ def make_group_critic(
     else:
         event_dims, n_inputs = 2, sum(n * m.n_inputs for n, m in zip(sizes, team, strict=True))
         if state_key is not None:
-            in_keys, event_dims, (n_inputs,) = [state_key], 1, observation_shape(env, state_key)
+            in_keys, event_dims, n_inputs = [state_key], 1, read_state(env, state_key).size
         net = TeamStateCritic(
             n_inputs,
             _size(group),

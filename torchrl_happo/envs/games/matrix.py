@@ -21,6 +21,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable
 from itertools import permutations
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -28,8 +29,7 @@ from torch import Tensor
 from torchrl.data import Binary, Bounded, Categorical, Composite, TensorSpec, Unbounded
 from torchrl.envs import EnvBase
 
-from torchrl_happo.arguments import check_counts
-from torchrl_happo.networks.checks import check_payoff
+from torchrl_happo.arguments import check_counts, kind_of
 
 __all__ = [
     "DifferentialGame",
@@ -154,7 +154,7 @@ class MatrixGame(_OneStepGame):
         seed: int | None = None,
         device: torch.device | None = None,
     ) -> None:
-        check_payoff(payoff)
+        _check_payoff(payoff)
         n_actions = payoff.shape[0]
         super().__init__(
             payoff.ndim,
@@ -347,3 +347,18 @@ def penalty_payoff(penalty: float = -100.0) -> Tensor:
     if penalty > 0:
         raise ValueError(f"penalty must be at most 0, got {penalty}.")
     return torch.tensor([[10.0, 0.0, penalty], [0.0, 2.0, 0.0], [penalty, 0.0, 10.0]])
+
+
+def _check_payoff(payoff: Any) -> None:
+    """Refuse payoffs that are no finite tensor with one dimension per agent, all of one size."""
+    if not isinstance(payoff, Tensor):
+        raise TypeError(
+            f"The payoff must be a tensor with one dimension per agent, got {kind_of(payoff)}."
+        )
+    if payoff.ndim < 1 or len(set(payoff.shape)) != 1 or payoff.numel() == 0:
+        raise ValueError(
+            f"The payoff has shape {list(payoff.shape)}; it needs one dimension per agent, all "
+            "of the same size, the number of actions."
+        )
+    if not bool(torch.isfinite(payoff).all()):
+        raise ValueError("The payoff holds NaN or infinite numbers; all payoffs must be finite.")
