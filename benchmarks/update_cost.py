@@ -45,7 +45,7 @@ from torchrl.objectives.multiagent import MAPPOLoss
 
 from torchrl_happo import HAPPOLoss, HATRPOLoss, SequentialUpdater
 from torchrl_happo.policy.distributions import kl_divergence
-from torchrl_happo.steps import trust_region
+from torchrl_happo.steps.trust_region import step as trust_region
 from torchrl_happo.steps.trust_region.natural_gradient import flatten, gradient, unflatten
 
 OBS_DIM, ACT_DIM, EPOCHS, CLIP, LR, MAX_NORM = 24, 2, 5, 0.2, 3e-4, 10.0

@@ -126,7 +126,7 @@ def test_a_gradient_of_the_critic_that_is_not_finite(spoil, caplog):
     def spoiled(data):
         calls.append(data)
         loss = objective(data)
-        return spoil(loss, step.parameters[0]) if len(calls) == 3 else loss
+        return spoil(loss, step.parameters()[0]) if len(calls) == 3 else loss
 
     step.objective = spoiled
     team.updater(team.batch)

@@ -50,7 +50,7 @@ class RecordedSteps:
         return loss
 
     def record_step(self, *_):
-        parameters = self.step.parameters
+        parameters = self.step.parameters()
         self.norms.append(torch.cat([p.grad.flatten() for p in parameters]).norm())
         self.parameters.append(torch.cat([p.detach().flatten() for p in parameters]).clone())
 

@@ -20,7 +20,7 @@ from torchrl.modules import IndependentNormal, TanhNormal
 from torchrl.objectives import PPOLoss, ValueEstimators
 
 from torchrl_happo import HATRPOLoss, SequentialUpdater
-from torchrl_happo.steps.trust_region.solve import TrustRegion
+from torchrl_happo.steps import TrustRegion
 
 NAMES = [f"agents_{i}" for i in range(N_AGENTS)]
 KEYS = {"value": ("agents", "state_value"), "action": ("agents", "action")}
@@ -139,12 +139,34 @@ def test_both_line_searches_take_the_same_step(distribution):
     for line_search in ("sequential", "batched"):
         twin = copy.deepcopy(actor)
         loss = HATRPOLoss(twin, None, max_kl=0.05, line_search=line_search)
-        assert loss._trust_regions[NAMES[0]].line_search == line_search
-        SequentialUpdater(loss)(batch)
+        updater = SequentialUpdater(loss)
+        assert updater._agent_steps[NAMES[0]].settings.line_search == line_search
+        updater(batch)
         states.append(state_of(twin))
         assert all(p.requires_grad for p in twin.parameters())
     for key, value in states[0].items():
         torch.testing.assert_close(states[1][key], value, rtol=1e-10, atol=1e-12)
+
+
+def radii(loss):
+    """The bound that each agent's step keeps to."""
+    steps = SequentialUpdater(loss)._agent_steps
+    return {name: step.settings.radius(step.problem) for name, step in steps.items()}
+
+
+def test_a_schedule_of_the_radius_acts():
+    """Set between two updates, it bounds the next one, of each agent by its share."""
+    loss = HATRPOLoss(make_actor(), make_critic(), max_kl=0.01, kl_split="equal")
+    updater = SequentialUpdater(loss, num_epochs=1)
+    batch = make_batch(loss.actor_network)
+    for max_kl in (0.01, 1e-4, 0.02):
+        loss.max_kl = max_kl
+        metrics = updater(batch)
+        for name in NAMES:
+            assert max_kl / 30 < metrics[name, "kl"] < max_kl / 3
+    loss.max_kl = 0.0
+    with pytest.raises(ValueError, match=r"max_kl must be positive and finite, got 0\.0"):
+        updater(batch)
 
 
 def test_kl_split():
@@ -152,7 +174,7 @@ def test_kl_split():
     whole = HATRPOLoss(make_actor(), None, max_kl=0.03)
     equal = HATRPOLoss(make_actor(), None, max_kl=0.03, kl_split="equal")
     own = HATRPOLoss(make_actor(), None, max_kl=0.03, kl_split=lambda agents: [0.5, 0.3, 0.2])
-    bounds = [[loss._trust_regions[name].max_kl for name in NAMES] for loss in (whole, equal, own)]
+    bounds = [list(radii(loss).values()) for loss in (whole, equal, own)]
     assert bounds[0] == [0.03] * 3
     assert bounds[1] == pytest.approx([0.01] * 3)
     assert bounds[2] == pytest.approx([0.015, 0.009, 0.006])
@@ -177,10 +199,13 @@ def test_the_settings_of_the_step_are_the_losses(chosen):
     }
     settings["line_search"] = chosen
     loss = HATRPOLoss(make_actor(), None, **settings)
-    own = TrustRegion(**{**settings, "line_search": chosen or "sequential"})
-    assert list(loss._trust_regions.values()) == [own] * 3
+    assert list(radii(loss).values()) == [0.02] * 3
+    own = TrustRegion(**settings)
+    steps = SequentialUpdater(loss)._agent_steps.values()
+    assert [replace(step.settings, max_kl=0.02) for step in steps] == [own] * 3
     block = HATRPOLoss(make_actor(share_params=True), None, blocks=["agents"], **settings)
-    assert list(block._trust_regions.values()) == [replace(own, line_search="sequential")]
+    (step,) = SequentialUpdater(block)._agent_steps.values()
+    assert replace(step.settings, max_kl=0.02) == replace(own, line_search="sequential")
 
 
 def test_a_share_of_the_samples_in_the_fisher_matrix():

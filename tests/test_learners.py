@@ -22,8 +22,10 @@ from wrong_calls import same
 from torchrl_happo import HAPPOLoss, HATRPOLoss, SequentialUpdater
 from torchrl_happo.distributed import Learners
 from torchrl_happo.recipe.ranks import Ranks as RecipeRanks
-from torchrl_happo.steps import line_search, minibatches, trust_region
+from torchrl_happo.steps import minibatches
 from torchrl_happo.steps.minibatches import ShuffledMinibatches
+from torchrl_happo.steps.trust_region import line_search
+from torchrl_happo.steps.trust_region import step as trust_region
 
 #: Two more processes take long to start.
 pytestmark = pytest.mark.slow
@@ -424,7 +426,7 @@ def count_messages(rank, group, case):
     originals = {name: getattr(dist, name) for name in places}
     tried = []
     search = line_search.sequential_line_search
-    trust_region._LINE_SEARCHES["sequential"] = lambda evaluate, *args, **kwargs: search(
+    line_search.LINE_SEARCHES["sequential"] = lambda evaluate, *args, **kwargs: search(
         lambda theta: (tried.append(1), evaluate(theta))[1], *args, **kwargs
     )
     try:
@@ -432,7 +434,7 @@ def count_messages(rank, group, case):
             setattr(dist, name, counting(originals[name], place))
         updater(half)
     finally:
-        trust_region._LINE_SEARCHES["sequential"] = search
+        line_search.LINE_SEARCHES["sequential"] = search
         for name, original in originals.items():
             setattr(dist, name, original)
     actors = [sum(p.numel() for p in agent.parameters()) for agent in updater.loss.agents]

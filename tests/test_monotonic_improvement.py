@@ -24,10 +24,11 @@ from effort import effort
 from exact import TabularTeam, exact_updater, gain_of_turn, games, orders, shuffled
 from hypothesis import given
 from hypothesis import strategies as st
+from problems import trust_region_step
 from torch.distributions import Categorical
 
 from torchrl_happo import HATRPOLoss
-from torchrl_happo.steps.trust_region.solve import TrustRegion, trust_region_step
+from torchrl_happo.steps import TrustRegion
 
 logger = logging.getLogger(__name__)
 
@@ -215,7 +216,7 @@ def test_without_the_factor_the_return_does_decrease(record):
 
 
 def library_step(old, gain, penalty):
-    """The penalised step by this library's :func:`trust_region_step`.
+    """The penalised step by this library's trust region.
 
     It follows the natural gradient of the gain, shortened until gain minus penalty has risen.
     """

@@ -167,8 +167,8 @@ def test_settings_of_the_clipped_surrogate():
     updater = learner_of("algorithm.clip_epsilon_high=0.28", "algorithm.target_kl=0.01").updater
     low, high = updater.loss._clip_bounds
     torch.testing.assert_close(torch.stack([low, high]).exp(), torch.tensor([0.8, 1.28]))
-    assert all(step.stop is not None for step in updater._agent_steps.values())
-    assert all(step.stop is None for step in learner_of().updater._agent_steps.values())
+    assert all(step.target_kl == 0.01 for step in updater._agent_steps.values())
+    assert all(step.target_kl is None for step in learner_of().updater._agent_steps.values())
 
 
 @pytest.mark.parametrize("algorithm", ["happo", "hatrpo", "mappo", "ippo"])

@@ -9,7 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from policies import seeds
-from problems import assert_unmoved, leaves_of, make_problem, random_system
+from problems import (
+    assert_unmoved,
+    leaves_of,
+    make_problem,
+    random_system,
+    step_within_trust_region,
+    trust_region_step,
+)
 from reference import Network, load, relative_error
 from tensordict import TensorDict
 from tensordict.nn import NormalParamExtractor, TensorDictModule, TensorDictSequential
@@ -25,19 +32,15 @@ from torchrl.modules import (
 )
 
 from torchrl_happo.policy.distributions import kl_divergence
+from torchrl_happo.steps import TrustRegion
 from torchrl_happo.steps.trust_region.natural_gradient import (
     conjugate_gradient,
     fisher_vector_product,
     flatten,
     gradient,
-)
-from torchrl_happo.steps.trust_region.solve import (
-    LocalModel,
-    TrustRegion,
     step_length,
-    step_within_trust_region,
-    trust_region_step,
 )
+from torchrl_happo.steps.trust_region.solve import LocalModel
 
 LINE_SEARCHES = ["sequential", "batched"]
 
@@ -243,6 +246,9 @@ def test_fisher_matrix_on_a_share_of_the_rows():
         drawn.append(rows)
         return distribution_fn(params, rows)
 
+    def of_fisher_matrix():
+        return next(rows for rows in drawn if rows is not None)
+
     def step(fraction, seed, valid=None):
         drawn.clear()
         return trust_region_step(
@@ -255,7 +261,7 @@ def test_fisher_matrix_on_a_share_of_the_rows():
         )
 
     new, result = step(0.2, 0)
-    rows = drawn[1]
+    rows = of_fisher_matrix()
     assert result.success
     assert len(rows.unique()) == 20
     again, _ = step(0.2, 0)
@@ -263,9 +269,9 @@ def test_fisher_matrix_on_a_share_of_the_rows():
     assert torch.equal(new["2.weight"], again["2.weight"])
     assert not torch.equal(new["2.weight"], other["2.weight"])
     step(0.2, 0, valid)
-    assert valid[drawn[1]].all()
+    assert valid[of_fisher_matrix()].all()
     step(0.5, 0, valid)
-    assert set(drawn[1].tolist()) > set(range(30))
+    assert set(of_fisher_matrix().tolist()) > set(range(30))
 
 
 def test_a_share_of_the_rows_counts_valid_samples_only():

@@ -6,11 +6,12 @@ import math
 
 import pytest
 import torch
-from problems import assert_unmoved, make_problem
+from problems import assert_unmoved, make_problem, trust_region_step
 from torch import distributions as D
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchrl_happo.steps.trust_region.solve import TrustRegion, step_length, trust_region_step
+from torchrl_happo.steps import TrustRegion
+from torchrl_happo.steps.trust_region.natural_gradient import step_length
 
 LINE_SEARCHES = ["sequential", "batched"]
 

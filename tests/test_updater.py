@@ -33,7 +33,7 @@ from wrong_calls import same
 from torchrl_happo import HAPPOLoss, HATRPOLoss, SequentialUpdater
 from torchrl_happo.distributed import Learners
 from torchrl_happo.policy.distributions import entropy
-from torchrl_happo.steps.first_order import FirstOrderStep
+from torchrl_happo.steps import FirstOrder, Problem
 from torchrl_happo.steps.minibatches import (
     ReplayBufferMinibatches,
     ShuffledMinibatches,
@@ -284,15 +284,14 @@ class OfTwo(Learners):
 def test_a_learner_that_has_run_out_counts_for_nothing():
     """Its minibatches count by their entries, the one that it computes once more by 0."""
     learners, number = OfTwo(), torch.nn.Parameter(torch.zeros(()))
-    step = FirstOrderStep(
-        lambda data: (data["x"] - number).square().mean(),
-        lambda: [number],
-        optimizer=partial(torch.optim.SGD, lr=0.1),
-        minibatches=ShuffledMinibatches(4, torch.Generator()),
-        num_epochs=2,
+    problem = Problem(
+        "agent",
+        loss=lambda data: (data["x"] - number).square().mean(),
+        named_parameters=lambda: [("number", number)],
         learners=learners,
     )
-    step(TensorDict({"x": torch.randn(6)}, [6]))
+    factory = FirstOrder(partial(torch.optim.SGD, lr=0.1), num_epochs=2, minibatch_size=4)
+    factory(problem).propose(TensorDict({"x": torch.randn(6)}, [6])).apply()
     assert learners.weights == [4, 2, 0] * 2
 
 
@@ -380,22 +379,60 @@ def test_a_critic_without_weight_stays(loss_class):
 
 @pytest.mark.parametrize("loss_class", [HAPPOLoss, HATRPOLoss])
 def test_what_is_frozen_later_stays(loss_class):
-    """The rows of a frozen stack are frozen: an optimiser that holds them is refused."""
+    """The rows of a frozen stack are frozen; the others move, and so does it when it thaws."""
     actor = make_actor()
     updater = SequentialUpdater(loss_class(actor, make_critic()), num_epochs=1)
     batch = make_batch(actor)
-    next(actor.parameters()).requires_grad_(False)
-    before = state_of(actor)
-    if loss_class is HAPPOLoss:
-        with pytest.raises(ValueError, match="freeze parameters before"):
-            updater(batch)
-        assert same_state(before, state_of(actor))
-        return
     updater(batch)
-    moved = [name for name, value in actor.state_dict().items() if (value != before[name]).any()]
-    first, *others = before
-    assert moved == others
-    assert first not in moved
+    stack = next(actor.parameters())
+    for is_frozen in (True, False):
+        stack.requires_grad_(not is_frozen)
+        before = state_of(actor)
+        updater(batch)
+        moved = [
+            name for name, value in actor.state_dict().items() if (value != before[name]).any()
+        ]
+        first, *others = before
+        assert moved == (others if is_frozen else [first, *others])
+
+
+def test_what_thaws_is_trained_and_what_freezes_keeps_its_momentum():
+    """With Adam: the count of steps of a frozen parameter waits, one that thaws starts anew."""
+    actor = make_actor()
+    first, second, *_ = actor.parameters()
+    first.requires_grad_(False)
+    updater = SequentialUpdater(HAPPOLoss(actor, make_critic(), entropy_coeff=0.0), num_epochs=1)
+    batch = make_batch(actor)
+    updater(batch)
+    first.requires_grad_(True)
+    second.requires_grad_(False)
+    updater(batch)
+    updater(batch)
+    own = list(updater.loss.agents[0].named_parameters())
+    state = updater._agent_steps[NAMES[0]].optimizer.state
+    assert [state[p]["step"].item() for _, p in own[:3]] == [2, 1, 3]
+    networks = copy.deepcopy((actor, updater.loss.critic_network))
+    twin = SequentialUpdater(HAPPOLoss(*networks, entropy_coeff=0.0), num_epochs=1)
+    twin.load_state_dict(updater.state_dict())
+    assert (updater(batch) == twin(batch)).all()
+
+
+def thawing(parameters):
+    """A factory that leaves out what is frozen when it is called."""
+    return torch.optim.SGD([p for p in parameters if p.requires_grad], lr=0.1)
+
+
+def test_what_an_optimiser_left_out_is_added_when_it_thaws():
+    """With the settings of its first group."""
+    actor = make_actor()
+    stack = next(actor.parameters()).requires_grad_(False)
+    updater = SequentialUpdater(HAPPOLoss(actor, make_critic()), num_epochs=1, optimizer=thawing)
+    batch = make_batch(actor)
+    updater(batch)
+    stack.requires_grad_(True)
+    before = stack.detach().clone()
+    updater(batch)
+    assert all((row != old).any() for row, old in zip(stack, before, strict=True))
 
 
 def test_gradient_norm_is_clipped():
@@ -846,7 +883,7 @@ def test_a_non_finite_gradient_takes_the_agents_step_back(spoil, caplog):
     def spoiled(data):
         calls.append(data)
         loss = objective(data)
-        return spoil(loss, step.parameters[0]) if len(calls) == 3 else loss
+        return spoil(loss, step.parameters()[0]) if len(calls) == 3 else loss
 
     step.objective = spoiled
     metrics = updater(batch)
@@ -1026,7 +1063,7 @@ def test_an_optimiser_follows_its_network_to_another_device():
     updater(make_batch(updater.loss.actor_network))
     updater.loss.critic_network.to("meta")
     step = updater._critic_step
-    step.rebind()
+    step.follow()
     assert step.optimizer.state
     for state in step.optimizer.state.values():
         devices = {name: value.device.type for name, value in state.items()}

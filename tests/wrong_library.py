@@ -50,7 +50,7 @@ from torchrl_happo import (
     HATRPOLoss,
     SequentialUpdater,
 )
-from torchrl_happo.steps import FirstOrderStep, ShuffledMinibatches, TrustRegion
+from torchrl_happo.steps import FirstOrder, Problem, ShuffledMinibatches, TrustRegion
 from torchrl_happo.steps.optimizers import build_optimizer, build_scheduler
 
 OBS, ACT, LOG_PROB = [("agents", name) for name in ("observation", "action", "action_log_prob")]
@@ -213,12 +213,18 @@ UPDATERS = built([
      "no batch_size"),
     ("a buffer that is none", lambda: Team(replay_buffer=[]), TypeError, "a ReplayBuffer or None"),
     ("an unknown setting", lambda: Team(num_epoch=3), TypeError, "argument 'num_epoch'"),
-    ("a step without epochs", lambda: FirstOrderStep(
-        len, list, optimizer=elsewhere, minibatches=ShuffledMinibatches(None, None), num_epochs=0),
+    ("a step without epochs", lambda: FirstOrder(num_epochs=0), ValueError,
+     "num_epochs must be at least 1"),
+    ("epochs of one agent that are none", lambda: FirstOrder(num_epochs={"one": 2, "two": 0}),
      ValueError, "num_epochs must be at least 1"),
-    ("a step of too short gradients", lambda: FirstOrderStep(
-        len, list, optimizer=elsewhere, minibatches=ShuffledMinibatches(None, None), num_epochs=1,
-        max_grad_norm=-1.0), ValueError, "max_grad_norm must be positive"),
+    ("a step of too short gradients", lambda: FirstOrder(max_grad_norm=-1.0), ValueError,
+     "max_grad_norm must be positive"),
+    ("a setting of nobody", lambda: Team(num_epochs={"agents": 2, "agent_0": 3}), ValueError,
+     r"num_epochs has values for \['agent_0'\], but there are only \['agents_0',"),
+    ("an agent without a setting", lambda: Team(minibatch_size={"agents_0": 5}), ValueError,
+     "minibatch_size has values for .*but none for the agent 'agents_1'; name it, or its group"),
+    ("a trust region without a policy", lambda: TrustRegion()(Problem("x", len, list)), ValueError,
+     "A trust region needs a policy, but the problem of 'x' has no distribution"),
     ("an optimiser that is no factory", lambda: build_optimizer(3, []), TypeError,
      "optimizer must be a callable"),
     ("a scheduler that is no factory", lambda: build_scheduler(3, elsewhere([])), TypeError,
@@ -311,8 +317,6 @@ TEAMS = trained([
      "sequence_length=4 does not divide the 6 steps"),
     ("a buffer that is too small", partial(Team, minibatch_size=None, replay_buffer=ReplayBuffer(
         storage=LazyTensorStorage(10), batch_size=5)), ValueError, "room for 10 items, .* has 24"),
-    ("parameters frozen too late", changed(Team, lambda team: team.critic.requires_grad_(False)),
-     ValueError, "freeze parameters before"),
 ])
 
 

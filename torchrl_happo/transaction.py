@@ -1,64 +1,166 @@
-"""One rollback: parameters, places of tensors, and generators go back to where they were."""
+"""The one rollback: parameters, states of steps, statistics, generators and slots of modules."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "Transaction",
     "Undo",
-    "all_or_nothing",
+    "clone_state",
     "global_generators",
     "kept_slots",
     "load_generator_state",
     "restored_slots",
 ]
 
-#: Puts one change back to where it was.
+#: Rolls one change back.
 Undo: TypeAlias = Callable[[], None]
 
 # In bytes: a Mersenne Twister on the CPU; seed and offset of Philox on CUDA.
 STATE_SIZES = {"cpu": 5056, "cuda": 16}
 
 
-@contextmanager
-def all_or_nothing(generators: Iterable[torch.Generator]) -> Iterator[list[Undo]]:
-    """Takes everything back if an error or an interrupt ends the body.
+class Restorable(Protocol):
+    """The part of a :class:`~torchrl_happo.steps.Step` that a transaction needs."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that may move."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state beyond the parameters."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned."""
+
+
+class Transaction:
+    """Roll back what was remembered if an error or an interrupt ends the body.
+
+    The latest change is rolled back first. A change that the body did not announce by one of the
+    ``remember`` methods stays.
 
     Args:
-        generators (iterable of torch.Generator): whose states are put back, too.
-
-    Yields:
-        a list, to which the body appends how each of its changes is taken back. The last one is
-        taken back first.
+        generators (iterable of torch.Generator): generators that are rolled back as well.
 
     Example:
-        >>> done = []
+        >>> weight = torch.zeros(2)
         >>> try:
-        ...     with all_or_nothing([]) as undo:
-        ...         done.append("half of it")
-        ...         undo.append(done.clear)
-        ...         raise RuntimeError
+        ...     with Transaction() as transaction:
+        ...         _ = transaction.remember_values([weight])
+        ...         _ = weight.add_(1)
+        ...         raise RuntimeError("in the middle")
         ... except RuntimeError:
-        ...     done
-        []
+        ...     weight
+        tensor([0., 0.])
     """
-    sources = list(generators)
-    states = [generator.get_state() for generator in sources]
-    undo: list[Undo] = []
-    try:
-        yield undo
-    except BaseException:
-        for restore in reversed(undo):
-            restore()
-        for generator, state in zip(sources, states, strict=True):
+
+    def __init__(self, generators: Iterable[torch.Generator] = ()) -> None:
+        self._generators = list(generators)
+        self._undo: list[Undo] = []
+        self._steps: set[int] = set()
+
+    def __enter__(self) -> Transaction:
+        self._states = [generator.get_state() for generator in self._generators]
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.rollback()
+
+    def add(self, undo: Undo) -> Undo:
+        """Remember how one change is rolled back.
+
+        Args:
+            undo (callable): rolls the change back; may be called more than once.
+
+        Returns:
+            ``undo``.
+        """
+        self._undo.append(undo)
+        return undo
+
+    def remember_values(self, tensors: Iterable[Tensor]) -> Undo:
+        """Remember the values of tensors, such as running statistics, bit for bit.
+
+        Returns:
+            a callable that puts these values back, now or later.
+        """
+        before = [(tensor, tensor.detach().clone()) for tensor in tensors]
+
+        @torch.no_grad()
+        def restore() -> None:
+            for tensor, value in before:
+                tensor.copy_(value)
+
+        return self.add(restore)
+
+    def remember(self, step: Restorable) -> Undo:
+        """Remember a step: its parameters and its whole state, schedules included.
+
+        Args:
+            step (Step): the step, before it moves.
+
+        Returns:
+            a callable that rolls this step back, now or later.
+        """
+        self._steps.add(id(step))
+        values = self.remember_values(step.parameters())
+        state = clone_state(step.state_dict())
+
+        def restore() -> None:
+            values()
+            # A copy: the state may be rolled back to once more.
+            step.load_state_dict(clone_state(state))
+
+        return self.add(restore)
+
+    def remember_once(self, step: Restorable) -> None:
+        """Remember a step unless this transaction has remembered it before."""
+        if id(step) not in self._steps:
+            self.remember(step)
+
+    def rollback(self) -> None:
+        """Put everything remembered back, the latest change first, then the generators."""
+        for undo in reversed(self._undo):
+            undo()
+        for generator, state in zip(self._generators, self._states, strict=True):
             generator.set_state(state)
-        raise
+
+
+def clone_state(value: Any) -> Any:
+    """Copy a state: containers anew, tensors cloned however deeply nested, the rest deep-copied.
+
+    Args:
+        value (Any): a ``state_dict`` or a part of one.
+
+    Returns:
+        a copy that shares no tensor with ``value``.
+
+    Example:
+        >>> state = {"moments": [{"row": torch.zeros(2)}], "lr": 0.1}
+        >>> copied = clone_state(state)
+        >>> _ = state["moments"][0]["row"].add_(1)
+        >>> copied
+        {'moments': [{'row': tensor([0., 0.])}], 'lr': 0.1}
+    """
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    kind = type(value)
+    if kind in (dict, OrderedDict):
+        return kind((key, clone_state(item)) for key, item in value.items())
+    if kind in (list, tuple):
+        return kind(clone_state(item) for item in value)
+    # Numbers and names are their own deep copies; anything else may be changed in place.
+    return copy.deepcopy(value)
 
 
 @contextmanager

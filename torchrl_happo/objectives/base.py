@@ -29,13 +29,13 @@ from torchrl.objectives import PPOLoss
 from torchrl.objectives.utils import ValueEstimators, _sum_td_features
 
 from torchrl_happo.arguments import check_keys
-from torchrl_happo.distributed import Learners
 from torchrl_happo.masked import count
 from torchrl_happo.objectives.value_norm import RealValues, update_value_norm
 from torchrl_happo.policy.memory import StepwiseCritic, has_memory
 from torchrl_happo.steps.compile.code import Code
 from torchrl_happo.steps.compile.graphs import GraphCompiler
-from torchrl_happo.steps.first_order import FirstOrderStep, InnerStep
+from torchrl_happo.steps.first_order import FirstOrder
+from torchrl_happo.steps.step import VALID, Problem, StepFactory
 from torchrl_happo.team.agents import Agent, behaviour_log_prob, split_actor, split_team
 from torchrl_happo.team.checks import check_agent_keys, check_team_shape
 from torchrl_happo.team.construction import (
@@ -50,10 +50,10 @@ from torchrl_happo.team.values import explained
 __all__ = ["ADVANTAGE", "OLD_LOG_PROB", "VALID", "SequentialLossMixin"]
 
 #: Entries that the updater adds to an agent's view of the batch, and its step reads:
-#: the log-probability the ratio starts from, the factor times the advantage, and the validity.
+#: the log-probability the ratio starts from, and the factor times the advantage (``VALID`` is
+#: part of the contract of a step).
 OLD_LOG_PROB = "old_log_prob"
 ADVANTAGE = "factored_advantage"
-VALID = "valid"
 
 Actors: TypeAlias = (
     ProbabilisticTensorDictSequential | Mapping[str, ProbabilisticTensorDictSequential]
@@ -164,26 +164,19 @@ class SequentialLossMixin(_Base):
         return list(dict.fromkeys(unravel_key(key) for key in keys))
 
     @abc.abstractmethod
-    def make_agent_step(
-        self,
-        agent: Agent,
-        first_order: Callable[..., FirstOrderStep],
-        *,
-        target_kl: float | None,
-        learners: Learners,
-        code: Code | None,
-    ) -> InnerStep:
-        """The inner step of one agent.
+    def agent_problem(self, agent: Agent, **kwargs: Any) -> Problem:
+        """Return the problem that an agent's step solves.
 
         Args:
             agent (Agent): the agent.
-            first_order (callable): :class:`~torchrl_happo.steps.FirstOrderStep` with the
-                optimiser's settings filled in; it still wants the objective and the parameters.
-            target_kl (float, optional): where to stop early, if the step can.
-            learners (Learners): who take the step together; already in ``first_order``.
-            code (Code, optional): to compile the step (:meth:`agent_code`); already in
-                ``first_order``.
+
+        Keyword Args:
+            **kwargs: entries of the problem that the updater knows.
         """
+
+    def agent_factory(self, agent: Agent, first_order: FirstOrder) -> StepFactory:
+        """Return what builds the step of an agent: by default the updater's first-order step."""
+        return first_order
 
     def agent_weight(self, agent: Agent, data: TensorDictBase) -> Tensor | float:
         """Number of entries of an agent's view that its objective is a mean over."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,6 @@ from torchrl_happo.arguments import (
     check_critic,
     check_entropy_coeff,
 )
-from torchrl_happo.distributed import Learners
 from torchrl_happo.masked import masked, masked_mean
 from torchrl_happo.objectives.base import (
     ADVANTAGE,
@@ -33,8 +32,7 @@ from torchrl_happo.objectives.base import (
 )
 from torchrl_happo.objectives.surrogate import clipped_surrogate
 from torchrl_happo.policy.policy import Policy
-from torchrl_happo.steps.compile.code import Code
-from torchrl_happo.steps.first_order import FirstOrderStep
+from torchrl_happo.steps.step import Problem
 from torchrl_happo.team.agents import Agent
 from torchrl_happo.team.construction import check_networks
 
@@ -311,33 +309,24 @@ class HAPPOLoss(SequentialLossMixin, ClipPPOLoss):
             return entropy
         return TensorDict({unit.policy.log_prob_keys[0]: entropy}, batch_size=entropy.shape)
 
-    def make_agent_step(
-        self,
-        agent: Agent,
-        first_order: Callable[..., FirstOrderStep],
-        *,
-        target_kl: float | None,
-        learners: Learners,
-        code: Code | None,
-    ) -> FirstOrderStep:
-        """Epochs of the agent's own optimiser on :meth:`agent_loss`."""
-        stop = None if target_kl is None else partial(self._passes_kl, agent, target_kl, learners)
-        return first_order(
-            partial(self.agent_loss, agent),
-            agent.parameters,
-            stop=stop,
+    def agent_problem(self, agent: Agent, **kwargs: Any) -> Problem:
+        """Minimise :meth:`agent_loss` (see :class:`SequentialLossMixin`)."""
+        return Problem(
+            agent.name,
+            loss=partial(self.agent_loss, agent),
+            named_parameters=agent.named_parameters,
+            group=agent.group,
             weight=partial(self.agent_weight, agent),
+            divergence=partial(self.agent_divergence, agent),
+            sample_shape=agent.sample_shape,
+            **kwargs,
         )
 
-    def _passes_kl(
-        self, agent: Agent, target_kl: float, learners: Learners, data: TensorDictBase
-    ) -> bool:
-        with torch.no_grad():
-            log_prob = agent.log_prob(agent.policy.parameters(data), data)
-            log_ratio = log_prob - data.get(OLD_LOG_PROB)
-            kl = masked_mean(log_ratio.exp() - 1 - log_ratio, data.get(VALID, None))
-            (kl,) = learners.mean([kl], self.agent_weight(agent, data))
-        return bool(kl > target_kl)
+    def agent_divergence(self, agent: Agent, data: TensorDictBase) -> Tensor:
+        r"""Estimate the mean divergence from the policy that acted, by :math:`r - 1 - \log r`."""
+        log_prob = agent.log_prob(agent.policy.parameters(data), data)
+        log_ratio = log_prob - data.get(OLD_LOG_PROB)
+        return masked_mean(log_ratio.exp() - 1 - log_ratio, data.get(VALID, None))
 
     def agent_report(self, log_ratio: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
         """Share of the valid entries whose ratio lies outside the clipping range."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tensordict import TensorDictBase
@@ -15,7 +16,6 @@ from torchrl.modules import ValueNorm
 from torchrl.objectives import PPOLoss
 
 from torchrl_happo.arguments import check_counts, check_critic, check_numbers
-from torchrl_happo.distributed import Learners
 from torchrl_happo.masked import masked, masked_mean
 from torchrl_happo.objectives.base import (
     ADVANTAGE,
@@ -26,10 +26,9 @@ from torchrl_happo.objectives.base import (
 )
 from torchrl_happo.objectives.surrogate import surrogate
 from torchrl_happo.policy.distributions import kl_divergence
-from torchrl_happo.steps.compile.code import Code
-from torchrl_happo.steps.first_order import FirstOrderStep
-from torchrl_happo.steps.trust_region.solve import TrustRegion
-from torchrl_happo.steps.trust_region.step import TrustRegionStep
+from torchrl_happo.steps.first_order import FirstOrder
+from torchrl_happo.steps.step import Problem
+from torchrl_happo.steps.trust_region.step import TrustRegion
 from torchrl_happo.team.agents import Agent
 from torchrl_happo.team.construction import check_networks
 
@@ -154,25 +153,22 @@ class HATRPOLoss(SequentialLossMixin, PPOLoss):
             functional=False,
         )
         self._init_team(actor_network, blocks, value_norm, popart)
-        if line_search is None:
-            on_cpu = self.agents[0].parameters()[0].device.type == "cpu"
-            line_search = "sequential" if on_cpu else "batched"
+        self.max_kl = max_kl
         shares = _shares(kl_split, self.agents)
-        self._trust_regions = {
-            agent.name: TrustRegion(
-                max_kl=max_kl * share,
-                damping=damping,
-                cg_iterations=cg_iterations,
-                cg_tolerance=cg_tolerance,
-                backtrack_factor=backtrack_factor,
-                max_backtracks=max_backtracks,
-                accept_ratio=accept_ratio,
-                fisher_fraction=fisher_fraction,
-                # torch cannot map over a stack that already is mapped over agents.
-                line_search="sequential" if agent.policy.is_stacked else line_search,
-            )
-            for agent, share in zip(self.agents, shares, strict=True)
-        }
+        self._shares = {a.name: share for a, share in zip(self.agents, shares, strict=True)}
+        trust_region = TrustRegion(
+            max_kl=max_kl,
+            damping=damping,
+            cg_iterations=cg_iterations,
+            cg_tolerance=cg_tolerance,
+            backtrack_factor=backtrack_factor,
+            max_backtracks=max_backtracks,
+            accept_ratio=accept_ratio,
+            fisher_fraction=fisher_fraction,
+            line_search=line_search,
+        )
+        # Asked anew for each batch, so that a schedule may set max_kl.
+        self.trust_region = replace(trust_region, max_kl=self._radius)
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -220,37 +216,43 @@ class HATRPOLoss(SequentialLossMixin, PPOLoss):
         log_ratio = masked(log_prob - data.get(OLD_LOG_PROB), valid)
         return masked_mean(surrogate(log_ratio, data.get(ADVANTAGE)), valid)
 
-    def make_agent_step(
-        self,
-        agent: Agent,
-        first_order: Callable[..., FirstOrderStep],
-        *,
-        target_kl: float | None,
-        learners: Learners,
-        code: Code | None,
-    ) -> TrustRegionStep:
-        """One trust-region step on the whole batch."""
-        if target_kl is not None:
-            raise ValueError(
-                f"target_kl={target_kl} stops first-order epochs early, but HATRPO takes one step "
-                "whose divergence is bounded by max_kl; leave target_kl out."
-            )
-        settings = self._trust_regions[agent.name]
-        generator = None
-        if settings.fisher_fraction < 1:
-            generator = torch.Generator(agent.parameters()[0].device)
-            generator.manual_seed(agent.position.start)
-        return TrustRegionStep(
-            partial(self.agent_distribution, agent),
-            partial(self.agent_surrogate, agent),
-            agent.named_parameters,
-            settings=settings,
-            valid_key=VALID,
+    def agent_loss(self, agent: Agent, data: TensorDictBase) -> Tensor:
+        """Return minus the surrogate of one agent at its present parameters."""
+        dist = self.agent_distribution(agent, dict(agent.named_parameters()), data)
+        return -self.agent_surrogate(agent, dist, data)
+
+    def agent_problem(self, agent: Agent, **kwargs: Any) -> Problem:
+        """Maximise :meth:`agent_surrogate` (see :class:`SequentialLossMixin`)."""
+        # Each agent draws the rows of its own Fisher matrix.
+        generator = torch.Generator(agent.parameters()[0].device)
+        generator.manual_seed(agent.position.start)
+        return Problem(
+            agent.name,
+            loss=partial(self.agent_loss, agent),
+            named_parameters=agent.named_parameters,
+            group=agent.group,
+            weight=partial(self.agent_weight, agent),
+            distribution=partial(self.agent_distribution, agent),
+            surrogate=partial(self.agent_surrogate, agent),
             sample_shape=agent.sample_shape,
-            generator=generator,
-            learners=learners,
-            code=code,
+            **{**kwargs, "generator": generator},
         )
+
+    def agent_factory(self, agent: Agent, first_order: FirstOrder) -> TrustRegion:
+        """Return the trust region; minibatches and epochs are the critic's."""
+        if first_order.target_kl is not None:
+            raise ValueError(
+                f"target_kl={first_order.target_kl} stops first-order epochs early, but HATRPO "
+                "takes one step whose divergence is bounded by max_kl; leave target_kl out."
+            )
+        # torch cannot map over a stack that already is mapped over agents.
+        if agent.policy.is_stacked:
+            return replace(self.trust_region, line_search="sequential")
+        return self.trust_region
+
+    def _radius(self, name: str) -> float:
+        """Return an agent's share of ``max_kl`` as it is now."""
+        return self.max_kl * self._shares[name]
 
 
 def _shares(

@@ -1,15 +1,21 @@
-"""The inner step of one agent: first order, or a trust region."""
+"""How one set of parameters moves: by first order, or within a trust region."""
 
-from torchrl_happo.steps.first_order import FirstOrderStep, InnerStep
+from torchrl_happo.steps.autocast import uncached_autocast
+from torchrl_happo.steps.first_order import FirstOrder, FirstOrderStep
 from torchrl_happo.steps.minibatches import ReplayBufferMinibatches, ShuffledMinibatches
-from torchrl_happo.steps.trust_region.solve import TrustRegion
-from torchrl_happo.steps.trust_region.step import TrustRegionStep
+from torchrl_happo.steps.step import Problem, Proposal, Step, StepFactory
+from torchrl_happo.steps.trust_region.step import TrustRegion, TrustRegionStep
 
 __all__ = [
+    "FirstOrder",
     "FirstOrderStep",
-    "InnerStep",
+    "Problem",
+    "Proposal",
     "ReplayBufferMinibatches",
     "ShuffledMinibatches",
+    "Step",
+    "StepFactory",
     "TrustRegion",
     "TrustRegionStep",
+    "uncached_autocast",
 ]

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.data import ReplayBuffer
+from torchrl.data import LazyTensorStorage, ReplayBuffer
 
 from torchrl_happo.arguments import check_counts
 
@@ -17,13 +17,13 @@ __all__ = ["MinibatchSampler", "ReplayBufferMinibatches", "ShuffledMinibatches",
 
 
 class MinibatchSampler(Protocol):
-    """From the data of one agent (or of the critic) to the minibatches of one epoch."""
+    """From the data of one agent, or of a critic, to the minibatches of one epoch."""
 
     def __call__(self, data: TensorDictBase) -> Iterator[TensorDictBase]:
-        """The minibatches, at least one."""
+        """Yield the minibatches, at least one."""
 
     def count(self, data: TensorDictBase) -> int:
-        """How many there are."""
+        """Return the number of minibatches."""
 
 
 class ShuffledMinibatches:
@@ -33,8 +33,8 @@ class ShuffledMinibatches:
     A remainder makes a smaller last minibatch: no sample is dropped.
 
     Args:
-        size (int, optional): steps in a minibatch; for sequences the nearest whole number of them
-            below it (at least one). ``None``: everything at once, in its own order.
+        size (int, optional): steps in a minibatch; for sequences the nearest whole number of
+            sequences below it (at least one). ``None``: everything at once, in its own order.
         generator (torch.Generator): source of the permutations.
 
     Example:
@@ -51,7 +51,7 @@ class ShuffledMinibatches:
         self.generator = generator
 
     def __call__(self, data: TensorDictBase) -> Iterator[TensorDictBase]:
-        """The minibatches of one epoch over ``data``."""
+        """Yield the minibatches of one epoch over ``data``."""
         num_items, size = len(data), self._items(data)
         if size >= num_items:
             yield data
@@ -61,18 +61,18 @@ class ShuffledMinibatches:
             yield _rows(data, index)
 
     def count(self, data: TensorDictBase) -> int:
-        """Number of minibatches that ``data`` makes."""
+        """Return the number of minibatches that ``data`` makes."""
         return max(-(-len(data) // max(self._items(data), 1)), 1)
 
     def _items(self, data: TensorDictBase) -> int:
-        """Items in a minibatch."""
+        """Return the number of items in a minibatch."""
         num_items = len(data)
         steps_per_item = max(data.numel() // max(num_items, 1), 1)
         return num_items if self.size is None else max(self.size // steps_per_item, 1)
 
 
 def _rows(data: TensorDictBase, index: Tensor) -> TensorDictBase:
-    """``data[index]``, by a kernel that copies whole rows and takes a third of the time."""
+    """Return ``data[index]``, by a kernel that copies whole rows in a third of the time."""
     if not isinstance(data, TensorDict):
         return data[index]
     rows = {}
@@ -88,7 +88,7 @@ def _rows(data: TensorDictBase, index: Tensor) -> TensorDictBase:
 def draw_rows(
     num_rows: int, valid: Tensor | None, share: float, generator: torch.Generator | None
 ) -> Tensor:
-    """Indices of a random share of the rows, those with a valid sample first."""
+    """Draw a random share of the rows, those with a valid sample first; return their indices."""
     device = None if generator is None else generator.device
     priority = torch.rand(num_rows, generator=generator, device=device)
     if valid is not None:
@@ -100,8 +100,10 @@ def draw_rows(
 class ReplayBufferMinibatches:
     """Minibatches from a replay buffer of the user's own.
 
-    A copy of the buffer is filled with the data at each epoch; its sampler decides the rest. (A
-    copy, because the storages of unlike agents and of the critic have unlike shapes.)
+    Its sampler, transform and batch size draw them, from a storage in memory that holds the present
+    batch and nothing else. So the buffer's own storage, be it full or on disk, stays as it is, and
+    nothing is drawn ahead of the batch. (Each agent has a storage of its own, because the entries
+    of unlike agents and of the critic have unlike shapes.)
 
     Args:
         buffer (ReplayBuffer): a buffer with a batch size and room for the whole batch.
@@ -120,15 +122,22 @@ class ReplayBufferMinibatches:
             raise ValueError(
                 "The replay buffer has no batch_size; build it with ReplayBuffer(batch_size=...)."
             )
-        self.buffer = copy.deepcopy(buffer)
+        self.room = buffer.storage.max_size
+        self.buffer = ReplayBuffer(
+            storage=LazyTensorStorage(self.room, device="auto"),
+            sampler=copy.deepcopy(buffer.sampler),
+            transform=copy.deepcopy(buffer._transform),
+            collate_fn=buffer._collate_fn,
+            generator=copy.deepcopy(buffer._rng),
+            batch_size=buffer.batch_size,
+        )
 
     def __call__(self, data: TensorDictBase) -> Iterator[TensorDictBase]:
-        """The minibatches of one epoch over ``data``."""
-        room = self.buffer.storage.max_size
-        if room < len(data):
+        """Yield the minibatches of one epoch over ``data``."""
+        if self.room < len(data):
             raise ValueError(
-                f"The replay buffer has room for {room} items, but the batch has {len(data)}, some "
-                "of which would be lost; give its storage a max_size of at least that."
+                f"The replay buffer has room for {self.room} items, but the batch has {len(data)}, "
+                "some of which would be lost; give its storage a max_size of at least that."
             )
         self.buffer.empty()
         self.buffer.extend(data)
@@ -136,5 +145,5 @@ class ReplayBufferMinibatches:
             yield self.buffer.sample()
 
     def count(self, data: TensorDictBase) -> int:
-        """Number of minibatches that ``data`` makes."""
+        """Return the number of minibatches that ``data`` makes."""
         return -(-len(data) // self.buffer.batch_size)

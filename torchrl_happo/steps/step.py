@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -19,7 +19,14 @@ from torch.distributions import Distribution
 
 from torchrl_happo.distributed import Learners
 
-__all__ = ["Problem", "Proposal", "Step", "StepFactory"]
+__all__ = ["VALID", "ByName", "Problem", "Proposal", "Step", "StepFactory", "setting_of"]
+
+#: Entry of the data that marks the samples that count; absent: all of them.
+VALID = "valid"
+
+T = TypeVar("T")
+#: One setting for all, or one for each agent by its name or its group's name.
+ByName: TypeAlias = T | Mapping[str, T]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +46,8 @@ class Problem:
             agent's policy from the one that acted, over the entries of this process.
         sample_shape (callable): from data to the leading dimensions of the policy that count
             samples.
+        names (tuple of str): names of all agents, groups and critics, by which settings may be
+            given. Empty: not known.
         learners (Learners): the processes that take the step together.
         generator (torch.Generator): draws minibatches.
         code (Any): what ``loss`` and ``distribution`` read besides their arguments, for the
@@ -54,22 +63,61 @@ class Problem:
     surrogate: Callable[[Distribution, TensorDictBase], Tensor] | None = None
     divergence: Callable[[TensorDictBase], Tensor] | None = None
     sample_shape: Callable[[TensorDictBase], torch.Size] = lambda data: data.batch_size
+    names: tuple[str, ...] = ()
     learners: Learners = field(default_factory=Learners)
     generator: torch.Generator = field(default_factory=torch.Generator)
     code: Any = None
 
 
-class Proposal(Protocol):
-    """A move that a step could make.
+def setting_of(problem: Problem, name: str, value: ByName[Any], default: Any) -> Any:
+    """Return a setting's value for one problem.
 
-    Attributes:
-        gain (Tensor, optional): improvement of the surrogate that the step expects, a scalar.
-            ``None``: the step does not know before it moves.
-        divergence (Tensor, optional): mean divergence that the step expects, a scalar, in nats.
+    Args:
+        problem (Problem): of an agent, or of a critic.
+        name (str): the setting's name, for errors.
+        value (Any): one value for all, or a mapping of values by name of agent or group.
+        default (Any): the value of a critic that the mapping does not name.
+
+    Returns:
+        the value: under the agent's own name, or else under its group's.
+
+    Raises:
+        ValueError: if the mapping names nobody, or does not name this agent.
+
+    Example:
+        >>> problem = Problem("agents_1", loss=len, named_parameters=list, group="agents")
+        >>> setting_of(problem, "num_epochs", {"agents": 5, "agents_0": 3}, 10)
+        5
     """
+    if not isinstance(value, Mapping):
+        return value
+    known = problem.names
+    if known and (unknown := sorted(set(value) - set(known))):
+        raise ValueError(
+            f"{name} has values for {unknown}, but there are only {list(known)}; leave out the "
+            "others."
+        )
+    for own in (problem.name, problem.group):
+        if own is not None and own in value:
+            return value[own]
+    if problem.divergence is None:  # a critic's
+        return default
+    raise ValueError(
+        f"{name} has values for {list(value)}, but none for the agent {problem.name!r}; name it, "
+        f"or its group {problem.group!r}."
+    )
 
-    gain: Tensor | None
-    divergence: Tensor | None
+
+class Proposal(Protocol):
+    """A move that a step could make, while the parameters stay where they are."""
+
+    @property
+    def gain(self) -> Tensor | None:
+        """Improvement of the surrogate that the step expects, a scalar; ``None``: not known."""
+
+    @property
+    def divergence(self) -> Tensor | None:
+        """Mean divergence that the step expects, a scalar, in nats; ``None``: not known."""
 
     def apply(self, max_kl: float | None = None) -> TensorDict:
         """Move the parameters.

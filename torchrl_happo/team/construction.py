@@ -149,7 +149,7 @@ def check_loss(loss: Any) -> None:
         TypeError: if it is not the loss of a team.
         ValueError: if an agent or the critic has nothing to train, or the loss is no mean.
     """
-    if not hasattr(loss, "make_agent_step"):
+    if not hasattr(loss, "agent_problem"):
         raise TypeError(
             f"A SequentialUpdater updates a HAPPOLoss or a HATRPOLoss, got {kind_of(loss)}; build "
             "one of the same networks."

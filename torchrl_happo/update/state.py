@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-__all__ = ["check_optimizer_state", "check_state"]
+__all__ = ["check_state"]
 
 
 def check_state(state: object, own: Mapping[str, Any]) -> None:
@@ -85,34 +84,3 @@ def _check_generators(state: Any, own: list[Tensor]) -> None:
             f"The state must hold the states of {len(own)} random generators; it is damaged, load "
             "another one."
         )
-
-
-def check_optimizer_state(optimizer: Optimizer, state: object) -> None:
-    """Refuses the state of another kind of optimiser, or of one for other parameters.
-
-    Args:
-        optimizer (Optimizer): what it is to be loaded into.
-        state (object): should be the ``state_dict`` of an optimiser of the same kind.
-
-    Raises:
-        ValueError: in one sentence that says what differs. Torch would load such a state, and
-            fail at the next step.
-    """
-    own = optimizer.state_dict()
-    if not isinstance(state, Mapping) or state.keys() != own.keys():
-        raise ValueError("the state of its optimizer is none of torch.optim; it is damaged")
-    groups = [set(group) for group in state["param_groups"]]
-    if groups != [set(group) for group in own["param_groups"]]:
-        raise ValueError(
-            f"the state of its optimizer is not from {type(optimizer).__name__}; build the updater "
-            "with the optimizer that wrote it"
-        )
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, values in state["state"].items():
-        for name, value in values.items():
-            per_weight = isinstance(value, Tensor) and value.ndim > 0 and name != "step"
-            if per_weight and value.shape != parameters[index].shape:
-                raise ValueError(
-                    f"the optimizer's {name!r} has shape {list(value.shape)} for a parameter of "
-                    f"shape {list(parameters[index].shape)}; build the same networks"
-                )

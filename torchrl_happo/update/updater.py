@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping, Sequence
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,31 +16,21 @@ from torchrl.data import ReplayBuffer
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import set_recurrent_mode
 
-from torchrl_happo.arguments import (
-    check_callables,
-    check_counts,
-    check_positive,
-    check_seed,
-    first_line,
-)
+from torchrl_happo.arguments import check_callables, check_counts, check_seed, first_line
 from torchrl_happo.distributed import Learners
 from torchrl_happo.objectives.base import SequentialLossMixin
 from torchrl_happo.objectives.value_norm import last_linear
+from torchrl_happo.steps.autocast import uncached_autocast
 from torchrl_happo.steps.compile.code import make_compiler
-from torchrl_happo.steps.first_order import FirstOrderStep, InnerStep
-from torchrl_happo.steps.minibatches import (
-    MinibatchSampler,
-    ReplayBufferMinibatches,
-    ShuffledMinibatches,
-)
+from torchrl_happo.steps.first_order import FirstOrder
 from torchrl_happo.steps.optimizers import OptimizerFactory, SchedulerFactory
+from torchrl_happo.steps.step import ByName, Problem, Step
 from torchrl_happo.team.agents import Agent
 from torchrl_happo.team.checks import check_batch
 from torchrl_happo.team.construction import check_loss
 from torchrl_happo.team.values import check_finite
 from torchrl_happo.transaction import (
-    Undo,
-    all_or_nothing,
+    Transaction,
     global_generators,
     kept_slots,
     load_generator_state,
@@ -55,7 +45,6 @@ __all__ = ["SequentialUpdater"]
 
 logger = logging.getLogger(__name__)
 STATE_VERSION = 1
-DEFAULT_OPTIMIZER: OptimizerFactory = partial(torch.optim.Adam, lr=3e-4)
 
 
 class SequentialUpdater:
@@ -85,6 +74,9 @@ class SequentialUpdater:
     Keyword Args:
         optimizer (callable): from parameters to an optimiser; called once per agent, so that no
             agent's momentum moves another. Defaults to ``partial(torch.optim.Adam, lr=3e-4)``.
+            This and ``num_epochs``, ``minibatch_size``, ``max_grad_norm``, ``scheduler`` and
+            ``target_kl`` may be mappings by name of agent or group
+            (see :class:`~torchrl_happo.steps.FirstOrder`).
         critic_optimizer (callable, optional): the critic's. Defaults to ``optimizer``.
         num_epochs (int): passes over the batch for each agent. Defaults to ``10``.
         critic_epochs (int, optional): the critic's. Defaults to ``num_epochs``.
@@ -149,16 +141,16 @@ class SequentialUpdater:
         self,
         loss: SequentialLossMixin,
         *,
-        optimizer: OptimizerFactory = DEFAULT_OPTIMIZER,
+        optimizer: ByName[OptimizerFactory] = FirstOrder.optimizer,
         critic_optimizer: OptimizerFactory | None = None,
-        num_epochs: int = 10,
+        num_epochs: ByName[int] = FirstOrder.num_epochs,
         critic_epochs: int | None = None,
-        minibatch_size: int | None = None,
+        minibatch_size: ByName[int | None] = None,
         critic_minibatch_size: int | None = None,
-        max_grad_norm: float | None = None,
+        max_grad_norm: ByName[float | None] = None,
         order: str | Sequence[int | str] | Order = "random",
-        scheduler: SchedulerFactory | None = None,
-        target_kl: float | None = None,
+        scheduler: ByName[SchedulerFactory | None] = None,
+        target_kl: ByName[float | None] = None,
         sequence_length: int | None = None,
         replay_buffer: ReplayBuffer | None = None,
         standardize_advantage: bool = True,
@@ -169,17 +161,28 @@ class SequentialUpdater:
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         check_loss(loss)
-        check_counts(num_epochs=num_epochs)
         check_counts(
             optional=True,
             critic_epochs=critic_epochs,
-            minibatch_size=minibatch_size,
             critic_minibatch_size=critic_minibatch_size,
             sequence_length=sequence_length,
         )
-        check_positive(max_grad_norm=max_grad_norm, target_kl=target_kl)
-        check_callables(optimizer=optimizer)
-        check_callables(optional=True, critic_optimizer=critic_optimizer, scheduler=scheduler)
+        check_callables(optional=True, critic_optimizer=critic_optimizer)
+        first_order = FirstOrder(
+            optimizer=optimizer,
+            num_epochs=num_epochs,
+            minibatch_size=minibatch_size,
+            max_grad_norm=max_grad_norm,
+            scheduler=scheduler,
+            target_kl=target_kl,
+            replay_buffer=replay_buffer,
+        )
+        own: dict[str, Any] = {
+            "optimizer": critic_optimizer,
+            "num_epochs": critic_epochs,
+            "minibatch_size": critic_minibatch_size,
+        }
+        critics = replace(first_order, **{k: v for k, v in own.items() if v is not None})
         check_seed(seed)
         self.loss = loss
         self.sequence_length = sequence_length
@@ -200,45 +203,32 @@ class SequentialUpdater:
 
         compiler = make_compiler(compile, cudagraphs, device)
 
-        def minibatches(size: int | None) -> MinibatchSampler:
-            if replay_buffer is not None:
-                return ReplayBufferMinibatches(replay_buffer)
-            return ShuffledMinibatches(size, self._minibatch_generator)
-
-        def first_order(*args: Any, **kwargs: Any) -> FirstOrderStep:
-            settings = {
-                "optimizer": optimizer,
-                "minibatches": minibatches(minibatch_size),
-                "num_epochs": num_epochs,
-                "max_grad_norm": max_grad_norm,
-                "scheduler": scheduler,
-                "learners": self.learners,
-            }
-            return FirstOrderStep(*args, **{**settings, **kwargs})
-
-        self._agent_steps, self._turns = {}, {}
+        groups = [agent.group for agent in loss.agents if agent.group is not None]
+        common: dict[str, Any] = {
+            "names": (*dict.fromkeys([*(a.name for a in loss.agents), *groups]), "critic"),
+            "learners": self.learners,
+        }
+        generator = self._minibatch_generator
+        self._agent_steps: dict[str, Step] = {}
+        self._turns = {}
         for agent in loss.agents:
             # Two: what cannot be compiled of the one may yet be of the other.
             code, passes = (loss.agent_code(agent, compiler) for _ in range(2))
             self._turns[agent.name] = Turn(loss, agent, code=passes, learners=self.learners)
-            self._agent_steps[agent.name] = loss.make_agent_step(
-                agent,
-                partial(first_order, code=code),
-                target_kl=target_kl,
-                learners=self.learners,
-                code=code,
-            )
+            problem = loss.agent_problem(agent, generator=generator, code=code, **common)
+            self._agent_steps[agent.name] = loss.agent_factory(agent, first_order)(problem)
         self._critic_step = None
         if loss.fits_critic:
-            size = minibatch_size if critic_minibatch_size is None else critic_minibatch_size
-            self._critic_step = first_order(
-                loss.critic_objective,
-                loss.critic_network.parameters,
-                code=loss.critic_code(compiler),
-                optimizer=optimizer if critic_optimizer is None else critic_optimizer,
-                minibatches=minibatches(size),
-                num_epochs=num_epochs if critic_epochs is None else critic_epochs,
-                weight=loss.critic_weight,
+            self._critic_step = critics(
+                Problem(
+                    "critic",
+                    loss=loss.critic_objective,
+                    named_parameters=loss.critic_network.named_parameters,
+                    weight=loss.critic_weight,
+                    generator=generator,
+                    code=loss.critic_code(compiler),
+                    **common,
+                )
             )
 
     @property
@@ -275,7 +265,8 @@ class SequentialUpdater:
         self._tie()
         # Entropies without a closed form are estimated by draws from torch's global generators.
         with (
-            all_or_nothing([*self._generators, *global_generators()]) as undo,
+            Transaction([*self._generators, *global_generators()]) as undo,
+            uncached_autocast(),
             kept_slots([self.loss, *(agent.actor for agent in self.loss.agents)]),
             set_exploration_type(ExplorationType.DETERMINISTIC),
             set_recurrent_mode(True),
@@ -289,9 +280,9 @@ class SequentialUpdater:
         for agent in self.loss.agents:
             agent.tie()
         for step in self._steps.values():
-            step.rebind()
+            step.follow()
 
-    def _update(self, batch: TensorDictBase, undo: list[Undo]) -> TensorDict:
+    def _update(self, batch: TensorDictBase, undo: Transaction) -> TensorDict:
         with self.learners.agreement():
             team = TeamBatch(
                 self.loss,
@@ -309,20 +300,23 @@ class SequentialUpdater:
             metrics[agent.name] = report
         if self._critic_step is not None:
             metrics["critic"] = self._update_critic(self._critic_step, team, undo)
-        undo.extend(step.end_batch() for step in self._steps.values())
+        for step in self._steps.values():
+            # A schedule goes on whether or not its agent has moved.
+            undo.remember_once(step)
+            step.end_batch()
         return metrics
 
-    def _update_critic(self, step: InnerStep, team: TeamBatch, undo: list[Undo]) -> TensorDict:
+    def _update_critic(self, step: Step, team: TeamBatch, undo: Transaction) -> TensorDict:
         """The fit of the critic, and of the statistics of its values."""
         report = TensorDict()
         if team.has_values():
             data = team.critic_view()
             if self.loss.value_norm is not None:
-                undo.append(self.loss.update_value_norm(team.valid_returns(), data))
+                undo.add(self.loss.update_value_norm(team.valid_returns(), data))
             report = self._run("critic", step, data, undo)
         return report.set("explained_variance", team.explained_variance())
 
-    def _update_agent(self, agent: Agent, team: TeamBatch, undo: list[Undo]) -> TensorDict:
+    def _update_agent(self, agent: Agent, team: TeamBatch, undo: Transaction) -> TensorDict:
         """One agent's turn; the factor takes in its ratio."""
         report = factor_metrics(*team.starts_from(agent), self.learners)
         if not team.acts(agent):
@@ -335,14 +329,12 @@ class SequentialUpdater:
         team.include(agent, log_ratio)
         return report.update(metrics)
 
-    def _run(
-        self, name: str, step: InnerStep, data: TensorDictBase, undo: list[Undo]
-    ) -> TensorDict:
+    def _run(self, name: str, step: Step, data: TensorDictBase, undo: Transaction) -> TensorDict:
         """Runs an inner step, and takes it back if its gradient was not finite."""
-        undo.append(partial(step.restore, step.snapshot()))
-        report = step(data)
+        take_back = undo.remember(step)
+        report = step.propose(data).apply()
         if self.check_finite and not report["grad_norm"].isfinite():
-            undo[-1]()
+            take_back()
             logger.warning("The gradient of %s was not finite; its update was taken back.", name)
         return report
 

@@ -29,10 +29,12 @@ class Compilable(Protocol):
     """A first-order step, as far as it is compiled."""
 
     objective: Callable[[TensorDictBase], Tensor]
-    parameters: list[nn.Parameter]
     optimizer: Optimizer
     max_grad_norm: float
     learners: Learners
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that are not frozen."""
 
     def step(self, minibatch: TensorDictBase, weight: Tensor | float) -> tuple[Tensor, Tensor]:
         """The whole step."""
@@ -64,6 +66,7 @@ class CompiledStep:
         self.eager = eager
         self.code = code
         self._rates: list[Tensor] = []
+        self._trained: list[int] = []
 
     @property
     def _is_whole(self) -> bool:
@@ -82,7 +85,10 @@ class CompiledStep:
             nonlocal compiled
             if compiled is not None and len(minibatch) > 1:
                 return compiled(minibatch, weight)
-            if self.code.is_given_up or len(minibatch) < 2 or not self.eager.optimizer.state:
+            # After the first step of a parameter the optimiser has its state.
+            is_new = self._trained != [id(p) for p in self.eager.parameters()]
+            self._trained = [id(p) for p in self.eager.parameters()]
+            if self.code.is_given_up or len(minibatch) < 2 or is_new:
                 return self.eager.step(minibatch, weight)
             try:
                 candidate = self._prepare(minibatch)
@@ -110,7 +116,8 @@ class CompiledStep:
                 batched=[False] * len(fixed) + [True] * len(batch),
             )
 
-        key = (*self.code.key(layout), self._hyperparameters())
+        trained = tuple(self.code.places(self.eager.parameters()))
+        key = (*self.code.key(layout), self._hyperparameters(), trained)
         function = compiler.bind(compiler.remember(key, make), fixed)
 
         def step(minibatch: TensorDictBase, weight: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -134,8 +141,8 @@ class CompiledStep:
     def _states(self) -> list[dict[str, Tensor]]:
         """What the optimiser keeps of each parameter, if it is compiled."""
         if not self._is_whole:
-            return [{} for _ in self.eager.parameters]
-        return [self.eager.optimizer.state.get(p, {}) for p in self.eager.parameters]
+            return [{} for _ in self.eager.parameters()]
+        return [self.eager.optimizer.state.get(p, {}) for p in self.eager.parameters()]
 
     @property
     def _groups(self) -> list[dict[str, Any]]:
@@ -151,10 +158,12 @@ class CompiledStep:
     def _as_function(self, layout: Layout) -> TensorFunction:
         """The step as a function of networks, optimiser state, learning rates and data."""
         num_tensors = len(self.code.tensors())
-        trained = self.code.places(self.eager.parameters)
+        trained = self.code.places(self.eager.parameters())
         names = [list(state) for state in self._states]
-        place = {id(p): i for i, p in enumerate(self.eager.parameters)}
-        groups = [[place[id(p)] for p in group["params"]] for group in self._groups]
+        place = {id(p): i for i, p in enumerate(self.eager.parameters())}
+        groups = [
+            [place[id(p)] for p in group["params"] if id(p) in place] for group in self._groups
+        ]
 
         def function(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
             remaining = iter(tensors)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from tensordict import TensorDictBase
@@ -15,6 +15,7 @@ from torchrl_happo.policy.distributions import kl_divergence
 from torchrl_happo.steps.compile.code import Code
 from torchrl_happo.steps.compile.flat import Layout
 from torchrl_happo.steps.compile.graphs import TensorFunction, split, trace
+from torchrl_happo.steps.step import VALID, Problem
 from torchrl_happo.steps.trust_region.line_search import Evaluate
 from torchrl_happo.steps.trust_region.linearize import linearizable
 from torchrl_happo.steps.trust_region.natural_gradient import (
@@ -26,7 +27,7 @@ from torchrl_happo.steps.trust_region.natural_gradient import (
     iterate,
     unflatten,
 )
-from torchrl_happo.steps.trust_region.solve import LocalModel, TrustRegion
+from torchrl_happo.steps.trust_region.solve import LocalModel
 
 __all__ = ["CompiledModel"]
 
@@ -36,10 +37,14 @@ class Compilable(Protocol):
 
     distribution: Callable[[Mapping[str, Tensor], TensorDictBase], Distribution]
     surrogate: Callable[[Distribution, TensorDictBase], Tensor]
-    named_parameters: Callable[[], Iterable[tuple[str, nn.Parameter]]]
-    settings: TrustRegion
-    valid_key: str
-    sample_shape: Callable[[TensorDictBase], torch.Size]
+    settings: Any
+    problem: Problem
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that are not frozen."""
+
+    def count(self, data: TensorDictBase) -> Tensor | float:
+        """The number of samples."""
 
 
 class _Functions(NamedTuple):
@@ -101,7 +106,13 @@ class CompiledModel:
         if rows is not None:
             batch.append(rows)
         functions = compiler.remember(
-            (rows is None, self.step.settings, *self.code.key(layout)),
+            (
+                rows is None,
+                self.step.settings.damping,
+                self.step.settings.cg_tolerance,
+                tuple(self.code.places(self.step.trained().values())),
+                *self.code.key(layout),
+            ),
             lambda: self._compile(layout, theta, networks, batch, has_rows=rows is not None),
         )
         at_point, product, trial = (compiler.bind(f, networks) for f in functions[:3])
@@ -118,12 +129,8 @@ class CompiledModel:
         def iteration(solution: Solution, product: Tensor, *_: float) -> Solution:
             return Solution(*advance([*solution, product]))
 
-        counts = [self._num_samples(part) for part in (data, data if rows is None else data[rows])]
+        counts = [self.step.count(part) for part in (data, data if rows is None else data[rows])]
         return LocalModel(surrogate, slope, fisher_product, *counts), evaluate, iteration
-
-    def _num_samples(self, data: TensorDictBase) -> Tensor | float:
-        valid = data.get(self.step.valid_key, None)
-        return float(self.step.sample_shape(data).numel()) if valid is None else valid.sum()
 
     def _compile(
         self,
@@ -135,14 +142,14 @@ class CompiledModel:
         has_rows: bool,
     ) -> _Functions:
         """Traces and compiles, and calls each function once, so that what fails fails here."""
-        named = {name: p for name, p in self.step.named_parameters() if p.requires_grad}
+        named = self.step.trained()
         trained = dict(zip(named, self.code.places(named.values()), strict=True))
 
         def function(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
             parts, (vector, flat, *rest) = list(tensors[: len(networks)]), tensors[len(networks) :]
             rows = rest.pop() if has_rows else None
             data = layout.fill(rest)
-            valid, batch_ndim = data.get(self.step.valid_key, None), self._batch_ndim(data)
+            valid, batch_ndim = data.get(VALID, None), self._batch_ndim(data)
             leaves = {name: parts[i].detach().requires_grad_() for name, i in trained.items()}
             with torch.enable_grad(), self.code.reading(parts), linearizable():
                 old = self.step.distribution(leaves, data)
@@ -181,4 +188,4 @@ class CompiledModel:
 
     def _batch_ndim(self, data: TensorDictBase) -> int:
         """Number of leading dimensions that count samples."""
-        return len(self.step.sample_shape(data))
+        return len(self.step.problem.sample_shape(data))

@@ -8,7 +8,14 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Common", "Evaluate", "LineSearch", "batched_line_search", "sequential_line_search"]
+__all__ = [
+    "LINE_SEARCHES",
+    "Common",
+    "Evaluate",
+    "LineSearch",
+    "batched_line_search",
+    "sequential_line_search",
+]
 
 #: From parameters, as a vector, to the surrogate and the mean divergence.
 Evaluate: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -157,3 +164,7 @@ def _is_acceptable(
     """
     enough = (improvement > accept_ratio * expected) & improvement.isfinite()
     return (expected > 0) & enough & (kl < max_kl)
+
+
+#: The line searches by the names of the setting.
+LINE_SEARCHES = {"sequential": sequential_line_search, "batched": batched_line_search}

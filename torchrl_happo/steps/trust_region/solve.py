@@ -1,4 +1,4 @@
-r"""The trust-region step of one agent, as pure functions from top to bottom.
+r"""The mathematics of a trust-region step, from top to bottom.
 
 Maximise the surrogate :math:`L` without leaving a ball of radius :math:`\delta` around the present
 policy (Schulman et al., 2015, https://arxiv.org/abs/1502.05477; HATRPO repeats it agent by agent,
@@ -14,131 +14,37 @@ with the Fisher information matrix :math:`F`. With the gradient :math:`g` of the
 1. :func:`fisher_vector_product` multiplies by :math:`F` without forming it,
 2. :func:`conjugate_gradient` solves :math:`(F + \lambda I) x = g`,
 3. :func:`step_length` stretches :math:`x` to the boundary of the ball,
-4. a line search shortens the step until the true divergence and the true surrogate agree,
+4. a line search shortens the step until the true divergence and the true surrogate agree.
 
-and :func:`step_within_trust_region` does one after the other. It sees the policy through two
-things alone: its :class:`LocalModel`, which is the surrogate's gradient and the product with
-:math:`F`, and a function from parameters to the true surrogate and divergence.
-:func:`trust_region_step` makes both from a network that enters only through ``distribution_fn``,
-from named parameters to the policy's distribution at the batch. Nothing is modified in place and,
-with ``line_search="batched"``, nothing is read back from the device.
+:func:`find_direction` does the first two, :func:`take_step` the others. They see the policy through
+two things alone: its :class:`LocalModel`, which is the surrogate's gradient and the product with
+:math:`F`, and a function from parameters to the true surrogate and divergence. Nothing is modified
+in place and, with ``line_search="batched"``, nothing is read back from the device.
+:class:`~torchrl_happo.steps.TrustRegionStep` makes both from a network.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 
 from torchrl_happo.distributed import Average, own_mean
-from torchrl_happo.masked import masked_mean
-from torchrl_happo.policy.distributions import kl_divergence
-from torchrl_happo.steps.minibatches import draw_rows
-from torchrl_happo.steps.trust_region.line_search import (
-    Evaluate,
-    batched_line_search,
-    sequential_line_search,
-)
-from torchrl_happo.steps.trust_region.linearize import linearizable
+from torchrl_happo.steps.trust_region.line_search import LINE_SEARCHES, Evaluate
 from torchrl_happo.steps.trust_region.natural_gradient import (
     Iteration,
     MatVec,
     conjugate_gradient,
-    fisher_vector_product,
-    flatten,
-    gradient,
     iterate,
     step_length,
-    unflatten,
 )
 
-__all__ = [
-    "LocalModel",
-    "TrustRegion",
-    "TrustRegionResult",
-    "batched_line_search",
-    "conjugate_gradient",
-    "fisher_vector_product",
-    "sequential_line_search",
-    "step_length",
-    "step_within_trust_region",
-    "trust_region_step",
-]
-
-Params: TypeAlias = Mapping[str, Tensor]
-
-_LINE_SEARCHES = {"sequential": sequential_line_search, "batched": batched_line_search}
-
-
-@dataclass(frozen=True)
-class TrustRegion:
-    r"""Settings of the trust-region step.
-
-    Args:
-        max_kl (float): bound :math:`\delta` of the mean divergence, in nats. Defaults to ``0.01``.
-        damping (float): :math:`\lambda`, added to the diagonal of the Fisher matrix.
-            Defaults to ``0.1``.
-        cg_iterations (int): iterations of conjugate gradient. Defaults to ``10``.
-        cg_tolerance (float): conjugate gradient stops once the squared norm of the residual is
-            below this. Defaults to ``1e-10``.
-        backtrack_factor (float): ratio of a step fraction to the one tried before, in (0, 1).
-            Defaults to ``0.8``.
-        max_backtracks (int): number of step fractions to try, the full step included.
-            Defaults to ``10``.
-        accept_ratio (float): least accepted ratio of actual to expected improvement, in [0, 1).
-            Defaults to ``0.5``.
-        fisher_fraction (float): share of the batch's rows, drawn at random, that the Fisher matrix
-            is averaged over, in (0, 1]. Defaults to ``1.0``.
-        line_search (str): ``"sequential"`` tries one fraction after the other and stops at the
-            first that is acceptable, which reads one flag per try; ``"batched"`` evaluates all at
-            once without reading anything, for accelerators. Defaults to ``"sequential"``.
-
-    Raises:
-        ValueError: if a setting is out of range.
-
-    Example:
-        >>> from torchrl_happo.steps.trust_region.solve import TrustRegion
-        >>> TrustRegion(max_kl=0.005).damping
-        0.1
-        >>> TrustRegion(max_kl=0.0)
-        Traceback (most recent call last):
-        ...
-        ValueError: max_kl must be positive and finite, got 0.0.
-    """
-
-    max_kl: float = 0.01
-    damping: float = 0.1
-    cg_iterations: int = 10
-    cg_tolerance: float = 1e-10
-    backtrack_factor: float = 0.8
-    max_backtracks: int = 10
-    accept_ratio: float = 0.5
-    fisher_fraction: float = 1.0
-    line_search: Literal["sequential", "batched"] = "sequential"
-
-    def __post_init__(self) -> None:
-        for name, valid, wanted in (
-            ("max_kl", 0 < self.max_kl < math.inf, "positive and finite"),
-            ("damping", 0 <= self.damping < math.inf, "non-negative and finite"),
-            ("cg_iterations", self.cg_iterations >= 1, "at least 1"),
-            ("cg_tolerance", self.cg_tolerance >= 0, "non-negative"),
-            ("backtrack_factor", 0 < self.backtrack_factor < 1, "between 0 and 1, exclusively"),
-            ("max_backtracks", self.max_backtracks >= 1, "at least 1"),
-            ("accept_ratio", 0 <= self.accept_ratio < 1, "at least 0 and less than 1"),
-            ("fisher_fraction", 0 < self.fisher_fraction <= 1, "greater than 0 and at most 1"),
-            ("line_search", self.line_search in _LINE_SEARCHES, "'sequential' or 'batched'"),
-        ):
-            if not valid:
-                raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}.")
+__all__ = ["Direction", "LocalModel", "TrustRegionResult", "find_direction", "take_step"]
 
 
 class LocalModel(NamedTuple):
-    """What a trust-region step knows of the policy near the present parameters.
+    """The policy near the present parameters, as far as a trust-region step knows it.
 
     Attributes:
         surrogate (Tensor): the surrogate at the present parameters, a scalar.
@@ -156,13 +62,50 @@ class LocalModel(NamedTuple):
     num_fisher_samples: Tensor | float = 1.0
 
     def common(self, average: Average) -> LocalModel:
-        """The model of all processes that step together."""
+        """Return the model of all processes that step together."""
         surrogate, gradient = average([self.surrogate, self.gradient], self.num_samples)
 
         def fisher_product(vector: Tensor) -> Tensor:
             return average([self.fisher_product(vector)], self.num_fisher_samples)[0]
 
         return self._replace(surrogate=surrogate, gradient=gradient, fisher_product=fisher_product)
+
+
+class Direction(NamedTuple):
+    r"""The natural gradient, along which a step is taken.
+
+    Attributes:
+        x (Tensor): :math:`x \approx (F + \lambda I)^{-1} g`, one vector.
+        product (Tensor): :math:`(F + \lambda I) x`.
+        target (Tensor): the gradient :math:`g`; zero where it is not finite.
+        residual (Tensor): ``target - product``.
+        damping (float): :math:`\lambda`.
+    """
+
+    x: Tensor
+    product: Tensor
+    target: Tensor
+    residual: Tensor
+    damping: float
+
+    @property
+    def curvature(self) -> Tensor:
+        r"""The number :math:`q = x^\top (F + \lambda I) x`, which is :math:`g^\top F^{-1} g`.
+
+        For a radius :math:`\delta` the full step promises the gain :math:`\sqrt{2 \delta q}`, by
+        which a common budget can compare the agents of a team.
+        """
+        return self.x.dot(self.product)
+
+    def gain(self, max_kl: float) -> Tensor:
+        """Return the improvement of the surrogate that the full step promises."""
+        length, _ = step_length(self.x, self.product, max_kl)
+        return length * self.x.dot(self.target)
+
+    def divergence(self, max_kl: float) -> Tensor:
+        """Return the divergence of the full step to second order: the radius, less damping."""
+        length, _ = step_length(self.x, self.product, max_kl)
+        return length.square() * (self.curvature - self.damping * self.x.dot(self.x)) / 2
 
 
 class TrustRegionResult(NamedTuple):
@@ -191,171 +134,121 @@ class TrustRegionResult(NamedTuple):
     cg_residual: Tensor
 
 
-def trust_region_step(
-    distribution_fn: Callable[[Params, Tensor | None], Distribution],
-    surrogate_fn: Callable[[Distribution], Tensor],
-    params: Params,
-    settings: TrustRegion | None = None,
-    *,
-    valid: Tensor | None = None,
-    batch_ndim: int | None = None,
-    generator: torch.Generator | None = None,
-    average: Average = own_mean,
-) -> tuple[dict[str, Tensor], TrustRegionResult]:
-    r"""One trust-region step from ``params``.
-
-    .. math::
-        \theta = \theta_0 + \beta^k \sqrt{\frac{2 \delta}{x^\top (F + \lambda I) x}} \, x,
-        \quad x \approx (F + \lambda I)^{-1} g
-
-    with the smallest :math:`k` that the line search accepts. If there is none, if the gradient is
-    zero or not finite, or if the curvature is not positive, the parameters are returned as they
-    were, bit for bit.
-
-    Args:
-        distribution_fn (callable): from parameters named as in ``params``, and the indices of the
-            rows wanted (``None``: all), to the policy's distribution at these rows of the batch.
-            Rows are entries of the first dimension: samples, or whole sequences.
-        surrogate_fn (callable): from the distribution at the whole batch to the scalar to increase.
-        params (mapping of str to Tensor): the present parameters. Those that do not require a
-            gradient are held fixed.
-        settings (TrustRegion, optional): defaults to ``TrustRegion()``.
-
-    Keyword Args:
-        valid (Tensor, optional): booleans of the shape of ``batch_ndim`` leading dimensions;
-            divergence and Fisher matrix are averaged over the ``True`` ones. Defaults to ``None``:
-            all count.
-        batch_ndim (int, optional): number of leading dimensions of the distribution that count
-            samples. Defaults to those of ``batch_shape``.
-        generator (torch.Generator, optional): draws the rows if ``fisher_fraction < 1``.
-        average (callable): see :func:`step_within_trust_region`.
-
-    Returns:
-        the new parameters, detached, and the :class:`TrustRegionResult`.
-
-    Example:
-        >>> import torch
-        >>> from torch.distributions import Categorical
-        >>> from torchrl_happo.steps.trust_region.solve import TrustRegion, trust_region_step
-        >>> advantage = torch.tensor([1.0, -1.0])
-        >>> params, result = trust_region_step(
-        ...     lambda params, rows: Categorical(logits=params["logits"]),
-        ...     lambda dist: (dist.probs * advantage).sum(),
-        ...     {"logits": torch.zeros(1, 2, requires_grad=True)},
-        ...     TrustRegion(max_kl=0.01, damping=0.0),
-        ... )
-        >>> params["logits"], result.kl
-        (tensor([[ 0.1414, -0.1414]]), tensor(0.0100))
-    """
-    settings = TrustRegion() if settings is None else settings
-    leaves = {name: p.detach().requires_grad_() for name, p in params.items() if p.requires_grad}
-    theta = flatten(leaves.values()).detach()
-
-    def differentiable_policy(rows: Tensor | None) -> Distribution:
-        with torch.enable_grad(), linearizable():
-            return distribution_fn({**params, **leaves}, rows)
-
-    old = differentiable_policy(None)
-    with torch.enable_grad():
-        surrogate = surrogate_fn(old)
-    sample, counted = old, valid
-    if settings.fisher_fraction < 1:
-        rows = draw_rows(old.batch_shape[0], valid, settings.fisher_fraction, generator)
-        sample, counted = differentiable_policy(rows), None if valid is None else valid[rows]
-    model = LocalModel(
-        surrogate.detach(),
-        flatten(gradient([surrogate], leaves.values())),
-        fisher_vector_product(sample, leaves, valid=counted, batch_ndim=batch_ndim),
-        _count(old, valid, batch_ndim),
-        _count(sample, counted, batch_ndim),
-    )
-
-    def evaluate(flat: Tensor) -> tuple[Tensor, Tensor]:
-        new = distribution_fn({**params, **unflatten(flat, leaves)}, None)
-        kl = kl_divergence(old, new, batch_ndim=batch_ndim)
-        return surrogate_fn(new), masked_mean(kl, valid)
-
-    moved, result = step_within_trust_region(theta, model, evaluate, settings, average=average)
-    return {**params, **unflatten(moved, leaves)}, result
-
-
-def step_within_trust_region(
-    theta: Tensor,
+def find_direction(
     model: LocalModel,
-    evaluate: Evaluate,
-    settings: TrustRegion,
     *,
-    average: Average = own_mean,
+    damping: float,
+    cg_iterations: int,
+    cg_tolerance: float,
     iteration: Iteration = iterate,
-) -> tuple[Tensor, TrustRegionResult]:
-    r"""One trust-region step from ``theta``, for a policy that is known by its local model.
-
-    .. math::
-        \theta' = \theta + \beta^k \sqrt{\frac{2 \delta}{x^\top (F + \lambda I) x}} \, x,
-        \quad x \approx (F + \lambda I)^{-1} g
+) -> Direction:
+    r"""Solve :math:`(F + \lambda I) x = g` for the natural gradient :math:`x`.
 
     Args:
-        theta (Tensor): the present parameters, one vector.
-        model (LocalModel): surrogate, gradient and Fisher-vector product at ``theta``.
-        evaluate (callable): from parameters, as a vector, to surrogate and mean divergence.
-        settings (TrustRegion): bound, damping, iterations, line search.
+        model (LocalModel): gradient and Fisher-vector product at the present parameters.
 
     Keyword Args:
-        average (callable): from means over this process's samples, and their number, to those over
-            the samples of all processes that take the step together (see
-                        ``torchrl_happo.distributed.Average``). Surrogate, gradient, divergence and
-            products pass through it. Defaults to this process's own.
-        iteration (callable): see :func:`conjugate_gradient`.
+        damping (float): :math:`\lambda`.
+        cg_iterations (int): iterations of conjugate gradient.
+        cg_tolerance (float): squared norm of the residual at which they stop.
+        iteration (callable): see :func:`conjugate_gradient`. Defaults to
+            :func:`~torchrl_happo.steps.trust_region.natural_gradient.iterate`.
 
     Returns:
-        the new parameters, which are ``theta`` bit for bit if no step was accepted, and the
-        :class:`TrustRegionResult`.
+        Direction: the natural gradient; zero if the gradient is zero or not finite.
 
     Example:
-        >>> import torch
-        >>> from torchrl_happo.steps.trust_region.solve import (
-        ...     LocalModel,
-        ...     TrustRegion,
-        ...     step_within_trust_region,
-        ... )
-        >>> theta = torch.zeros(2)
-        >>> moved, result = step_within_trust_region(
-        ...     theta,
-        ...     LocalModel(theta.sum(), torch.ones(2), lambda v: v),
-        ...     lambda theta: (theta.sum(), 0.499 * theta.square().sum()),
-        ...     TrustRegion(max_kl=0.01, damping=0.0),
-        ... )
-        >>> moved
-        tensor([0.1000, 0.1000])
+        >>> model = LocalModel(torch.tensor(0.0), torch.ones(2), lambda v: 4 * v)
+        >>> find_direction(model, damping=0.0, cg_iterations=2, cg_tolerance=0.0).x
+        tensor([0.2500, 0.2500])
     """
-    model = model.common(average)
     g = model.gradient
     # A gradient that is not finite is replaced by zero: every step below is then zero as well.
     target = torch.where(g.isfinite().all(), g, 0)
     x, residual = conjugate_gradient(
         model.fisher_product,
         target,
-        damping=settings.damping,
-        num_iterations=settings.cg_iterations,
-        residual_tolerance=settings.cg_tolerance,
+        damping=damping,
+        num_iterations=cg_iterations,
+        residual_tolerance=cg_tolerance,
         iteration=iteration,
     )
-    product = target - residual  # (F + damping I) x, for free
-    length, usable = step_length(x, product, settings.max_kl)
+    # The residual is g - (F + damping I) x, so that this product costs nothing.
+    return Direction(x, target - residual, target, residual, damping)
+
+
+def take_step(
+    theta: Tensor,
+    model: LocalModel,
+    direction: Direction,
+    evaluate: Evaluate,
+    *,
+    max_kl: float,
+    line_search: str,
+    backtrack_factor: float,
+    max_backtracks: int,
+    accept_ratio: float,
+    average: Average = own_mean,
+) -> tuple[Tensor, TrustRegionResult]:
+    r"""Step from ``theta`` along the natural gradient, as far as the trust region allows.
+
+    .. math::
+        \theta' = \theta + \beta^k \sqrt{\frac{2 \delta}{x^\top (F + \lambda I) x}} \, x
+
+    Args:
+        theta (Tensor): the present parameters, one vector.
+        model (LocalModel): the policy at ``theta``.
+        direction (Direction): :math:`x`.
+        evaluate (callable): from parameters, as a vector, to surrogate and mean divergence.
+
+    Keyword Args:
+        max_kl (float): the radius :math:`\delta`, in nats.
+        line_search (str): ``"sequential"`` or ``"batched"``.
+        backtrack_factor (float): :math:`\beta`.
+        max_backtracks (int): number of fractions to try, the full step included.
+        accept_ratio (float): least accepted ratio of actual to expected improvement.
+        average (callable): from means over this process's samples, and their number, to those over
+            the samples of all processes that step together. Defaults to this process's own.
+
+    Returns:
+        the new parameters, which are ``theta`` bit for bit if no step was accepted, and the
+        :class:`TrustRegionResult`.
+
+    Example:
+        >>> theta = torch.zeros(2)
+        >>> model = LocalModel(theta.sum(), torch.ones(2), lambda v: v)
+        >>> moved, result = take_step(
+        ...     theta,
+        ...     model,
+        ...     find_direction(model, damping=0.0, cg_iterations=10, cg_tolerance=1e-10),
+        ...     lambda theta: (theta.sum(), 0.499 * theta.square().sum()),
+        ...     max_kl=0.01,
+        ...     line_search="sequential",
+        ...     backtrack_factor=0.8,
+        ...     max_backtracks=10,
+        ...     accept_ratio=0.5,
+        ... )
+        >>> moved
+        tensor([0.1000, 0.1000])
+    """
+    x, product, target, residual, _ = direction
+    # Without a positive and finite curvature there is no boundary to go to: no step at all.
+    length, usable = step_length(x, product, max_kl)
     step = torch.where(usable, length * x, 0)
     with torch.no_grad():
-        search = _LINE_SEARCHES[settings.line_search](
+        search = LINE_SEARCHES[line_search](
             evaluate,
             theta,
             step,
             model.surrogate,
             step.dot(target),
-            max_kl=settings.max_kl,
-            backtrack_factor=settings.backtrack_factor,
-            max_backtracks=settings.max_backtracks,
-            accept_ratio=settings.accept_ratio,
+            max_kl=max_kl,
+            backtrack_factor=backtrack_factor,
+            max_backtracks=max_backtracks,
+            accept_ratio=accept_ratio,
             common=lambda means: average(means, model.num_samples),
         )
+        # A selection, not a sum: theta + 0 would turn -0.0 into 0.0.
         moved = torch.where(search.success, theta + search.fraction * step, theta)
     return moved, TrustRegionResult(
         success=search.success,
@@ -364,12 +257,7 @@ def step_within_trust_region(
         surrogate_before=model.surrogate,
         improvement=search.surrogate - model.surrogate,
         expected_improvement=search.expected,
-        gradient_norm=g.norm(),
+        gradient_norm=model.gradient.norm(),
         curvature=x.dot(product),
         cg_residual=residual.norm() / target.norm().clamp_min(torch.finfo(target.dtype).tiny),
     )
-
-
-def _count(dist: Distribution, valid: Tensor | None, batch_ndim: int | None) -> Tensor | float:
-    """Number of samples that means are taken over."""
-    return dist.batch_shape[:batch_ndim].numel() if valid is None else valid.sum()

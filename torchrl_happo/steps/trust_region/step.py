@@ -1,103 +1,325 @@
-"""The trust-region inner step of one agent: one natural-gradient step on the whole batch."""
+"""The trust-region step: one natural-gradient step on the whole batch.
+
+:class:`TrustRegion` holds the settings and builds one :class:`TrustRegionStep` for each agent. What
+a step does is told by :meth:`TrustRegionStep.propose` and :meth:`TrustRegionProposal.apply`; the
+mathematics is in :mod:`torchrl_happo.steps.trust_region.solve`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from torchrl_happo.distributed import Learners
-from torchrl_happo.steps.compile.code import Code
+from torchrl_happo.masked import masked_mean
+from torchrl_happo.policy.distributions import kl_divergence
+from torchrl_happo.steps.autocast import uncached_autocast
 from torchrl_happo.steps.compile.compiled_model import CompiledModel
 from torchrl_happo.steps.minibatches import draw_rows
-from torchrl_happo.steps.trust_region.natural_gradient import flatten, unflatten
-from torchrl_happo.steps.trust_region.solve import (
-    TrustRegion,
-    TrustRegionResult,
-    step_within_trust_region,
-    trust_region_step,
+from torchrl_happo.steps.step import VALID, Problem, setting_of
+from torchrl_happo.steps.trust_region.line_search import LINE_SEARCHES, Evaluate
+from torchrl_happo.steps.trust_region.linearize import linearizable
+from torchrl_happo.steps.trust_region.natural_gradient import (
+    Iteration,
+    fisher_vector_product,
+    flatten,
+    gradient,
+    iterate,
+    unflatten,
 )
-from torchrl_happo.transaction import Undo, load_generator_state
+from torchrl_happo.steps.trust_region.solve import (
+    Direction,
+    LocalModel,
+    TrustRegionResult,
+    find_direction,
+    take_step,
+)
+from torchrl_happo.transaction import load_generator_state
 
-__all__ = ["TrustRegionStep"]
+__all__ = ["TrustRegion", "TrustRegionProposal", "TrustRegionStep"]
+
+_SEARCHES = (None, *LINE_SEARCHES)
 
 
-class TrustRegionStep:
-    """One :func:`~torchrl_happo.steps.trust_region.solve.trust_region_step` for each batch.
+@dataclass(frozen=True)
+class TrustRegion:
+    r"""Settings of a trust-region step; called with a problem, they build its step.
 
     Args:
-        distribution (callable): from parameters by name and data to the policy's distribution.
-        surrogate (callable): from a distribution and data to the scalar to increase.
-        parameters (callable): returns the names and parameters this step may move.
+        max_kl (float, mapping or callable): bound :math:`\delta` of the mean divergence, in nats;
+            by name of agent or group; or a callable from an agent's name to it, which is asked
+            anew for each batch, as a schedule wants. Defaults to ``0.01``.
+        damping (float): :math:`\lambda`, added to the diagonal of the Fisher matrix.
+            Defaults to ``0.1``.
+        cg_iterations (int): iterations of conjugate gradient. Defaults to ``10``.
+        cg_tolerance (float): conjugate gradient stops once the squared norm of the residual is
+            below this. Defaults to ``1e-10``.
+        backtrack_factor (float): ratio of a step fraction to the one tried before, in (0, 1).
+            Defaults to ``0.8``.
+        max_backtracks (int): number of step fractions to try, the full step included.
+            Defaults to ``10``.
+        accept_ratio (float): least accepted ratio of actual to expected improvement, in [0, 1).
+            Defaults to ``0.5``.
+        fisher_fraction (float): share of the batch's rows, drawn at random, that the Fisher matrix
+            is averaged over, in (0, 1]. Defaults to ``1.0``.
+        line_search (str, optional): ``"sequential"`` tries one fraction after the other and stops
+            at the first that is acceptable, which reads one flag per try; ``"batched"`` evaluates
+            all at once without reading anything. Defaults to ``None``: batched on accelerators,
+            sequential on the CPU.
 
-    Keyword Args:
-        settings (TrustRegion): bound, damping, iterations, line search.
-        valid_key (str): entry of the data that marks the valid samples, if there is one.
-        sample_shape (callable): from the data to the leading dimensions of the distribution that
-            count samples, over which divergences are averaged. Defaults to the batch size.
-        generator (torch.Generator, optional): draws the samples of the Fisher matrix.
-        learners (Learners, optional): who take the step together. Defaults to ``None``: alone.
-        code (Code, optional): what policy and surrogate read besides the data, to compile them:
-            surrogate, gradient, Fisher-vector product and the trials of the line search. Defaults
-            to ``None``: nothing is compiled.
+    Raises:
+        ValueError: if a setting is out of range.
 
     Example:
         >>> weight = nn.Parameter(torch.zeros(()))
-        >>> step = TrustRegionStep(
-        ...     lambda params, data: torch.distributions.Normal(params["w"] + data["x"], 1.0),
-        ...     lambda dist, data: dist.mean.mean(),
-        ...     lambda: [("w", weight)],
-        ...     settings=TrustRegion(max_kl=0.02, damping=0.0),
+        >>> problem = Problem(
+        ...     "agent",
+        ...     loss=lambda data: -weight,
+        ...     named_parameters=lambda: [("w", weight)],
+        ...     distribution=lambda params, data: torch.distributions.Normal(
+        ...         params["w"] + data["x"], 1.0
+        ...     ),
+        ...     surrogate=lambda dist, data: dist.mean.mean(),
         ... )
-        >>> metrics = step(TensorDict({"x": torch.zeros(4)}, batch_size=[4]))
+        >>> step = TrustRegion(max_kl=0.02, damping=0.0)(problem)
+        >>> proposal = step.propose(TensorDict({"x": torch.zeros(4)}, batch_size=[4]))
+        >>> proposal.gain, proposal.divergence
+        (tensor(0.2000), tensor(0.0200))
+        >>> metrics = proposal.apply()
         >>> round(weight.item(), 4), metrics["line_search_success"].item()
         (0.2, 1.0)
     """
 
-    def __init__(
-        self,
-        distribution: Callable[[Mapping[str, Tensor], TensorDictBase], Distribution],
-        surrogate: Callable[[Distribution, TensorDictBase], Tensor],
-        parameters: Callable[[], Iterable[tuple[str, nn.Parameter]]],
-        *,
-        settings: TrustRegion,
-        valid_key: str = "valid",
-        sample_shape: Callable[[TensorDictBase], torch.Size] = lambda data: data.batch_size,
-        generator: torch.Generator | None = None,
-        learners: Learners | None = None,
-        code: Code | None = None,
-    ) -> None:
-        self.distribution = distribution
-        self.surrogate = surrogate
-        self.named_parameters = parameters
-        self.settings = settings
-        self.valid_key = valid_key
-        self.sample_shape = sample_shape
-        self.generator = generator
-        self.learners = Learners() if learners is None else learners
-        self._compiled = None if code is None else CompiledModel(self, code)
+    max_kl: float | Mapping[str, float] | Callable[[str], float] = 0.01
+    damping: float = 0.1
+    cg_iterations: int = 10
+    cg_tolerance: float = 1e-10
+    backtrack_factor: float = 0.8
+    max_backtracks: int = 10
+    accept_ratio: float = 0.5
+    fisher_fraction: float = 1.0
+    line_search: Literal["sequential", "batched"] | None = None
 
-    def __call__(self, data: TensorDictBase) -> TensorDict:
-        """Takes the step, or none at all.
+    def __post_init__(self) -> None:
+        if not callable(self.max_kl):
+            radii = self.max_kl.values() if isinstance(self.max_kl, Mapping) else [self.max_kl]
+            for radius in radii:
+                _check_radius(radius)
+        for name, valid, wanted in (
+            ("damping", 0 <= self.damping < math.inf, "non-negative and finite"),
+            ("cg_iterations", self.cg_iterations >= 1, "at least 1"),
+            ("cg_tolerance", self.cg_tolerance >= 0, "non-negative"),
+            ("backtrack_factor", 0 < self.backtrack_factor < 1, "between 0 and 1, exclusively"),
+            ("max_backtracks", self.max_backtracks >= 1, "at least 1"),
+            ("accept_ratio", 0 <= self.accept_ratio < 1, "at least 0 and less than 1"),
+            ("fisher_fraction", 0 < self.fisher_fraction <= 1, "greater than 0 and at most 1"),
+            ("line_search", self.line_search in _SEARCHES, "'sequential', 'batched' or None"),
+        ):
+            if not valid:
+                raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}.")
+
+    def __call__(self, problem: Problem) -> TrustRegionStep:
+        """Build the step of one agent.
+
+        Raises:
+            ValueError: if the problem has no policy, or ``max_kl`` no value for its name.
+        """
+        if problem.distribution is None or problem.surrogate is None:
+            raise ValueError(
+                f"A trust region needs a policy, but the problem of {problem.name!r} has no "
+                "distribution or no surrogate; take a FirstOrder step for it."
+            )
+        self.radius(problem)
+        return TrustRegionStep(problem, self)
+
+    def radius(self, problem: Problem) -> float:
+        """Return the bound of the divergence for one agent, as it is now."""
+        if callable(self.max_kl):
+            radius = self.max_kl(problem.name)
+        else:
+            radius = setting_of(problem, "max_kl", self.max_kl, type(self).max_kl)
+        return _check_radius(radius)
+
+
+class TrustRegionStep:
+    """One natural-gradient step for each batch; built by :class:`TrustRegion`.
+
+    Args:
+        problem (Problem): the policy, its surrogate and its parameters.
+        settings (TrustRegion): bound, damping, iterations, line search.
+    """
+
+    def __init__(self, problem: Problem, settings: TrustRegion) -> None:
+        assert problem.distribution is not None
+        assert problem.surrogate is not None
+        self.problem = problem
+        self.settings = settings
+        self.distribution = problem.distribution
+        self.surrogate = problem.surrogate
+        #: Draws the rows of the Fisher matrix; ``None``: nothing is drawn.
+        self.generator = problem.generator if settings.fisher_fraction < 1 else None
+        self._compiled = None if problem.code is None else CompiledModel(self, problem.code)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that are not frozen."""
+        return list(self.trained().values())
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that are not frozen by their names."""
+        return {name: p for name, p in self.problem.named_parameters() if p.requires_grad}
+
+    def propose(self, data: TensorDictBase) -> TrustRegionProposal:
+        """Find the natural gradient of the surrogate.
 
         Args:
-            data (TensorDictBase): everything the policy and the surrogate read.
+            data (TensorDictBase): the entries that the policy and the surrogate read, items along
+                the first dimension; perhaps ``"valid"``, which says what divergence and Fisher
+                matrix are averaged over.
+
+        Returns:
+            TrustRegionProposal: what the step expects, and how to take it.
+        """
+        settings, learners = self.settings, self.problem.learners
+        with uncached_autocast():
+            # Surrogate, gradient g and Fisher-vector product at the present parameters.
+            model, evaluate, iteration = self._compiled_model(data) or self._model(data)
+            # With several processes each of these is a mean over the samples of all.
+            model = model.common(learners.mean)
+            # The direction x that solves (F + damping I) x = g.
+            direction = find_direction(
+                model,
+                damping=settings.damping,
+                cg_iterations=settings.cg_iterations,
+                cg_tolerance=settings.cg_tolerance,
+                iteration=iteration,
+            )
+        return TrustRegionProposal(self, model, direction, evaluate)
+
+    def _model(self, data: TensorDictBase) -> tuple[LocalModel, Evaluate, Iteration]:
+        """Return the policy near its present parameters, and the trial of others."""
+        named = dict(self.problem.named_parameters())
+        # Copies that share the values: no gradient is left behind at the network's own.
+        leaves = {name: p.detach().requires_grad_() for name, p in self.trained().items()}
+        valid, batch_ndim = data.get(VALID, None), len(self.problem.sample_shape(data))
+
+        def policy(part: TensorDictBase) -> Distribution:
+            with torch.enable_grad(), linearizable():
+                return self.distribution({**named, **leaves}, part)
+
+        old = policy(data)
+        with torch.enable_grad():
+            surrogate = self.surrogate(old, data)
+        # The Fisher matrix is a mean over states, which a share of them estimates.
+        rows = self.draw_rows(data)
+        sample = old if rows is None else policy(data[rows])
+        counted = valid if valid is None or rows is None else valid[rows]
+        model = LocalModel(
+            surrogate.detach(),
+            flatten(gradient([surrogate], leaves.values())),
+            fisher_vector_product(sample, leaves, valid=counted, batch_ndim=batch_ndim),
+            self.count(data),
+            self.count(data if rows is None else data[rows]),
+        )
+
+        def evaluate(flat: Tensor) -> tuple[Tensor, Tensor]:
+            new = self.distribution({**named, **unflatten(flat, leaves)}, data)
+            kl = kl_divergence(old, new, batch_ndim=batch_ndim)
+            return self.surrogate(new, data), masked_mean(kl, valid)
+
+        return model, evaluate, iterate
+
+    def _compiled_model(
+        self, data: TensorDictBase
+    ) -> tuple[LocalModel, Evaluate, Iteration] | None:
+        """Return the same from compiled code; ``None`` if that cannot be had."""
+        compiled = self._compiled
+        if compiled is None or compiled.code.is_given_up or len(data) < 2:
+            return None
+        theta, before = flatten(self.parameters()).detach(), self.state_dict()
+        try:
+            return compiled.at(theta, data, self.draw_rows(data))
+        except Exception as error:
+            compiled.code.give_up(error)
+            self.load_state_dict(before)
+            return None
+
+    def draw_rows(self, data: TensorDictBase) -> Tensor | None:
+        """Draw the rows of the Fisher matrix; ``None``: all."""
+        if self.settings.fisher_fraction == 1:
+            return None
+        share = self.settings.fisher_fraction
+        return draw_rows(len(data), data.get(VALID, None), share, self.generator)
+
+    def count(self, data: TensorDictBase) -> Tensor | float:
+        """Return the number of samples that means over the data are taken over."""
+        valid = data.get(VALID, None)
+        return float(self.problem.sample_shape(data).numel()) if valid is None else valid.sum()
+
+    def follow(self) -> None:
+        """Do nothing: the parameters are looked up for each batch."""
+
+    def end_batch(self) -> None:
+        """Do nothing: there is no schedule but that of ``max_kl``."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the generator, if rows are drawn."""
+        return {} if self.generator is None else {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned."""
+        if self.generator is not None:
+            load_generator_state(self.generator, state["generator"])
+
+
+@dataclass(frozen=True, eq=False)
+class TrustRegionProposal:
+    """A natural-gradient step that has not been taken.
+
+    Attributes:
+        step (TrustRegionStep): the step of this agent.
+        model (LocalModel): the policy near its present parameters.
+        direction (Direction): the natural gradient; ``direction.curvature`` is
+            :math:`g^T F^{-1} g`, by which a common budget can compare agents.
+        evaluate (callable): from parameters, as a vector, to surrogate and mean divergence.
+    """
+
+    step: TrustRegionStep
+    model: LocalModel
+    direction: Direction
+    evaluate: Evaluate
+
+    @property
+    def gain(self) -> Tensor:
+        """Improvement of the surrogate that the full step promises, a scalar."""
+        return self.direction.gain(self.step.settings.radius(self.step.problem))
+
+    @property
+    def divergence(self) -> Tensor:
+        """Mean divergence of the full step to second order, a scalar, in nats."""
+        return self.direction.divergence(self.step.settings.radius(self.step.problem))
+
+    def apply(self, max_kl: float | None = None) -> TensorDict:
+        """Take the step, or none at all.
+
+        Args:
+            max_kl (float, optional): radius of the trust region, in place of the step's own.
 
         Returns:
             scalars: ``line_search_success`` (1 or 0), ``step_fraction`` (0 if rejected),
             ``step_kl`` (of the last step tried), ``improvement`` and ``expected_improvement`` of
             the surrogate, ``curvature``, ``cg_residual`` (relative), ``grad_norm``.
         """
-        parameters = dict(self.named_parameters())
-        moved, result = self._compiled_step(data) or self._step(data)
+        trained = self.step.trained()
+        moved, result = self.take(max_kl)
         with torch.no_grad():
-            for name, parameter in parameters.items():
-                if parameter.requires_grad:
-                    parameter.copy_(moved[name])
+            for name, value in unflatten(moved, trained).items():
+                trained[name].copy_(value)
         return TensorDict(
             {
                 "line_search_success": result.success.float(),
@@ -111,80 +333,29 @@ class TrustRegionStep:
             }
         )
 
-    def _step(self, data: TensorDictBase) -> tuple[dict[str, Tensor], TrustRegionResult]:
-        valid = data.get(self.valid_key, None)
+    def take(self, max_kl: float | None = None) -> tuple[Tensor, TrustRegionResult]:
+        """Return the parameters that :meth:`apply` moves to, as one vector, and what happened."""
+        step, settings = self.step, self.step.settings
+        theta = flatten(step.parameters()).detach()
+        on_cpu = theta.device.type == "cpu"
+        with uncached_autocast():
+            # Stretch the natural gradient to the boundary of the region, and search back from
+            # there for a step that keeps to the true divergence and improves the true surrogate.
+            return take_step(
+                theta,
+                self.model,
+                self.direction,
+                self.evaluate,
+                max_kl=settings.radius(step.problem) if max_kl is None else _check_radius(max_kl),
+                line_search=settings.line_search or ("sequential" if on_cpu else "batched"),
+                backtrack_factor=settings.backtrack_factor,
+                max_backtracks=settings.max_backtracks,
+                accept_ratio=settings.accept_ratio,
+                average=step.problem.learners.mean,
+            )
 
-        def policy(values: Mapping[str, Tensor], rows: Tensor | None) -> Distribution:
-            return self.distribution(values, data if rows is None else data[rows])
 
-        return trust_region_step(
-            policy,
-            lambda dist: self.surrogate(dist, data),
-            dict(self.named_parameters()),
-            self.settings,
-            valid=valid,
-            batch_ndim=len(self.sample_shape(data)),
-            generator=self.generator,
-            average=self.learners.mean,
-        )
-
-    def _compiled_step(
-        self, data: TensorDictBase
-    ) -> tuple[dict[str, Tensor], TrustRegionResult] | None:
-        """The same step from a compiled model of the policy; ``None`` if that cannot be had."""
-        model = self._compiled
-        if model is None or model.code.is_given_up or len(data) < 2:
-            return None
-        trained = {n: p.detach() for n, p in self.named_parameters() if p.requires_grad}
-        theta = flatten(trained.values())
-        before = self.state_dict()
-        try:
-            local, evaluate, iteration = model.at(theta, data, self._rows(data))
-        except Exception as error:
-            model.code.give_up(error)
-            self.load_state_dict(before)
-            return None
-        moved, result = step_within_trust_region(
-            theta,
-            local,
-            evaluate,
-            self.settings,
-            average=self.learners.mean,
-            iteration=iteration,
-        )
-        return unflatten(moved, trained), result
-
-    def _rows(self, data: TensorDictBase) -> Tensor | None:
-        """Rows for the Fisher matrix; ``None``: all."""
-        if self.settings.fisher_fraction == 1:
-            return None
-        valid = data.get(self.valid_key, None)
-        return draw_rows(len(data), valid, self.settings.fisher_fraction, self.generator)
-
-    def rebind(self) -> None:
-        """Nothing is held that could go stale."""
-
-    def end_batch(self) -> Undo:
-        """There is no schedule."""
-        return lambda: None
-
-    def snapshot(self) -> dict[str, Any]:
-        """A copy of the parameters and of the generator's state."""
-        parameters = {name: p.detach().clone() for name, p in self.named_parameters()}
-        return {"parameters": parameters, **self.state_dict()}
-
-    @torch.no_grad()
-    def restore(self, snapshot: dict[str, Any]) -> None:
-        """Puts parameters and generator back, bit for bit."""
-        for name, parameter in self.named_parameters():
-            parameter.copy_(snapshot["parameters"][name])
-        self.load_state_dict(snapshot)
-
-    def state_dict(self) -> dict[str, Any]:
-        """State of the generator, the only one there is."""
-        return {} if self.generator is None else {"generator": self.generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Loads what :meth:`state_dict` returned."""
-        if self.generator is not None:
-            load_generator_state(self.generator, state["generator"])
+def _check_radius(value: float) -> float:
+    if not 0 < value < math.inf:
+        raise ValueError(f"max_kl must be positive and finite, got {value!r}.")
+    return value
