@@ -13,7 +13,7 @@ from torchrl.data import Unbounded
 from torchrl.envs.utils import check_env_specs
 
 from torchrl_happo import HAPPOLoss, SequentialUpdater, TeamReward, make_actor, make_critic
-from torchrl_happo.envs import EnvPoolEnv, make_mujoco
+from torchrl_happo.envs import EnvPoolEnv, TeamCost, make_mujoco
 from torchrl_happo.envs.simulators.robots import ROBOTS
 from torchrl_happo.networks.actors import joint_policy
 
@@ -111,6 +111,91 @@ def test_gymnasium_agrees(robot):
     after = step(env, data, action)
     np.testing.assert_allclose(after["state"][0], observed, rtol=1e-3, atol=1e-3)
     assert after["reward"].item() == pytest.approx(reward, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("robot", "name", "bound"),
+    [
+        ("Ant", "2x4", 2.522),
+        ("Ant", "4x2", 2.418),
+        ("HalfCheetah", "6x1", 2.932),
+        ("HalfCheetah", "2x3", 3.227),
+        ("Hopper", "3x1", 0.9613),
+        ("Humanoid", "9|8", 0.58),
+        ("Swimmer", "2x1", 0.04891),
+        ("Walker2d", "2x3", 1.641),
+    ],
+)
+def test_the_cost_of_velocity(robot, name, bound):
+    """Step by step, the cost says whether gymnasium-robotics' robot is faster than the bound.
+
+    Each step starts from the same state and takes the same joint action.
+    """
+    mamujoco = pytest.importorskip("gymnasium_robotics").mamujoco_v1
+    build = partial(make_mujoco, robot, name, standardize=False, seed=3, cost="velocity")
+    theirs = mamujoco.parallel_env(robot, name)
+    theirs.reset(seed=0)
+    single = theirs.single_agent_env.unwrapped
+    hidden = single.observation_structure["skipped_qpos"]
+    positions, seen = single.model.nq - hidden, set()
+    for limit, env in ((bound, build()), (0.1, build(max_velocity=0.1))):
+        data = env.reset()
+        assert data["cost"].item() == 0
+        for _ in range(20):
+            state = data["state"][0].double().numpy()
+            single.set_state(
+                np.concatenate([np.zeros(hidden), state[:positions]]),
+                state[positions : positions + single.model.nv],
+            )
+            action = 2 * torch.rand(1, single.model.nu) - 1
+            *_, infos = theirs.step(
+                {
+                    agent: action[0, [node.act_ids for node in part]].numpy()
+                    for agent, part in zip(
+                        theirs.possible_agents, theirs.agent_action_partitions, strict=True
+                    )
+                }
+            )
+            info = infos[theirs.possible_agents[0]]
+            velocity = [info[key] for key in ("x_velocity", "y_velocity") if key in info]
+            speed = velocity[0] if robot == "Swimmer" else np.linalg.norm(velocity)
+            data = step(env, data, action)
+            assert data["cost"].shape == (1, 1)
+            if abs(speed - limit) > 0.01:  # float32 states do not decide closer calls
+                assert data["cost"].item() == float(speed > limit)
+                seen.add(data["cost"].item())
+            data = env.reset() if data["done"].item() else data
+    assert seen == {0.0, 1.0} or robot == "Swimmer"
+
+
+def test_the_cost_of_the_team_is_the_robots():
+    """It concerns the whole team; specs hold, and resets of some copies set only theirs to 0."""
+    env = make_mujoco("HalfCheetah", "2x3", num_envs=3, seed=0, cost="velocity", max_velocity=0.01)
+    env = env.append_transform(TeamCost())
+    check_env_specs(env)
+    data = env.rollout(5)
+    assert data["next", "cost"].max() == 1
+    assert (data["cost"][:, 0] == 0).all()
+    assert "cost" not in make_mujoco("Ant", "4x2").rollout(1)["next"].keys()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "mended"),
+    [
+        (("Ant", "4x2", {"cost": "speed"}), "cost must be one of 'velocity'", {"cost": "velocity"}),
+        (("Ant", "8x1", {"cost": "velocity"}), "no bound.*Ant '8x1'.*max_velocity",
+         {"cost": "velocity", "max_velocity": 1.0}),
+        (("Reacher", "2x1", {"cost": "velocity"}), "Reacher has no velocity", {}),
+        (("Ant", "4x2", {"max_velocity": 1.0}), "there is none; pass cost='velocity'",
+         {"cost": "velocity", "max_velocity": 1.0}),
+    ],
+)  # fmt: skip
+def test_refuses_costs(arguments, message, mended):
+    """Unknown costs, bounds and robots without them, each with a cure that works."""
+    robot, name, settings = arguments
+    with pytest.raises(ValueError, match=message):
+        make_mujoco(robot, name, **settings)
+    make_mujoco(robot, name, **mended)
 
 
 def test_actions_are_clamped_where_they_act_and_paid_for_as_they_are():
@@ -344,7 +429,11 @@ def test_refuses_teams(arguments, message):
         ({"num_threads": -1}, ValueError, "num_threads must be at least 1, got -1"),
         ({"batch_size": 2}, ValueError, r"does not take .* {'batch_size': 2}; .* given is thread"),
         ({"max_steps": 0}, ValueError, "max_steps must be at least 1, got 0"),
-        ({"cost": 1}, ValueError, r"'HalfCheetah-v5' does not .* {'cost': 1}; .*ctrl_cost_weight"),
+        (
+            {"prize": 1},
+            ValueError,
+            r"'HalfCheetah-v5' does not .* {'prize': 1}; .*ctrl_cost_weight",
+        ),
         ({"ctrl_cost_weight": "a"}, ValueError, r"does not take .* {'ctrl_cost_weight': 'a'}"),
     ],
 )

@@ -17,7 +17,7 @@ from torchrl_happo.envs.simulators.mujoco import make_mujoco
 from torchrl_happo.envs.simulators.pettingzoo import BatchedPettingZooEnv
 from torchrl_happo.envs.simulators.rounds import Rounds
 from torchrl_happo.envs.split import AgentSplit
-from torchrl_happo.envs.team_reward import TeamReward
+from torchrl_happo.envs.team_reward import TeamCost, TeamReward
 
 __all__ = [
     "AgentSplit",
@@ -29,6 +29,7 @@ __all__ = [
     "SeededForagingEnv",
     "TabularGame",
     "TabularGameEnv",
+    "TeamCost",
     "TeamReward",
     "climbing_payoff",
     "make_mujoco",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -64,8 +65,11 @@ class EnvPoolEnv(EnvBase):
         seed (int, optional): from which each copy gets a seed of its own. Equal seeds give equal
             data. Defaults to ``None``: drawn from torch's global generator. That of ``set_seed``
             waits for the next reset of all copies.
-        device (torch.device or str, optional): of the data; the simulation is on the CPU.
+        device (torch.device or str, optional): device of the data; the simulation is on the CPU.
             Defaults to ``"cpu"``.
+        cost (callable, optional): maps the info of a step to the cost of each copy
+            ``[num_envs]``, which is then observed as ``"cost"`` ``[num_envs, 1]`` (zero after a
+            reset), for a constraint. Defaults to ``None``: there is none.
         **kwargs: arguments of the task, for instance ``ctrl_cost_weight``.
 
     Raises:
@@ -88,6 +92,7 @@ class EnvPoolEnv(EnvBase):
         num_threads: int = 1,
         seed: int | None = None,
         device: torch.device | str = "cpu",
+        cost: Callable[[Mapping[str, np.ndarray]], np.ndarray] | None = None,
         **kwargs: Any,
     ) -> None:
         check_counts(num_envs=num_envs, num_threads=num_threads)
@@ -105,6 +110,7 @@ class EnvPoolEnv(EnvBase):
             "num_threads": num_threads,
             "max_episode_steps": _LARGEST,
         }
+        self.cost = cost
         self._make_specs(spec.gymnasium_observation_space, spec.gymnasium_action_space)
         self._pool: Any = None
         self._seed: int | None = None
@@ -123,6 +129,8 @@ class EnvPoolEnv(EnvBase):
         self.observation_spec = Composite(
             observation=Unbounded((*shape, *observation.shape), **place), shape=shape, **place
         )
+        if self.cost is not None:
+            self.observation_spec["cost"] = Unbounded((*shape, 1), **place)
         low, high = (torch.from_numpy(bound).float() for bound in (action.low, action.high))
         self.action_spec = Bounded(
             low.expand(*shape, -1), high.expand(*shape, -1), dtype=torch.float32, **place
@@ -167,7 +175,7 @@ class EnvPoolEnv(EnvBase):
                 fresh = self._pool.reset(chosen.cpu().numpy().astype(np.int32))[0]
                 observation[chosen] = self._tensor(fresh)
         return TensorDict(
-            {"observation": observation, **self.done_spec.zero()},
+            {**self.observation_spec.zero(), "observation": observation, **self.done_spec.zero()},
             self.batch_size,
             device=self.device,
         )
@@ -179,8 +187,12 @@ class EnvPoolEnv(EnvBase):
         observation, reward, ended, _, info = self._pool.step(action)
         terminated = self._flag(ended)
         truncated = self._flag(info["elapsed_step"] >= self.max_steps)
+        costs = {}
+        if self.cost is not None:
+            costs["cost"] = self._tensor(self.cost(info)).unsqueeze(-1)
         return TensorDict(
             {
+                **costs,
                 "observation": self._tensor(observation),
                 "reward": self._tensor(reward).unsqueeze(-1),
                 "done": terminated | truncated,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
+import numpy as np
 import torch
 from torchrl.envs import TransformedEnv
 
-from torchrl_happo.arguments import check_counts
+from torchrl_happo.arguments import check_choice, check_counts, check_positive
 from torchrl_happo.envs.simulators.envpool import EnvPoolEnv
 from torchrl_happo.envs.simulators.robots import ROBOTS, Robot
 from torchrl_happo.envs.split import AgentSplit, check_partition
@@ -33,10 +34,12 @@ def make_mujoco(
     max_steps: int | None = None,
     num_threads: int = 1,
     seed: int | None = None,
+    cost: str | None = None,
+    max_velocity: float | None = None,
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> TransformedEnv:
-    """Builds a batch of multi-agent MuJoCo tasks (`Peng et al., 2021 <https://arxiv.org/abs/2003.06709>`_).
+    r"""Build a batch of multi-agent MuJoCo tasks (`Peng et al., 2021 <https://arxiv.org/abs/2003.06709>`_).
 
     It is an :class:`~torchrl_happo.envs.EnvPoolEnv` behind an
     :class:`~torchrl_happo.envs.AgentSplit`. The defaults are the setting of the reference
@@ -78,15 +81,23 @@ def make_mujoco(
             task's own limit: 1000, or 50 for ``Reacher``.
         num_threads (int): threads that step the copies. Defaults to ``1``.
         seed (int, optional): see :class:`~torchrl_happo.envs.EnvPoolEnv`. Defaults to ``None``.
-        device (torch.device or str, optional): of the data. Defaults to ``"cpu"``.
+        cost (str, optional): ``"velocity"`` adds the cost of Safety-Gymnasium's multi-agent
+            velocity tasks as ``"cost"`` ``[num_envs, 1]``: 1 at a step on which the robot is
+            faster than ``max_velocity``, otherwise 0. The velocity is :math:`|v_x|` of planar
+            robots, :math:`v_x` of ``Swimmer`` and :math:`\sqrt{v_x^2 + v_y^2}` of ``Ant`` and
+            ``Humanoid``. Defaults to ``None``: there is no cost.
+        max_velocity (float, optional): bound of the velocity. Defaults to that of
+            Safety-Gymnasium for the same robot and partition.
+        device (torch.device or str, optional): device of the data. Defaults to ``"cpu"``.
         **kwargs: arguments of the task, for instance ``ctrl_cost_weight``.
 
     Returns:
         an environment with the team's ``"reward"`` and ``"state"`` at the root.
 
     Raises:
-        ValueError: if there is no such robot or partition, or if ``nearest`` is asked of a
-            ``version`` or a task's arguments without the entries that it names.
+        ValueError: if there is no such robot or partition, if ``nearest`` does not fit the
+            ``version`` or the task's arguments, or if ``cost`` is unknown, the robot has no
+            velocity, or its bound is neither known nor given.
 
     Examples:
         >>> env = make_mujoco("HalfCheetah", "2x3", num_envs=4, seed=0)  # doctest: +SKIP
@@ -107,6 +118,7 @@ def make_mujoco(
         num_threads=num_threads,
         seed=seed,
         device=device,
+        cost=_velocity_cost(robot, body, partition, cost, max_velocity),
         **kwargs,
     )
     _check_size(robot, actuators, base.action_spec.shape[-1])
@@ -119,6 +131,38 @@ def make_mujoco(
     )
     base.group_map = split.group_map  # where scripts look for it, as with VmasEnv
     return TransformedEnv(base, split)
+
+
+def _velocity_cost(
+    robot: str, body: Robot, partition: Any, cost: str | None, max_velocity: float | None
+) -> Callable[[Mapping[str, np.ndarray]], np.ndarray] | None:
+    """Return the cost of a step from its info, ``None`` if none is asked for."""
+    if cost is None:
+        if max_velocity is not None:
+            raise ValueError(
+                f"max_velocity={max_velocity} bounds the velocity of a cost, but there is none; "
+                "pass cost='velocity', or leave max_velocity out."
+            )
+        return None
+    check_choice("cost", cost, ("velocity",))
+    measure = body.velocity
+    if measure is None:
+        raise ValueError(f"{robot} has no velocity for cost='velocity'; leave cost out.")
+    check_positive(max_velocity=max_velocity)
+    if max_velocity is None:
+        max_velocity = body.max_velocities.get(partition) if isinstance(partition, str) else None
+    if max_velocity is None:
+        raise ValueError(
+            f"Safety-Gymnasium has no bound of the velocity for {robot} {partition!r}, only for "
+            f"{list(body.max_velocities)}; pass max_velocity."
+        )
+    bound = max_velocity
+
+    def velocity_cost(info: Mapping[str, np.ndarray]) -> np.ndarray:
+        velocities = [info[name] for name in ("x_velocity", "y_velocity") if name in info]
+        return measure(*velocities) > bound
+
+    return velocity_cost
 
 
 def _check_size(robot: str, actuators: Sequence[Sequence[int]], wanted: int) -> None:

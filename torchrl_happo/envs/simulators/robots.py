@@ -6,9 +6,11 @@ gymnasium-robotics' multi-agent MuJoCo (``mamujoco_v1``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+
+import numpy as np
 
 __all__ = ["ROBOTS", "Joint", "Robot"]
 
@@ -37,12 +39,18 @@ class Robot:
         links (tuple of tuple of str): joints that are neighbours of each other.
         trunk (tuple of int): entries of the state that every agent observes.
         partitions (dict of str to tuple): for each name of a partition the joints of each agent.
+        max_velocities (dict of str to float): for each name of a partition the velocity above
+            which Safety-Gymnasium's multi-agent tasks have a cost.
+        velocity (callable or None): maps the velocities in x and in y of a step, the second of
+            which planar robots lack, to the velocity that is bounded.
     """
 
     joints: Mapping[str, Joint]
     links: tuple[tuple[str, ...], ...]
     trunk: tuple[int, ...]
     partitions: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
+    max_velocities: Mapping[str, float] = field(default_factory=dict)
+    velocity: Callable[..., np.ndarray] | None = None
 
     def actuators(self, team: Sequence[Sequence[str]]) -> list[list[int]]:
         """For each agent the entries of the joint action that move its joints."""
@@ -128,6 +136,8 @@ def _half_cheetah() -> Robot:
         links=_chain("bfoot", "bshin", "bthigh", "fthigh", "fshin", "ffoot"),
         trunk=(0, 1, 8, 9, 10),
         partitions={"2x3": (back, front), "6x1": _each(names)},
+        max_velocities={"6x1": 2.932, "2x3": 3.227},
+        velocity=np.abs,
     )
 
 
@@ -139,6 +149,8 @@ def _walker() -> Robot:
         links=(*_chain(*names[::-1], *left),),
         trunk=(0, 1, 8, 9, 10),
         partitions={"2x3": (names[::-1], left[::-1]), "6x1": _each((*names, *left))},
+        max_velocities={"2x3": 1.641},
+        velocity=np.abs,
     )
 
 
@@ -149,6 +161,8 @@ def _hopper() -> Robot:
         links=_chain(*names),
         trunk=(0, 1, 5, 6, 7),
         partitions={"3x1": _each(names)},
+        max_velocities={"3x1": 0.9613},
+        velocity=np.abs,
     )
 
 
@@ -170,6 +184,8 @@ def _ant() -> Robot:
             "4x2": (one, two, three, four),
             "8x1": _each([name for leg in legs for name in leg]),
         },
+        max_velocities={"2x4": 2.522, "4x2": 2.418},
+        velocity=np.hypot,
     )
 
 
@@ -210,6 +226,8 @@ def _humanoid() -> Robot:
             ),
             "17x1": _each(sorted(in_state_order, key=lambda name: joints[name][0])),
         },
+        max_velocities={"9|8": 0.58},
+        velocity=np.hypot,
     )
 
 
@@ -219,6 +237,8 @@ def _swimmer() -> Robot:
         links=(("rot2", "rot3"),),
         trunk=(0, 5),
         partitions={"2x1": (("rot2",), ("rot3",))},
+        max_velocities={"2x1": 0.04891},
+        velocity=lambda x, y: x,  # signed: swimming backwards costs nothing
     )
 
 
