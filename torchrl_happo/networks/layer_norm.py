@@ -1,4 +1,4 @@
-"""Networks that normalise what each of their layers sees."""
+"""Networks that normalise the input of each of their layers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchrl.modules import MLP, MultiAgentMLP
 
 from torchrl_happo.arguments import check_counts
+from torchrl_happo.versions import single_network
 
 __all__ = ["LayerNormMLP", "MultiAgentLayerNormMLP"]
 
@@ -26,9 +27,9 @@ class LayerNormMLP(nn.Sequential):
         out_features (int or sequence of int): size of the output, or shape.
 
     Keyword Args:
-        activate_last_layer (bool): whether activation and normalisation follow the last layer too.
+        activate_last_layer (bool): whether activation and normalisation follow the last layer.
             Defaults to ``False``.
-        device (torch.device or str, optional): of the parameters. Defaults to torch's.
+        device (torch.device or str, optional): device of the parameters. Defaults to torch's.
         **kwargs: other arguments of :class:`~torchrl.modules.MLP`, such as ``num_cells`` and
             ``activation_class``; a ``layer_class`` must be a kind of linear layer.
 
@@ -67,12 +68,12 @@ class LayerNormMLP(nn.Sequential):
         self.out_features = out_features
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """The outputs ``[*B, out_features]`` of inputs ``[*B, d]``, side by side if several."""
+        """Return outputs ``[*B, out_features]`` of inputs ``[*B, d]``, concatenated if several."""
         x = torch.cat(inputs, -1) if len(inputs) > 1 else inputs[0]
         layers = iter(self)
         for layer in layers:
             behind = next(layers, None) if isinstance(layer, nn.LayerNorm) else None
-            # What is more than a linear layer, a user's own, has a forward pass of its own, too.
+            # A subclass of a linear layer, a user's own, has a forward pass of its own.
             if _is_affine(layer, nn.LayerNorm) and _is_affine(behind, nn.Linear):
                 x = _linear_of_normalized(x, layer, behind)
             else:
@@ -81,7 +82,7 @@ class LayerNormMLP(nn.Sequential):
 
 
 def _is_affine(layer: nn.Module | None, kind: type[nn.Module]) -> TypeGuard[Any]:
-    """Whether a layer is of this very kind, with a weight and a bias."""
+    """Return whether a layer is of this very class, with a weight and a bias."""
     return type(layer) is kind and layer.bias is not None
 
 
@@ -90,12 +91,13 @@ def _shaped(x: Tensor, out_features: int | Sequence[int]) -> Tensor:
 
 
 def _linear_of_normalized(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
-    r"""A linear layer behind a normalisation, whose scale and shift it takes over.
+    r"""Compute a linear layer behind a normalisation, whose scale and shift it absorbs.
 
     .. math:: W (\gamma \odot n + \beta) + b = (W \, \mathrm{diag}(\gamma)) n + (W \beta + b)
 
-    Their gradients then come from those of a matrix. Taken one after the other, the layers would
-    add up the batch for them once more, and go back as far as the network's input.
+    The gradients of scale and shift then follow from those of a matrix. Computed one after the
+    other, the layers would sum over the batch for them once more, and differentiate as far as the
+    network's input.
     """
     normalized = F.layer_norm(x, norm.normalized_shape, eps=norm.eps)
     bias = torch.addmv(linear.bias, linear.weight, norm.bias)
@@ -103,13 +105,13 @@ def _linear_of_normalized(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> T
 
 
 class MultiAgentLayerNormMLP(MultiAgentMLP):
-    """A :class:`~torchrl.modules.MultiAgentMLP` of :class:`LayerNormMLP`; takes what the two take.
+    """A :class:`~torchrl.modules.MultiAgentMLP` of :class:`LayerNormMLP`, with their arguments.
 
     The size of the input must be known: a layer normalisation cannot wait for the first data.
 
-    Networks that are not shared are evaluated as batched matrix products, one for each layer. That
-    is what ``torch.vmap`` makes of them, too, in several times as long where a batch is small, as
-    in a rollout.
+    Networks that are not shared are evaluated as batched matrix products, one for each layer.
+    ``torch.vmap`` computes the same, but takes several times as long where a batch is small, as in
+    a rollout.
     """
 
     def _build_single_net(self, *, device: Any, **kwargs: Any) -> LayerNormMLP:
@@ -125,15 +127,20 @@ class MultiAgentLayerNormMLP(MultiAgentMLP):
         )
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """The outputs of all agents ``[*B, n, d_out]`` from their inputs ``[*B, n, d_in]``."""
+        """Return the agents' outputs ``[*B, n, d_out]`` from their inputs ``[*B, n, d_in]``."""
         if self.share_params or self.centralized:
             return super().forward(*inputs)
-        x = self._pre_forward_check(torch.cat(inputs, -1) if len(inputs) > 1 else inputs[0])
+        x = torch.cat(inputs, -1) if len(inputs) > 1 else inputs[0]
+        if x.ndim < 2 or x.shape[-2] != self.n_agents:
+            raise ValueError(
+                f"The input of a stack of {self.n_agents} networks has shape {tuple(x.shape)}, but "
+                f"must be [*B, {self.n_agents}, d], a row for each agent."
+            )
         x = x.movedim(-2, 0)
         batch_size = x.shape[1:-1]
         x = x.reshape(self.n_agents, batch_size.numel(), x.shape[-1])
         with_parameters = set(self.params.keys())
-        for name, layer in self._empty_net.named_children():
+        for name, layer in single_network(self).named_children():
             if name not in with_parameters:
                 x = layer(x)
                 continue

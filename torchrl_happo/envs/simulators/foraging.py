@@ -1,4 +1,4 @@
-"""Level-based foraging, with episodes that their seeds decide."""
+"""Level-based foraging whose episodes are reproducible by their seeds."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from tensordict import TensorDictBase
 from torchrl.envs.libs.lbforaging import LBForagingEnv
 
 from torchrl_happo.arguments import check_counts
+from torchrl_happo.versions import set_time_limit, simulator
 
 __all__ = ["SeededForagingEnv"]
 
@@ -17,8 +18,8 @@ class SeededForagingEnv(LBForagingEnv):
 
     Agents collect food together: each food has a level, and only agents around it whose levels
     sum up to that may take it. The reward is sparse. Lbforaging places the agents of a new episode
-    where none of the last one stood, so that the episode after a seed would depend on what was
-    played before it; here it does not.
+    where no agent of the last episode stood, so that the episode after a seed depends on the ones
+    before it; here it does not.
 
     Args:
         env_name (str): a task of lbforaging, such as ``"Foraging-8x8-2p-2f-coop-v3"`` (a grid of
@@ -27,7 +28,7 @@ class SeededForagingEnv(LBForagingEnv):
     Keyword Args:
         max_steps (int, optional): steps after which an episode is truncated. Defaults to
             lbforaging's own limit of 50.
-        **kwargs: of :class:`~torchrl.envs.libs.lbforaging.LBForagingEnv`.
+        **kwargs: arguments of :class:`~torchrl.envs.libs.lbforaging.LBForagingEnv`.
 
     Raises:
         ImportError: if lbforaging is not installed.
@@ -43,11 +44,11 @@ class SeededForagingEnv(LBForagingEnv):
         check_counts(max_steps=max_steps, optional=True)
         env = super()._build_env(env_name, **kwargs)
         if max_steps is not None:
-            env.unwrapped._max_episode_steps = max_steps  # gymnasium.make would put one on top
+            set_time_limit(env, max_steps)  # gymnasium.make would put another one on top
         return env
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDictBase:
         if self._seed is not None:
-            for player in self._env.unwrapped.players:
+            for player in simulator(self).unwrapped.players:
                 player.position = None
         return super()._reset(tensordict, **kwargs)
