@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torchrl_happo.envs.games.matrix import (
-    DifferentialGame,
-    MatrixGame,
+from torchrl_happo.envs.games.matrix import DifferentialGame, MatrixGame
+from torchrl_happo.envs.games.payoffs import (
     climbing_payoff,
     penalty_payoff,
     permutation_payoff,

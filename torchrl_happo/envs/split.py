@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import ItemsView, Sequence
-from itertools import chain
-from operator import index
 from typing import cast
 
 import torch
@@ -13,23 +11,25 @@ from torch import Tensor, nn
 from torchrl.data import Bounded, Composite, TensorSpec, Unbounded
 from torchrl.envs import MarlGroupMapType, Transform
 
-__all__ = ["AgentSplit", "check_partition"]
+from torchrl_happo.envs.partition import check_observations, check_partition, group_agents
+
+__all__ = ["AgentSplit"]
 
 # Keeps a vector of equal entries finite; far below what changes any other result.
 _EPS = 1e-20
 
 
 class AgentSplit(Transform):
-    r"""Turns an environment with one agent and a vector action into one with a team.
+    r"""Turn an environment with one agent and a vector action into one with a team.
 
     Each agent chooses some of the entries of the action (as in multi-agent MuJoCo,
     `Peng et al., 2021 <https://arxiv.org/abs/2003.06709>`_, where it moves some of the joints),
-    and observes the state, or part of it, and who it is (one-hot). The reward and the end of an
+    and observes the state, or part of it, and its identity (one-hot). The reward and the end of an
     episode concern the team; they stay at the root. It works with any environment whose
     observation is a vector and whose action is a continuous one, batched or not, on any device.
 
     With ``standardize=True`` each vector has mean 0 and standard deviation 1 over *its own*
-    entries, which makes no use of any other step:
+    entries, independently of all other steps:
 
     .. math::
         o \leftarrow \frac{o - \bar o}{\sqrt{\frac{1}{d} \sum_{k=1}^{d} (o_k - \bar o)^2}},
@@ -43,7 +43,7 @@ class AgentSplit(Transform):
     ==============================  ==================  ============================================
     ``("agents", "action")``        ``[*B, n, a]``      entry ``k`` of agent ``i`` is entry
                                                         ``partition[i][k]`` of the joint action
-    ``("agents", "observation")``   ``[*B, n, d]``      what each agent sees
+    ``("agents", "observation")``   ``[*B, n, d]``      observation of each agent
     ``"state"``                     ``[*B, s]``         the observation of the environment, for the
                                                         critic; it takes its place at the root
     ==============================  ==================  ============================================
@@ -63,15 +63,15 @@ class AgentSplit(Transform):
         standardize (bool): whether the agents' observations and the state are standardised as
             above. Defaults to ``False``.
         bounded_actions (bool): whether the agents' actions have the bounds of the joint action.
-            Without bounds a policy is Gaussian, and what it draws outside the bounds of the
-            environment is passed on as it is: MuJoCo then clamps what it applies to the joints,
+            Without bounds a policy is Gaussian, and actions outside the bounds of the environment
+            are passed on unchanged: MuJoCo then clamps the forces that it applies to the joints,
             while the cost of control is that of the action itself. Defaults to ``True``.
         group_map (MarlGroupMapType, optional): ``ALL_IN_ONE_GROUP`` or ``ONE_GROUP_PER_AGENT``.
             Defaults to ``None``: one group where the agents' sizes allow it.
-        observation_key (NestedKey): the vector that the environment observes.
+        observation_key (NestedKey): key of the environment's observation, a vector.
             Defaults to ``"observation"``.
-        action_key (NestedKey): the joint action. Defaults to ``"action"``.
-        state_key (NestedKey, optional): where the state goes; ``None`` drops it.
+        action_key (NestedKey): key of the joint action. Defaults to ``"action"``.
+        state_key (NestedKey, optional): key of the state; ``None`` drops it.
             Defaults to ``"state"``.
 
     Raises:
@@ -111,8 +111,8 @@ class AgentSplit(Transform):
     ) -> None:
         partition = check_partition(partition)
         if observations is not None:
-            observations = _check_observations(observations, len(partition))
-        groups = _group_agents(partition, observations, group_map)
+            observations = check_observations(observations, len(partition))
+        groups = group_agents(partition, observations, group_map)
         super().__init__(
             in_keys=[observation_key],
             out_keys=[(name, "observation") for name in groups],
@@ -148,10 +148,10 @@ class AgentSplit(Transform):
         return cast("ItemsView[str, _Members]", self._members.items())
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Replaces the observation of a batch by those of the agents and the state, in place.
+        """Replace the observation of a batch by those of the agents and the state, in place.
 
-        All else stays as it is: what a group holds already, such as its actions; the joint action;
-        and ``"next"``, whose own observation is replaced by a call on ``tensordict["next"]``.
+        All other entries stay: those of a group, such as its actions; the joint action; and
+        ``"next"``, whose own observation is replaced by a call on ``tensordict["next"]``.
         """
         seen = tensordict.select(self.observation_key, strict=False)
         names, seen.names = seen.names, None  # groups without names do not fit among named ones
@@ -199,7 +199,7 @@ class AgentSplit(Transform):
         return nn.functional.layer_norm(vector, vector.shape[-1:], eps=_EPS)
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
-        """Replaces the environment's observation by those of the agents and the state."""
+        """Replace the environment's observation by those of the agents and the state."""
         known = list(observation_spec.keys(True, True))
         if self.observation_key not in known:
             raise ValueError(
@@ -226,7 +226,7 @@ class AgentSplit(Transform):
         return observation_spec
 
     def transform_input_spec(self, input_spec: Composite) -> Composite:
-        """Replaces the joint action by those of the agents."""
+        """Replace the joint action by those of the agents."""
         input_spec = input_spec.clone()
         actions = input_spec["full_action_spec"]
         joint = actions.get(self.action_key, None)
@@ -274,7 +274,7 @@ class AgentSplit(Transform):
 
 
 class _Members(nn.Module):
-    """The agents of one group: the entries of the action and of the state that are theirs."""
+    """The agents of one group: their entries of the action and of the state."""
 
     actions: Tensor
     entries: Tensor | None
@@ -291,7 +291,7 @@ class _Members(nn.Module):
         self.register_buffer("identity", identity)
 
     def observe(self, state: Tensor) -> Tensor:
-        """What the agents see of ``state [*B, s]``: ``[*B, n, d]``."""
+        """Return the agents' observations ``[*B, n, d]`` of a state ``[*B, s]``."""
         if self.entries is None:
             seen = state.unsqueeze(-2).expand(*state.shape[:-1], self.size, -1)
         else:
@@ -300,86 +300,17 @@ class _Members(nn.Module):
         return torch.cat([seen, who], dim=-1)
 
     def n_inputs(self, n_states: int) -> int:
-        """Size of an agent's observation."""
+        """Return the size of an agent's observation."""
         seen = n_states if self.entries is None else self.entries.shape[-1]
         return seen + self.identity.shape[-1]
 
     def check(self, n_states: int) -> None:
-        """Refuses to observe what the state has not."""
+        """Refuse observed entries that the state lacks."""
         if self.entries is not None and not bool((self.entries < n_states).all()):
             raise ValueError(
                 f"The observations of AgentSplit name entry {int(self.entries.max())} of the "
                 f"state, but it has {n_states} entries, counted from 0."
             )
-
-
-def check_partition(partition: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Refuses what does not give each entry of an action to exactly one agent.
-
-    Returns:
-        the partition, as lists.
-    """
-    lists = _lists("partition", partition)
-    if not lists or not all(lists):
-        raise ValueError(
-            f"AgentSplit got the partition {lists}, in which an agent has nothing to choose; "
-            "give each at least one entry of the action."
-        )
-    entries = sorted(chain.from_iterable(lists))
-    if entries != list(range(len(entries))):
-        raise ValueError(
-            f"AgentSplit got the partition {lists}, but each of the entries 0 to "
-            f"{max(entries)} of the action belongs to exactly one agent."
-        )
-    return lists
-
-
-def _check_observations(observations: Sequence[Sequence[int]], n_agents: int) -> list[list[int]]:
-    lists = _lists("observations", observations)
-    if len(lists) != n_agents:
-        raise ValueError(
-            f"AgentSplit got the observations of {len(lists)} agents and the actions of "
-            f"{n_agents}; give one list of entries for each agent."
-        )
-    if not all(lists) or min(chain.from_iterable(lists)) < 0:
-        raise ValueError(
-            f"AgentSplit got the observations {lists}; give each agent at least one entry of the "
-            "state, counted from 0."
-        )
-    return lists
-
-
-def _lists(name: str, entries: Sequence[Sequence[int]]) -> list[list[int]]:
-    try:
-        return [[index(entry) for entry in own] for own in entries]
-    except TypeError:
-        raise TypeError(
-            f"AgentSplit got {name}={entries!r}, but takes a list of whole numbers for each agent, "
-            "such as [[0, 1], [2]]."
-        ) from None
-
-
-def _group_agents(
-    partition: Sequence[Sequence[int]],
-    observations: Sequence[Sequence[int]] | None,
-    group_map: MarlGroupMapType | None,
-) -> dict[str, list[int]]:
-    """The agents of each group by their numbers."""
-    sizes = [len(actions) for actions in partition]
-    widths = [len(entries) for entries in observations] if observations is not None else [0]
-    alike = len(set(sizes)) == 1 and len(set(widths)) == 1
-    if group_map is None:
-        group_map = (
-            MarlGroupMapType.ALL_IN_ONE_GROUP if alike else MarlGroupMapType.ONE_GROUP_PER_AGENT
-        )
-    if group_map is MarlGroupMapType.ONE_GROUP_PER_AGENT:
-        return {f"agent_{agent}": [agent] for agent in range(len(partition))}
-    if not alike:
-        raise ValueError(
-            f"AgentSplit got agents with {sizes} actions and {widths} observations for one group, "
-            "which has to have equal ones; leave group_map out to give each a group of its own."
-        )
-    return {"agents": list(range(len(partition)))}
 
 
 def _unbounded(like: TensorSpec, shape: Sequence[int]) -> Unbounded:

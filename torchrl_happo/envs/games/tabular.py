@@ -1,4 +1,4 @@
-r"""Finite Markov games that are solved exactly: values, advantages and occupancies without samples.
+r"""Finite Markov games that are solved exactly: values, advantages, occupancies without samples.
 
 A cooperative Markov game has states :math:`s`, one action :math:`a^i` per agent, transitions
 :math:`P(s' | s, a)`, a shared reward :math:`r(s, a)` and a discount :math:`\gamma`. Under a joint
@@ -106,7 +106,7 @@ class TabularGame:
         batch_size: Sequence[int] = (),
         generator: torch.Generator | None = None,
     ) -> TabularGame:
-        """A game with random transitions and normal rewards, in double precision.
+        """Return a game with random transitions and normal rewards, in double precision.
 
         Args:
             n_states (int): number of states.
@@ -132,7 +132,7 @@ class TabularGame:
 
     @classmethod
     def one_step(cls, payoff: Tensor) -> TabularGame:
-        """A matrix game as a game with a single state and no future, in double precision.
+        """Return a matrix game as a game with one state and no future, in double precision.
 
         Args:
             payoff (Tensor): the team's reward for each joint action, one dimension per agent.
@@ -148,7 +148,7 @@ class TabularGame:
     def random_policies(
         self, *, temperature: float = 1.0, generator: torch.Generator | None = None
     ) -> list[Tensor]:
-        """A random stochastic policy for each agent.
+        """Return a random stochastic policy for each agent.
 
         Keyword Args:
             temperature (float): the lower, the nearer to deterministic. Defaults to ``1.0``.
@@ -164,14 +164,14 @@ class TabularGame:
     # -- the joint policy ----------------------------------------------------------------------
 
     def joint_policy(self, policies: Policies) -> Tensor:
-        r"""The product :math:`\pi(a | s) = \prod_i \pi^i(a^i | s)`, ``[*G, S, k_1, ..., k_n]``."""
+        r"""Return :math:`\pi(a | s) = \prod_i \pi^i(a^i | s)`, ``[*G, S, k_1, ..., k_n]``."""
         joint = torch.ones_like(self.reward)
         for agent, policy in enumerate(policies):
             joint = joint * self._along(policy, agent)
         return joint
 
     def mean(self, values: Tensor, policies: Policies, agents: Iterable[int]) -> Tensor:
-        """Averages a function of state and actions over the actions of some agents.
+        """Average a function of state and actions over the actions of some agents.
 
         Args:
             values (Tensor): ``[*G, S, k_1, ..., k_n]``.
@@ -187,7 +187,7 @@ class TabularGame:
         return self.batch_dims + 1 + agent
 
     def _along(self, policy: Tensor, agent: int) -> Tensor:
-        """A policy's table with its actions along the dimension of its agent."""
+        """Return a policy's table with its actions along the dimension of its agent."""
         before, after = [1] * agent, [1] * (self.n_agents - agent - 1)
         return policy.reshape(*policy.shape[:-1], *before, policy.shape[-1], *after)
 
@@ -202,25 +202,25 @@ class TabularGame:
         return identity - self.gamma * mean_transition, joint
 
     def value(self, policies: Policies) -> Tensor:
-        r"""The value :math:`V(s)` by a linear solve, ``[*G, S]``."""
+        r"""Return the value :math:`V(s)` by a linear solve, ``[*G, S]``."""
         matrix, joint = self._bellman(policies)
         mean_reward = (joint * self.reward.flatten(self.batch_dims + 1)).sum(-1)
         return torch.linalg.solve(matrix, mean_reward)
 
     def action_value(self, policies: Policies) -> Tensor:
-        r"""The joint :math:`Q(s, a)`, ``[*G, S, k_1, ..., k_n]``."""
+        r"""Return the joint :math:`Q(s, a)`, ``[*G, S, k_1, ..., k_n]``."""
         value = self.value(policies).reshape(
             *self.reward.shape[: self.batch_dims], *[1] * self.n_agents, 1, self.n_states
         )
         return self.reward + self.gamma * (self.transition * value).sum(-1)
 
     def advantage(self, policies: Policies) -> Tensor:
-        r"""The joint advantage :math:`A(s, a) = Q(s, a) - V(s)`, ``[*G, S, k_1, ..., k_n]``."""
+        r"""Return the advantage :math:`A(s, a) = Q(s, a) - V(s)`, ``[*G, S, k_1, ..., k_n]``."""
         value = self.value(policies)
         return self.action_value(policies) - value.reshape(*value.shape, *[1] * self.n_agents)
 
     def occupancy(self, policies: Policies) -> Tensor:
-        r"""Discounted state visits :math:`\rho(s) = \sum_t \gamma^t P(s_t = s)`, ``[*G, S]``.
+        r"""Return discounted visits :math:`\rho(s) = \sum_t \gamma^t P(s_t = s)`, ``[*G, S]``.
 
         They sum to :math:`1 / (1 - \gamma)`.
         """
@@ -228,11 +228,11 @@ class TabularGame:
         return torch.linalg.solve(matrix.mT, self.initial)
 
     def expected_return(self, policies: Policies) -> Tensor:
-        r"""The joint return :math:`J(\pi) = \sum_s d(s) V(s)`, ``[*G]``."""
+        r"""Return the joint return :math:`J(\pi) = \sum_s d(s) V(s)`, ``[*G]``."""
         return (self.initial * self.value(policies)).sum(-1)
 
     def multi_agent_action_value(self, policies: Policies, agents: Sequence[int]) -> Tensor:
-        r"""The value of the actions of some agents when the others follow their policies.
+        r"""Return the value of the actions of some agents when the others follow their policies.
 
         .. math::
             Q^{i_{1:m}}(s, a^{i_{1:m}}) = E_{a^{-i_{1:m}} \sim \pi}[Q(s, a)]
@@ -251,7 +251,7 @@ class TabularGame:
     def multi_agent_advantage(
         self, policies: Policies, agents: Sequence[int], given: Sequence[int] = ()
     ) -> Tensor:
-        r"""What some agents gain by their actions when others have chosen theirs already.
+        r"""Return the advantage of some agents' actions, given the actions of others.
 
         .. math::
             A^{i_{1:m}}(s, a^{j_{1:k}}, a^{i_{1:m}})

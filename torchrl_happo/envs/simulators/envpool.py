@@ -1,4 +1,4 @@
-"""Environments that EnvPool steps together, in C++ threads."""
+"""Batches of environments that EnvPool steps in C++ threads."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torchrl_happo.arguments import check_counts
 
 __all__ = ["EnvPoolEnv"]
 
-# The largest number EnvPool takes. As its time limit it is none: EnvPool would call an
-# episode truncated that terminates in its last step.
+# The largest number EnvPool accepts. As a time limit it disables EnvPool's own, which would report
+# an episode that terminates in its last step as truncated.
 _LARGEST = 2**31 - 1
 
-# Arguments of EnvPool's that are set here, or would make other data of its steps.
+# Arguments of EnvPool that are set here, or would change the layout of its data.
 _OWN = {
     "num_envs",
     "batch_size",
@@ -42,15 +42,15 @@ class EnvPoolEnv(EnvBase):
     ``[num_envs, a]``, and ``"reward"``, ``"done"``, ``"terminated"`` and ``"truncated"``
     ``[num_envs, 1]``.
 
-    The last observation of an episode is the true one. EnvPool would reset a copy by itself in the
-    step that follows; here it is reset by TorchRL's protocol, before that step. A time limit
+    The last observation of an episode is the true one. EnvPool resets a copy by itself in the
+    step that follows; here TorchRL resets it before that step. A time limit
     truncates, and an episode that also terminates at its last step is both.
 
-    Actions are passed on as they are. MuJoCo clamps the controls that it applies to their range,
+    Actions are passed on unchanged. MuJoCo clamps the controls that it applies to their range,
     whereas the tasks' cost of control is computed from the action itself.
 
-    A seed takes effect at the next reset of all copies, with which a pool begins anew. Until then,
-    through resets of some of them, all go on as if there had been no new seed.
+    A seed takes effect at the next reset of all copies, which makes a new pool. Resets of some
+    copies before it continue with the old seed.
 
     Args:
         task (str): name of an EnvPool task whose observation and action are vectors,
@@ -62,8 +62,8 @@ class EnvPoolEnv(EnvBase):
             task's own limit.
         num_threads (int): threads that step them; results do not depend on it.
             Defaults to ``1``.
-        seed (int, optional): from which each copy gets a seed of its own. Equal seeds give equal
-            data. Defaults to ``None``: drawn from torch's global generator. That of ``set_seed``
+        seed (int, optional): seed from which each copy derives its own. Equal seeds give equal
+            data. Defaults to ``None``: drawn from torch's global generator. A seed of ``set_seed``
             waits for the next reset of all copies.
         device (torch.device or str, optional): device of the data; the simulation is on the CPU.
             Defaults to ``"cpu"``.
@@ -146,7 +146,7 @@ class EnvPoolEnv(EnvBase):
         self._is_seeded_anew = True  # EnvPool is seeded when it is made, at the next full reset
 
     def _start(self) -> None:
-        """Makes the pool, each copy with a seed of its own, in place of an older one.
+        """Make the pool, each copy with a seed of its own, in place of an older one.
 
         EnvPool's own numbering (seed, seed + 1, ...) would give runs with neighbouring seeds the
         same episodes but for one.
@@ -168,7 +168,7 @@ class EnvPoolEnv(EnvBase):
         if mask is None:
             observation = self._tensor(self._pool.reset()[0])
         else:
-            # What the others observe stays as it is: TorchRL keeps it, and drops these zeros.
+            # TorchRL keeps the observations of the other copies, and drops these zeros.
             chosen = mask.flatten().nonzero().squeeze(-1)
             observation = self.observation_spec["observation"].zero()
             if len(chosen):
@@ -210,7 +210,7 @@ class EnvPoolEnv(EnvBase):
         return torch.from_numpy(array).to(self.device).unsqueeze(-1)
 
     def close(self, *, raise_if_closed: bool = True) -> None:
-        """Ends the threads."""
+        """End the threads."""
         super().close(raise_if_closed=raise_if_closed)
         if self._pool is not None:
             self._pool.close()
@@ -228,7 +228,7 @@ def _import_envpool() -> Any:
 
 
 def _make_spec(envpool: Any, task: str, arguments: dict[str, Any]) -> Any:
-    """The task with ``arguments``, some of which may be unknown or of a wrong type."""
+    """Return the task with ``arguments``, some of which may be unknown or of a wrong type."""
     known = [name for name in envpool.make_spec(task).config._fields if name not in _OWN]
     try:
         if arguments.keys() <= set(known):

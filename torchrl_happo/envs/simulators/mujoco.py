@@ -11,13 +11,14 @@ import torch
 from torchrl.envs import TransformedEnv
 
 from torchrl_happo.arguments import check_choice, check_counts, check_positive
+from torchrl_happo.envs.partition import check_partition
 from torchrl_happo.envs.simulators.envpool import EnvPoolEnv
 from torchrl_happo.envs.simulators.robots import ROBOTS, Robot
-from torchrl_happo.envs.split import AgentSplit, check_partition
+from torchrl_happo.envs.split import AgentSplit
 
 __all__ = ["make_mujoco"]
 
-# Whose state the tables of robots describe; that of older versions has other entries.
+# The version whose state the tables of robots describe; older ones have other entries.
 _DESCRIBED = "v5"
 
 
@@ -73,10 +74,10 @@ def make_mujoco(
         standardize (bool): whether each observation and the state have mean 0 and standard
             deviation 1 over their own entries. Defaults to ``True``.
         bounded_actions (bool): whether the actions have the bounds of the motors. Without
-            them a policy is Gaussian, MuJoCo clamps what it applies, and the cost of control is
-            that of the action itself. Defaults to ``False``.
-        version (str): of the Gymnasium task. Defaults to ``"v5"``, the only one that ``nearest``
-            goes with, as long as no argument of the task changes its state.
+            them a policy is Gaussian, MuJoCo clamps the forces that it applies, and the cost of
+            control is that of the action itself. Defaults to ``False``.
+        version (str): version of the Gymnasium task. Defaults to ``"v5"``, the only one that fits
+            ``nearest``, as long as no argument of the task changes its state.
         max_steps (int, optional): steps after which an episode is truncated. Defaults to the
             task's own limit: 1000, or 50 for ``Reacher``.
         num_threads (int): threads that step the copies. Defaults to ``1``.

@@ -38,8 +38,8 @@ class BatchedPettingZooEnv(EnvBase):
     ``"truncated"``                                           truncates
     ================================  ======================  =================================
 
-    A copy whose episode has ended waits for its reset: a step of the others leaves it where it is,
-    ended as it was, and pays nothing.
+    A copy whose episode has ended waits for its reset: a step of the others leaves its state and
+    flags unchanged, and its rewards are zero.
 
     Args:
         make (callable): builds one copy, for instance ``simple_spread_v3.parallel_env``.
@@ -50,9 +50,9 @@ class BatchedPettingZooEnv(EnvBase):
             a group, as in :class:`~torchrl.envs.PettingZooWrapper`. Defaults to ``None``: those
             with the same name but for the number after it, under that name (``"collectors"`` for
             ``"collector"``, where TorchRL's collectors keep entries of their own).
-        seed (int, optional): from which each copy gets a seed of its own. Defaults to ``None``:
+        seed (int, optional): seed from which each copy derives its own. Defaults to ``None``:
             drawn from torch's global generator.
-        device (torch.device or str, optional): of the data. Defaults to ``"cpu"``.
+        device (torch.device or str, optional): device of the data. Defaults to ``"cpu"``.
         **kwargs: arguments of ``make``.
 
     Raises:
@@ -202,7 +202,7 @@ class BatchedPettingZooEnv(EnvBase):
         return ended.pop()
 
     def close(self, *, raise_if_closed: bool = True) -> None:
-        """Closes the copies."""
+        """Close the copies."""
         super().close(raise_if_closed=raise_if_closed)
         for env in self._envs:
             env.close()

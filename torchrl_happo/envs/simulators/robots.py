@@ -1,4 +1,4 @@
-"""MuJoCo's robots as teams see them: joints, what links them, and who moves which.
+"""MuJoCo's robots as teams: their joints, the links between them, and their partitions.
 
 The names, the links, the partitions and the order in which an agent observes are those of
 gymnasium-robotics' multi-agent MuJoCo (``mamujoco_v1``).
@@ -17,12 +17,12 @@ __all__ = ["ROBOTS", "Joint", "Robot"]
 
 @dataclass(frozen=True)
 class Joint:
-    """A joint with a motor, and where it is found.
+    """A joint with a motor, and its entries of the action and the state.
 
     Attributes:
         actuator (int): entry of the joint action that moves it.
-        own (tuple of int): entries of the state that the agent observes who moves it.
-        near (tuple of int): entries that an agent observes whose joints are near.
+        own (tuple of int): entries of the state that the agent observes that moves it.
+        near (tuple of int): entries that agents with neighbouring joints observe.
     """
 
     actuator: int
@@ -53,16 +53,16 @@ class Robot:
     velocity: Callable[..., np.ndarray] | None = None
 
     def actuators(self, team: Sequence[Sequence[str]]) -> list[list[int]]:
-        """For each agent the entries of the joint action that move its joints."""
+        """Return for each agent the entries of the joint action that move its joints."""
         return [[self.joints[name].actuator for name in joints] for joints in team]
 
     def team(self, actuators: Sequence[Sequence[int]]) -> list[list[str]]:
-        """For each agent its joints, from the entries of the joint action."""
+        """Return for each agent its joints, from the entries of the joint action."""
         names = {joint.actuator: name for name, joint in self.joints.items()}
         return [[names[actuator] for actuator in own] for own in actuators]
 
     def observations(self, team: Sequence[Sequence[str]], distance: int) -> list[list[int]]:
-        """For each agent the entries of the state that it observes.
+        """Return for each agent the entries of the state that it observes.
 
         These are, in this order, those of its own joints, of the joints at distance 1, 2, ...,
         and of the trunk. Within a distance joints are in the order of their names.
@@ -80,7 +80,7 @@ class Robot:
         return list(dict.fromkeys([*entries, *self.trunk]))  # joints share bodies
 
     def _rings(self, joints: set[str], distance: int) -> Iterator[set[str]]:
-        """The joints at distance 1, 2, ... from some."""
+        """Yield the joints at distance 1, 2, ... from the given ones."""
         seen, ring = set(joints), joints
         for _ in range(distance):
             ring = {name for link in self.links if ring & set(link) for name in link} - seen
@@ -94,7 +94,7 @@ def _tree(
     bodies: Sequence[tuple[int, int]] = (),
     forces: int | None = None,
 ) -> dict[str, Joint]:
-    """The joints of a robot whose state is (trunk, joints) positions, then velocities, and so on.
+    """Return the joints of a robot whose state is positions of trunk and joints, then velocities.
 
     Args:
         joints (dict): in the order of the state; their actuator and the bodies at them.

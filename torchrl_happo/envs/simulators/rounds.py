@@ -1,4 +1,4 @@
-"""Agents that act in turn, stepped as if they acted at once."""
+"""Environments whose agents act in turn, stepped as if the agents acted at once."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Rounds:
     """PettingZoo's parallel API over one of its environments whose agents act in fixed rounds.
 
     PettingZoo's own conversion (``aec_to_parallel``) observes every agent anew before its turn and
-    checks every access. In a small environment such as mpe2's that takes longer than the physics;
-    this does what is left: the turns of all agents, then one observation of each. Actions are
-    passed on as they are.
+    checks every access. In a small environment such as mpe2's that takes longer than the physics.
+    This class only plays the turns of all agents and then observes each once. Actions are passed on
+    unchanged.
 
     Args:
         env (AECEnv): an environment without wrappers (``raw_env`` of a module of mpe2), all of
@@ -37,20 +37,20 @@ class Rounds:
         self.possible_agents: list[str] = list(env.possible_agents)
 
     def observation_space(self, agent: str) -> Any:
-        """What an agent observes."""
+        """Return the space of an agent's observations."""
         return self.env.observation_space(agent)
 
     def action_space(self, agent: str) -> Any:
-        """What an agent may do."""
+        """Return the space of an agent's actions."""
         return self.env.action_space(agent)
 
     def reset(self, seed: int | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Begins an episode; returns the agents' observations and infos."""
+        """Begin an episode; return the agents' observations and infos."""
         self.env.reset(seed=seed)
         return self._observe(), self.env.infos
 
     def step(self, actions: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
-        """One round; returns observations, rewards, terminations, truncations and infos."""
+        """Play a round; return observations, rewards, terminations, truncations and infos."""
         env = self.env
         for agent in self.possible_agents:
             env.step(actions[agent])
@@ -60,5 +60,5 @@ class Rounds:
         return {agent: self.env.observe(agent) for agent in self.possible_agents}
 
     def close(self) -> None:
-        """Closes the environment."""
+        """Close the environment."""
         self.env.close()
