@@ -141,6 +141,11 @@ def test_the_cost_of_velocity(robot, name, bound):
     for limit, env in ((bound, build()), (0.1, build(max_velocity=0.1))):
         data = env.reset()
         assert data["cost"].item() == 0
+        near = np.array([limit - 1e-6, limit + 1e-6])
+        info = {"x_velocity": near, "y_velocity": np.zeros(2)}
+        if ROBOTS[robot].velocity is np.abs:
+            del info["y_velocity"]
+        assert env.base_env.cost(info).tolist() == [False, True]
         for _ in range(20):
             state = data["state"][0].double().numpy()
             single.set_state(

@@ -31,6 +31,7 @@ from torchrl.envs import (
     TransformedEnv,
     VmasEnv,
 )
+from torchrl.modules import MaskedCategorical
 
 from torchrl_happo import (
     HAPPOLoss,
@@ -297,6 +298,15 @@ def test_masks_of_numbers_forbid():
         mask = batch["agents", "action_mask"].bool()
         assert not mask.all()
         assert torch.equal(probs > 0, mask)
+
+
+def test_a_mask_in_a_dict_of_observations_masks_and_is_not_observed():
+    """The entries beside it are the observation, and it forbids actions."""
+    env, _ = KINDS["mask beside a nested observation"]
+    actor = make_actor(env)
+    assert actor.module[0].in_keys == [("agents", "observation", "observation")]
+    assert type(actor.get_dist(env.reset())) is MaskedCategorical
+    assert make_critic(env).in_keys == [("agents", "observation", "observation")]
 
 
 def test_encodings():

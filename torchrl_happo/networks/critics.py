@@ -79,7 +79,8 @@ def make_critic(
             Defaults to ``False``.
         output_gain (float): gain of the last layer's initialisation. Defaults to ``1.0``.
         observation_key (NestedKey or list of NestedKey): name of the observation in the groups,
-            as for :func:`~torchrl_happo.make_actor`. Defaults to ``"observation"``.
+            as for :func:`~torchrl_happo.make_actor`; of a dict, all entries but ``"action_mask"``.
+            Defaults to ``"observation"``.
         out_key (NestedKey): where the value is written. Defaults to ``"state_value"``.
         recurrent (str, optional): memory behind the hidden layers, ``"gru"`` or ``"lstm"``; one
             for each agent, where agents have a value each. Defaults to ``None``: no memory.
@@ -136,7 +137,7 @@ def make_critic(
     architecture = Architecture(num_cells, activation_class, layer_norm, device)
     team: list[Group] = []
     if input != "state":
-        team = select_groups(read_groups(env, observation_key), groups)
+        team = select_groups(read_groups(env, observation_key, "action_mask"), groups)
     has_state = "state" in env.full_observation_spec.keys(True, True)
     if state_key is None and (input == "state" or (input == "agent_specific" and has_state)):
         state_key = "state"
