@@ -42,7 +42,7 @@ from torchrl_happo.envs import (
     xor_payoff,
 )
 from torchrl_happo.networks.specs import read_groups
-from torchrl_happo.recipe.baselines import SimultaneousUpdater, make_group_critic
+from torchrl_happo.recipe.algorithms.simultaneous import SimultaneousUpdater, make_group_critic
 
 logger = logging.getLogger("games")
 

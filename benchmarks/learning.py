@@ -25,16 +25,16 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 from scipy import stats
 
 from torchrl_happo.recipe.compose import compose_config
-from torchrl_happo.recipe.tables import cell, listed, short
+from torchrl_happo.recipe.report import Run, draw, table
 
 logger = logging.getLogger("learning")
 
@@ -256,120 +256,42 @@ def _is_recorded(name: str, task: str, algorithm: str, seed: int) -> bool:
     return any((r["task"], r["algorithm"], r["seed"], r["frames"]) == wanted for r in rows)
 
 
-Curves = dict[str, dict[str, dict[int, np.ndarray]]]
-
-
-def _curves(name: str) -> Curves:
-    """``[task][algorithm][seed]``: frames, returns and standard errors as columns."""
-    curves: dict = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+def runs_of(name: str) -> list[Run]:
+    """The runs whose evaluations are in a suite's results."""
+    rows: dict = defaultdict(list)
     for r in _read(HERE / "results" / f"{name}.csv"):
-        numbers = [float(r["frames"]), float(r["return"]), float(r["return_stderr"])]
-        curves[r["task"]][r["algorithm"]][int(r["seed"])].append(numbers)
-    return {
-        task: {
-            algorithm: {seed: np.array(rows) for seed, rows in seeds.items()}
-            for algorithm, seeds in algorithms.items()
-        }
-        for task, algorithms in curves.items()
-    }
+        numbers = {key: float(r[key]) for key in ("frames", "return", "return_stderr")}
+        rows[r["task"], r["algorithm"], int(r["seed"])].append(numbers)
+    return [Run(*key, of_run) for key, of_run in rows.items()]
 
 
-def table(name: str) -> str:
-    """Evaluations as a Markdown table: mean of the seeds, its standard error, each seed."""
-    suite, curves = SUITES[name], _curves(name)
-    algorithms = [a for a in suite.algorithms if any(a in c for c in curves.values())]
-    lines = ["| task | " + " | ".join(algorithms) + " |", "|---" * (len(algorithms) + 1) + "|"]
-    for task, frames in itertools.product(suite.tasks, suite.milestones or (None,)):
-        cells = [_cell(curves.get(task, {}).get(a, {}), frames) for a in algorithms]
-        when = "" if frames is None else f", {frames / 1e6:g}M"
-        if set(cells) != {"-"}:
-            lines.append(f"| {task}{when} | " + " | ".join(cells) + " |")
-        theirs = [suite.reference.get((task, a, frames), []) for a in algorithms]
-        if any(theirs):
-            cells = [f"{short(float(np.mean(v)))} ({listed(v)})" if v else "-" for v in theirs]
-            lines.append(f"| *reference implementation{when}* | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _cell(seeds: dict[int, np.ndarray], frames: int | None) -> str:
-    """The seeds' evaluations after ``frames`` steps, or the last that all of them have."""
-    if frames is None and seeds:
-        frames = max(_at_common_frames(list(seeds.values()))[0], default=None)
-    rows = [seed[seed[:, 0] == frames] for seed in seeds.values()]
-    there = [row[0] for row in rows if len(row)]
-    return cell([row[1] for row in there], [row[2] for row in there])
-
-
-def _at_common_frames(seeds: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """The frames at which all seeds were evaluated, and their returns there, a row for each."""
-    frames = sorted(set.intersection(*({*rows[:, 0]} for rows in seeds)))
-    returns = [[dict(rows[:, :2])[frame] for frame in frames] for rows in seeds]
-    return np.array(frames), np.array(returns)
-
-
-def figure(name: str) -> Path:
-    """Curves of all tasks, one pair of axes each."""
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    curves = _curves(name)
-    tasks = [task for task in SUITES[name].tasks if task in curves]
-    fig, axes = plt.subplots(
-        1, len(tasks), figsize=(max(3.1 * len(tasks), 5.0), 3.0), squeeze=False
-    )
-    colors = {a: f"C{i}" for i, a in enumerate(SUITES[name].algorithms)}
-    seeds_of: dict[str, set[int]] = defaultdict(set)
-    for ax, task in zip(axes[0], tasks, strict=True):
-        for algorithm, seeds in curves[task].items():
-            frames, returns = _at_common_frames(list(seeds.values()))
-            middle, low, high = _interquartile_mean(returns)
-            seeds_of[algorithm].add(len(returns))
-            frames = frames / 1000
-            ax.plot(frames, middle, color=colors[algorithm], lw=1.5)
-            ax.fill_between(frames, low, high, color=colors[algorithm], alpha=0.2, lw=0)
-        for (where, algorithm, when), values in SUITES[name].reference.items():
-            if where == task:
-                ax.plot([when / 1000] * len(values), values, "x", color=colors[algorithm])
-        ax.set_title(task, fontsize=9)
-        ax.set_xlabel("environment steps (thousands)", fontsize=8)
-        ax.tick_params(labelsize=8)
-        ax.grid(alpha=0.3)
-    axes[0][0].set_ylabel("team return, deterministic", fontsize=8)
-    labelled = {
-        _label(algorithm, seeds_of[algorithm]): mpl.lines.Line2D([], [], color=color, lw=1.5)
-        for algorithm, color in colors.items()
-        if seeds_of[algorithm]
-    }
-    if SUITES[name].reference:
-        cross = mpl.lines.Line2D([], [], color="gray", marker="x", ls="")
-        labelled["reference implementation, each seed"] = cross
-    handles, labels = list(labelled.values()), list(labelled)
-    columns = max(2, len(tasks))
-    rows = -(-len(labels) // columns)
-    fig.legend(handles, labels, loc="lower center", ncols=columns, fontsize=8, frameon=False)
-    fig.tight_layout(rect=(0, 0.02 + 0.05 * rows, 1, 1))
+def report(name: str) -> str:
+    """Draws the suite's curves; returns its table and where the curves are."""
+    suite, runs = SUITES[name], runs_of(name)
+    layout = {"tasks": list(suite.tasks), "labels": list(suite.algorithms)}
     path = HERE / "results" / f"{name}.png"
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
-    return path
+    draw(
+        runs,
+        path,
+        **layout,
+        band=_interquartile_mean,
+        ylabel="team return, deterministic",
+        reference=suite.reference,
+    )
+    lines = table(runs, **layout, milestones=suite.milestones, reference=suite.reference)
+    return f"{lines}\n\n{path}"
 
 
-def _label(algorithm: str, seeds: set[int]) -> str:
-    few, many = min(seeds), max(seeds)
-    count = f"{many}" if few == many else f"{few} to {many}"
-    return f"{algorithm} ({count} seed{'s' if many > 1 else ''})"
-
-
-def _interquartile_mean(returns: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Interquartile mean over the seeds (rows) and its 95 % bootstrap confidence interval."""
+def _interquartile_mean(returns: Sequence[float]) -> tuple[float, float, float]:
+    """Interquartile mean over the seeds and its 95 % bootstrap confidence interval."""
     iqm = partial(stats.trim_mean, proportiontocut=0.25)
-    middle = iqm(returns, axis=0)
+    middle = float(iqm(returns))
     if len(returns) < 2:
         return middle, middle, middle
     low, high = stats.bootstrap(
-        (returns,), iqm, axis=0, n_resamples=2000, method="percentile", rng=np.random.default_rng(0)
+        (returns,), iqm, n_resamples=2000, method="percentile", rng=np.random.default_rng(0)
     ).confidence_interval
-    return middle, low, high
+    return middle, float(low), float(high)
 
 
 def main() -> None:
@@ -398,7 +320,7 @@ def main() -> None:
             args.seeds or list(suite.seeds),
             args.runs,
         )
-    logger.info("%s\n\n%s", table(args.suite), figure(args.suite))
+    logger.info("%s", report(args.suite))
 
 
 class _Raw(argparse.RawDescriptionHelpFormatter):

@@ -30,7 +30,6 @@ from torchrl_happo.recipe.algorithms import make_learner
 from torchrl_happo.recipe.collection import Batches
 from torchrl_happo.recipe.compose import compose_config
 from torchrl_happo.recipe.environments import make_env
-from torchrl_happo.recipe.memory import keep_freed_memory
 from torchrl_happo.recipe.records import flatten
 
 FRAMES = 4000
@@ -93,7 +92,6 @@ def main() -> None:
     args = parser.parse_args()
     clock = {"wall": time.perf_counter, "cpu": time.process_time}[args.clock]
     torch.set_num_threads(1)
-    keep_freed_memory()
 
     timed = {
         f"random, {num_envs} envs, {threads} threads": collecting(num_envs, threads, clock)

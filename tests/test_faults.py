@@ -23,7 +23,7 @@ from wrong_calls import INF, NAN, Team, same
 
 import torchrl_happo
 from torchrl_happo import HAPPOLoss, HATRPOLoss, SequentialUpdater, train
-from torchrl_happo.recipe import checkpoint
+from torchrl_happo.recipe import checkpoint, training
 from torchrl_happo.recipe.checkpoint import CheckpointError, Checkpoints
 from torchrl_happo.recipe.collection import Batches, WorkerError
 from torchrl_happo.recipe.compose import compose_config
@@ -181,12 +181,12 @@ def test_an_error_inside_a_network_leaves_its_parameters_in_place(kind, place):
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
     """Leaves out the figures, which take longer than these runs."""
-    monkeypatch.setattr(train, "write_report", lambda config, folder: None)
+    monkeypatch.setattr(training, "write_report", lambda config, folder: None)
 
 
 def finished(config, folder):
     """A run, and what it has learned and measured."""
-    train.run(config, folder)
+    training.run(config, folder)
     return checkpoint.read(folder)["updater"], table(folder / "metrics.csv")
 
 
@@ -206,7 +206,7 @@ def test_an_environment_that_raises(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(VmasEnv, "_step", breaks)
         with pytest.raises(RuntimeError, match="the simulator broke"):
-            train.run(config, broken)
+            training.run(config, broken)
     assert checkpoint.read(broken)["progress"]["iteration"] == 2
     assert same(finished(replace(config, resume=str(broken)), broken), whole)
 
@@ -231,7 +231,7 @@ def test_a_worker_that_is_killed(tmp_path, monkeypatch, moment):
 
     monkeypatch.setattr(Batches, moment, killing)
     with pytest.raises(WorkerError, match=r"1 of 2 processes .* \(exit codes: -9\).*: resume"):
-        train.run(config, tmp_path)
+        training.run(config, tmp_path)
     assert checkpoint.read(tmp_path)["progress"]["iteration"] == 1
 
 
@@ -262,7 +262,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         Disk(patch, lambda path: checkpoint.SUFFIX in path.name, last=1)
         with pytest.raises(CheckpointError) as caught:
-            train.run(config, folder)
+            training.run(config, folder)
     sentence = str(caught.value)
     assert "00000002.pt cannot be written" in sentence
     assert "No space left on device" in sentence

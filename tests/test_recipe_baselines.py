@@ -15,7 +15,11 @@ from torchrl.modules import MultiAgentMLP
 
 from torchrl_happo.networks.specs import read_groups
 from torchrl_happo.recipe.algorithms import make_learner
-from torchrl_happo.recipe.baselines import SimultaneousUpdater, TeamStateCritic, make_group_critic
+from torchrl_happo.recipe.algorithms.simultaneous import (
+    SimultaneousUpdater,
+    TeamStateCritic,
+    make_group_critic,
+)
 from torchrl_happo.recipe.config import ConfigError
 from torchrl_happo.recipe.environments import make_env
 

@@ -11,14 +11,13 @@ from recipe_helpers import table, tiny_config
 from torch import nn
 from torchrl.modules import LSTMModule, PopArtValueNorm, RunningValueNorm
 
-from torchrl_happo import ActorList, train
+from torchrl_happo import ActorList
 from torchrl_happo.policy.memory import has_memory
-from torchrl_happo.recipe import checkpoint
+from torchrl_happo.recipe import checkpoint, load, trained, training
 from torchrl_happo.recipe.algorithms import make_learner
 from torchrl_happo.recipe.compose import compose_config, from_dict, to_dict
 from torchrl_happo.recipe.config import ConfigError, RecurrentModel
 from torchrl_happo.recipe.environments import make_env
-from torchrl_happo.recipe.rollout import record
 
 # Every setting of the reference implementation that is not the recipe's own default.
 REFERENCE = (
@@ -41,7 +40,7 @@ CRITIC = ("critic.model=lstm", "critic.hidden_size=4")
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch):
     """Leaves the report out, which takes longer than these runs."""
-    monkeypatch.setattr(train, "write_report", lambda config, folder: None)
+    monkeypatch.setattr(training, "write_report", lambda config, folder: None)
 
 
 def learner_of(*overrides):
@@ -69,10 +68,10 @@ def learner_of(*overrides):
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, overrides):
     """Memory and value statistics are part of what a checkpoint brings back, bit for bit."""
     config = tiny_config(*overrides, "checkpoint.interval=1", "evaluation.interval=1")
-    whole = train.run(config, tmp_path / "whole")
+    whole = training.run(config, tmp_path / "whole")
     stopped = shutil.copytree(whole, tmp_path / "stopped")
     (stopped / "checkpoints" / "00000003.pt").unlink()
-    train.run(replace(config, resume=str(stopped)), stopped)
+    training.run(replace(config, resume=str(stopped)), stopped)
     first, second = (checkpoint.read(folder)["updater"] for folder in (whole, stopped))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     for name in ("metrics.csv", "evaluation.csv"):
@@ -83,7 +82,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, overrides):
 def test_memory_in_worker_processes(tmp_path):
     """Workers keep the hidden states of their own environments."""
     config = tiny_config(*GRU, *CRITIC, "collector=multi")
-    assert len(table(train.run(config, tmp_path) / "metrics.csv")) == 3
+    assert len(table(training.run(config, tmp_path) / "metrics.csv")) == 3
 
 
 def test_memory_forgets_at_the_end_of_an_episode_in_evaluation(tmp_path):
@@ -102,11 +101,9 @@ def test_an_episode_with_memory_is_drawn(tmp_path, monkeypatch):
     """The rollout of a recurrent policy needs the transforms, too."""
     from PIL import Image
 
-    from torchrl_happo.recipe import rollout
-
-    monkeypatch.setattr(rollout, "_draw", lambda env: Image.new("P", (4, 4)))
-    folder = train.run(tiny_config(*GRU, "total_frames=24"), tmp_path)
-    record(folder, tmp_path / "rollout.gif")
+    monkeypatch.setattr(trained, "draw", lambda env: Image.new("P", (4, 4)))
+    folder = training.run(tiny_config(*GRU, "total_frames=24"), tmp_path)
+    load(folder).render(tmp_path / "rollout.gif")
     assert (tmp_path / "rollout.gif").exists()
 
 
@@ -128,7 +125,7 @@ def test_what_the_critic_sees(tmp_path, sees, shape):
     env = make_env(config.task, num_envs=1, seed=0)
     critic = make_learner(config, env).updater.loss.critic_network
     assert critic(env.reset())["state_value"].shape == shape
-    train.run(config, tmp_path)
+    training.run(config, tmp_path)
 
 
 @pytest.mark.parametrize("sees", ["observations", "agent_specific", "own"])

@@ -20,8 +20,7 @@ from tensordict import TensorDict
 from torchrl.envs.utils import ExplorationType, exploration_type, set_exploration_type
 from vmas.simulator.environment.environment import Environment
 
-from torchrl_happo import train
-from torchrl_happo.recipe import report, rollout
+from torchrl_happo.recipe import cli, report, trained, training
 from torchrl_happo.recipe.algorithms import make_learner
 from torchrl_happo.recipe.collection import Batches
 from torchrl_happo.recipe.compose import compose_config
@@ -184,27 +183,25 @@ class TestReport:
         ]
 
     def test_what_cannot_be_drawn_is_said(self, tmp_path, monkeypatch, capsys):
-        """In one sentence, before anything is built: another simulator, no checkpoint."""
-        monkeypatch.setattr(train, "write_report", lambda config, folder: None)
-        run = train.run(tiny_config("task=pettingzoo/simple_line"), tmp_path / "run")
+        """In one sentence: another simulator, no checkpoint."""
+        monkeypatch.setattr(training, "write_report", lambda config, folder: None)
+        run = training.run(tiny_config("task=pettingzoo/simple_line"), tmp_path / "run")
         for folder, words in ((run, "not pettingzoo/simple_line"), (tmp_path, "holds no")):
-            monkeypatch.setattr(sys, "argv", ["rollout", str(folder)])
-            with pytest.raises(SystemExit) as ended:
-                rollout.main()
-            assert ended.value.code == 2
-            assert words in capsys.readouterr().err.splitlines()[-1]
+            assert cli.command_line(["render", f"run={folder}"]) == 2
+            (said,) = capsys.readouterr().err.splitlines()
+            assert words in said
 
     def test_a_rollout_is_a_film_of_one_episode(self, tmp_path, monkeypatch):
         """One picture for each step of the newest checkpoint, whatever draws it."""
         from PIL import Image
 
-        monkeypatch.setattr(train, "write_report", lambda config, folder: None)
-        folder = train.run(tiny_config("task=vmas/wheel"), tmp_path)
+        monkeypatch.setattr(training, "write_report", lambda config, folder: None)
+        folder = training.run(tiny_config("task=vmas/wheel"), tmp_path)
         shades = iter(range(0, 250, 40))
         monkeypatch.setattr(
-            rollout, "_draw", lambda env: Image.new("RGB", (8, 8), (next(shades),) * 3)
+            trained, "draw", lambda env: Image.new("RGB", (8, 8), (next(shades),) * 3)
         )
-        rollout.record(folder, folder / "rollout.gif")
+        assert cli.command_line(["render", f"run={folder}"]) == 0
         with Image.open(folder / "rollout.gif") as film:
             assert film.n_frames == 4
 

@@ -12,10 +12,9 @@ import torch
 from compilation import forget_graphs, num_graphs
 from recipe_helpers import TINY, table, tiny_config
 
-from torchrl_happo import train
-from torchrl_happo.recipe import checkpoint
-from torchrl_happo.recipe.algorithms import SequentialUpdater
-from torchrl_happo.recipe.baselines import SimultaneousUpdater
+from torchrl_happo import SequentialUpdater, train
+from torchrl_happo.recipe import checkpoint, training
+from torchrl_happo.recipe.algorithms.simultaneous import SimultaneousUpdater
 from torchrl_happo.recipe.checkpoint import CheckpointError
 from torchrl_happo.recipe.config import ConfigError
 
@@ -26,7 +25,7 @@ ALGORITHMS = ("happo", "hatrpo", "mappo", "ippo")
 def drawn(request, monkeypatch):
     """Leaves the report out, which takes longer than these runs, but where it is what is tested."""
     if "draws" not in request.fixturenames:
-        monkeypatch.setattr(train, "write_report", lambda config, folder: None)
+        monkeypatch.setattr(training, "write_report", lambda config, folder: None)
 
 
 @pytest.fixture
@@ -49,8 +48,8 @@ def same(first, second):
 def test_a_run_can_be_repeated(tmp_path, algorithm):
     """The seed decides everything, also for a second run in the same process."""
     config = tiny_config(f"algorithm={algorithm}", "seed=5")
-    same(train.run(config, tmp_path / "a"), train.run(config, tmp_path / "b"))
-    other = train.run(replace(config, seed=6), tmp_path / "c")
+    same(training.run(config, tmp_path / "a"), training.run(config, tmp_path / "b"))
+    other = training.run(replace(config, seed=6), tmp_path / "c")
     assert table(other / "metrics.csv") != table(tmp_path / "a" / "metrics.csv")
 
 
@@ -58,22 +57,22 @@ def test_a_run_can_be_repeated(tmp_path, algorithm):
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, algorithm):
     """From each checkpoint, in place or branched off, the run ends with the same numbers."""
     config = tiny_config(f"algorithm={algorithm}", "checkpoint.interval=1", "evaluation.interval=1")
-    whole = train.run(config, tmp_path / "whole")
+    whole = training.run(config, tmp_path / "whole")
     branch = whole / "checkpoints" / "00000001.pt"
-    same(whole, train.run(replace(config, resume=str(branch)), tmp_path / "branch"))
+    same(whole, training.run(replace(config, resume=str(branch)), tmp_path / "branch"))
 
     stopped = shutil.copytree(whole, tmp_path / "stopped")
     (stopped / "checkpoints" / "00000003.pt").unlink()
-    same(whole, train.run(replace(config, resume=str(stopped)), stopped))
+    same(whole, training.run(replace(config, resume=str(stopped)), stopped))
     assert table(whole / "evaluation.csv") == table(stopped / "evaluation.csv")
 
 
 def test_a_finished_run_can_be_made_longer(tmp_path):
     """Resuming with more frames adds iterations to what is there."""
     config = tiny_config()
-    folder = train.run(config, tmp_path)
+    folder = training.run(config, tmp_path)
     before = table(folder / "metrics.csv")
-    train.run(replace(config, resume=str(folder), total_frames=120), folder)
+    training.run(replace(config, resume=str(folder), total_frames=120), folder)
     after = table(folder / "metrics.csv")
     assert after[: len(before)] == before
     assert [row["iteration"] for row in after] == ["1", "2", "3", "4", "5"]
@@ -82,23 +81,23 @@ def test_a_finished_run_can_be_made_longer(tmp_path):
 def test_branching_off_where_nothing_is_left(tmp_path):
     """It is refused: it would leave a folder without a checkpoint, which cannot be resumed."""
     config = tiny_config()
-    last = train.run(config, tmp_path / "run") / "checkpoints" / "00000003.pt"
+    last = training.run(config, tmp_path / "run") / "checkpoints" / "00000003.pt"
     with pytest.raises(ConfigError, match=r"end of its total_frames=72: raise total_frames"):
-        train.run(replace(config, resume=str(last)), tmp_path / "branch")
+        training.run(replace(config, resume=str(last)), tmp_path / "branch")
     assert not (tmp_path / "branch").exists()
-    train.run(replace(config, resume=str(last), total_frames=96), tmp_path / "branch")
+    training.run(replace(config, resume=str(last), total_frames=96), tmp_path / "branch")
     assert len(table(tmp_path / "branch" / "metrics.csv")) == 4
 
 
 def test_the_folder_of_another_run_is_refused(tmp_path):
     """A new run does not write over what another one has saved, a resumed one does not mix."""
     config = tiny_config()
-    folder = train.run(config, tmp_path / "run")
+    folder = training.run(config, tmp_path / "run")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     elsewhere = shutil.copytree(folder, tmp_path / "elsewhere")
     for other in (replace(config, seed=6), replace(config, resume=str(elsewhere))):
         with pytest.raises(ConfigError, match=r"holds the checkpoints of a run: go on .*resume="):
-            train.run(other, folder)
+            training.run(other, folder)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
@@ -106,11 +105,11 @@ def test_the_folder_of_another_run_is_refused(tmp_path):
 def test_what_is_reported_is_where_the_run_ends(tmp_path, evaluates):
     """Also of a run that was stopped, and is resumed with nothing left to learn."""
     config = tiny_config("total_frames=48", f"evaluation.interval={evaluates}")
-    folder = train.run(config, tmp_path)
+    folder = training.run(config, tmp_path)
     content = checkpoint.read(folder)
     content["progress"]["evaluation"] = content["progress"]["evaluation"][:-1]
     checkpoint.write_atomically(folder / "checkpoints" / "00000002.pt", content)
-    train.run(replace(config, resume=str(folder)), folder)
+    training.run(replace(config, resume=str(folder)), folder)
     assert table(folder / "evaluation.csv")[-1]["iteration"] == "2"
 
 
@@ -122,7 +121,10 @@ def test_evaluation_does_not_disturb_training(tmp_path, algorithm):
     """
     config = tiny_config(f"algorithm={algorithm}", "task=vmas/navigation")
     often = replace(config, evaluation=replace(config.evaluation, interval=1))
-    never, always = train.run(config, tmp_path / "never"), train.run(often, tmp_path / "always")
+    never, always = (
+        training.run(config, tmp_path / "never"),
+        training.run(often, tmp_path / "always"),
+    )
     same(never, always)
     assert [row["iteration"] for row in table(always / "evaluation.csv")] == ["0", "1", "2", "3"]
     assert [row["iteration"] for row in table(never / "evaluation.csv")] == ["3"]
@@ -143,10 +145,10 @@ def test_ctrl_c_saves_and_can_be_resumed(tmp_path, monkeypatch, number):
     with monkeypatch.context() as patch:
         patch.setattr(SequentialUpdater, "__call__", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            train.run(config, tmp_path)
+            training.run(config, tmp_path)
     assert signal.getsignal(number) is handler
     assert checkpoint.read(tmp_path)["progress"]["iteration"] == 2
-    train.run(replace(config, resume=str(tmp_path)), tmp_path)
+    training.run(replace(config, resume=str(tmp_path)), tmp_path)
     assert len(table(tmp_path / "metrics.csv")) == 3
 
 
@@ -169,14 +171,14 @@ def test_a_second_ctrl_c_acts_at_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(SequentialUpdater, "__call__", interrupted_twice)
     with pytest.raises(KeyboardInterrupt):
-        train.run(tiny_config(), tmp_path)
+        training.run(tiny_config(), tmp_path)
     assert not (tmp_path / "checkpoints").exists()
 
 
 def test_an_error_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     """A run that breaks in the middle is resumed from where it last saved."""
     config = tiny_config("algorithm=mappo", "checkpoint.interval=1")
-    whole = train.run(config, tmp_path / "whole")
+    whole = training.run(config, tmp_path / "whole")
     update = SimultaneousUpdater.__call__
     calls = []
 
@@ -189,14 +191,14 @@ def test_an_error_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(SimultaneousUpdater, "__call__", broken)
         with pytest.raises(RuntimeError, match="third update"):
-            train.run(config, tmp_path / "broken")
+            training.run(config, tmp_path / "broken")
     broken_run = tmp_path / "broken"
-    same(whole, train.run(replace(config, resume=str(broken_run)), broken_run))
+    same(whole, training.run(replace(config, resume=str(broken_run)), broken_run))
 
 
 def test_a_run_leaves_what_it_promises(tmp_path, draws):
     """Configuration, tables with named columns, checkpoint and curve."""
-    folder = train.run(tiny_config("evaluation.interval=2"), tmp_path / "new" / "folder")
+    folder = training.run(tiny_config("evaluation.interval=2"), tmp_path / "new" / "folder")
     assert {path.name for path in folder.iterdir()} == {
         "checkpoints",
         "config.yaml",
@@ -215,7 +217,7 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
     """``logger=tensorboard`` adds an event file with what the tables hold."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    folder = train.run(tiny_config("logger=tensorboard"), tmp_path)
+    folder = training.run(tiny_config("logger=tensorboard"), tmp_path)
     events = EventAccumulator(str(next(folder.glob("vmas_*"))))
     events.Reload()
     logged = [(event.step, event.value) for event in events.Scalars("train/return")]
@@ -227,15 +229,15 @@ def test_a_logger_that_is_not_installed_is_refused(tmp_path, monkeypatch):
     """The sentence says what to install."""
     monkeypatch.setattr("torchrl_happo.recipe.records.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install wandb"):
-        train.run(tiny_config("logger=wandb"), tmp_path)
+        training.run(tiny_config("logger=wandb"), tmp_path)
 
 
 def test_a_checkpoint_of_other_networks_is_refused(tmp_path):
     """A change of the networks is named before anything is trained."""
-    folder = train.run(tiny_config(), tmp_path)
+    folder = training.run(tiny_config(), tmp_path)
     wider = tiny_config("model.num_cells=[9]", f"resume={folder}")
     with pytest.raises(CheckpointError, match=r"does not fit this run: .*architecture"):
-        train.run(wider, folder)
+        training.run(wider, folder)
     assert len(table(folder / "metrics.csv")) == 3
 
 
@@ -272,7 +274,7 @@ class TestCommandLine:
         def interrupted(config, folder):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(train, "run", interrupted)
+        monkeypatch.setattr(training, "run", interrupted)
         assert self.call(monkeypatch, tmp_path) == 130
 
     def test_an_error_of_the_system_that_is_not_about_writing_is_not_hidden(
@@ -283,20 +285,20 @@ class TestCommandLine:
         def broken(config, folder):
             raise ConnectionError("no simulator answers")
 
-        monkeypatch.setattr(train, "run", broken)
+        monkeypatch.setattr(training, "run", broken)
         with pytest.raises(ConnectionError, match="no simulator answers"):
             self.call(monkeypatch, tmp_path)
 
     def test_resumes_in_place(self, monkeypatch, tmp_path):
         """``resume=FOLDER`` goes on in that folder with the stored task and algorithm."""
-        run = train.run(tiny_config("algorithm=mappo", "task=vmas/wheel"), tmp_path / "run")
+        run = training.run(tiny_config("algorithm=mappo", "task=vmas/wheel"), tmp_path / "run")
         monkeypatch.setattr("sys.argv", ["torchrl-happo", f"resume={run}", "total_frames=96"])
         assert train.main() == 0
         assert len(table(run / "metrics.csv")) == 4
 
     def test_options_of_the_resumed_task(self, monkeypatch, tmp_path, capsys):
         """They are known with the name of the task, and the sentence says so without it."""
-        run = train.run(tiny_config("algorithm=hatrpo"), tmp_path / "run")
+        run = training.run(tiny_config("algorithm=hatrpo"), tmp_path / "run")
         words = ["torchrl-happo", f"resume={run}", "algorithm.max_kl=0.01"]
         monkeypatch.setattr("sys.argv", words)
         assert train.main() == 2
@@ -349,7 +351,7 @@ def test_compiled_run(tmp_path, caplog):
         config = tiny_config(
             f"algorithm.compile={compiled}", f"collector.compile_policy={compiled}"
         )
-        folder = train.run(config, tmp_path / compiled)
+        folder = training.run(config, tmp_path / compiled)
         rows.append(table(folder / "metrics.csv"))
     assert [row.keys() for row in rows[0]] == [row.keys() for row in rows[1]]
     # The first batch is the same but for rounding, on which each action afterwards depends.

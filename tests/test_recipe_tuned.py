@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 import torchrl_happo.conf
-from torchrl_happo.recipe.compose import compose_config
-from torchrl_happo.recipe.config import ALGORITHMS
-from torchrl_happo.recipe.tasks import TASKS
+from torchrl_happo.recipe.algorithms import ALGORITHMS
+from torchrl_happo.recipe.compose import TASKS, compose_config
 
 TUNED = Path(torchrl_happo.conf.__file__).parent / "tuned"
 

@@ -11,10 +11,14 @@ import pytest
 from recipe_helpers import TINY, table, tiny_config
 
 from torchrl_happo import train
-from torchrl_happo.recipe import checkpoint
+from torchrl_happo.recipe import checkpoint, training
 from torchrl_happo.recipe import sweep as sweep_module
+from torchrl_happo.recipe.algorithms import make_learner
 from torchrl_happo.recipe.config import ConfigError
-from torchrl_happo.recipe.sweep import Run, common_frames, remaining, summarize, write_summary
+from torchrl_happo.recipe.environments import make_env
+from torchrl_happo.recipe.report import Run, common_frames
+from torchrl_happo.recipe.report import table as summarize
+from torchrl_happo.recipe.sweep import remaining, write_summary
 
 pytest.importorskip("vmas")
 SWEEP = ("-m", "algorithm=happo,hatrpo", "seed=0,1", "evaluation.interval=1", *TINY)
@@ -24,8 +28,8 @@ SWEEP = ("-m", "algorithm=happo,hatrpo", "seed=0,1", "evaluation.interval=1", *T
 def sweep(monkeypatch, tmp_path):
     """Runs a sweep on the command line; returns the folders of the runs that it has run."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "write_report", lambda config, folder: None)
-    root, run = logging.getLogger(), train.run
+    monkeypatch.setattr(training, "write_report", lambda config, folder: None)
+    root, run = logging.getLogger(), training.run
     handlers, level = list(root.handlers), root.level
     done = []
 
@@ -33,7 +37,7 @@ def sweep(monkeypatch, tmp_path):
         done.append(folder.relative_to(tmp_path))
         return run(config, folder)
 
-    monkeypatch.setattr(train, "run", noting)
+    monkeypatch.setattr(training, "run", noting)
 
     def call(*overrides):
         done.clear()
@@ -83,7 +87,7 @@ def test_the_folder_of_another_run(tmp_path):
     """A run whose settings are not the stored ones is refused and not mixed up."""
     config = tiny_config()
     assert remaining(config, tmp_path) is config
-    learner = train.make_learner(config, train.make_env(config.task, num_envs=1, seed=0))
+    learner = make_learner(config, make_env(config.task, num_envs=1, seed=0))
     progress = checkpoint.Progress(iteration=2)
     checkpoint.Checkpoints(tmp_path, keep=1).save(config, learner.updater, progress)
     assert remaining(config, tmp_path) == replace(config, resume=str(tmp_path))

@@ -19,9 +19,9 @@ from torch import nn
 from torch.distributions import Categorical
 from torchrl.modules import IndependentNormal, MultiAgentMLP, ProbabilisticActor, TruncatedNormal
 
-from torchrl_happo import ActorList, HAPPOLoss, HATRPOLoss, SequentialUpdater, train
+from torchrl_happo import ActorList, HAPPOLoss, HATRPOLoss, SequentialUpdater
 from torchrl_happo.envs import MatrixGame
-from torchrl_happo.recipe import checkpoint
+from torchrl_happo.recipe import checkpoint, training
 from torchrl_happo.recipe.checkpoint import CheckpointError
 from torchrl_happo.recipe.config import ConfigError
 
@@ -129,8 +129,8 @@ class Run:
         self.place = tempfile.TemporaryDirectory()
         self.folder = Path(self.place.name) / "run"
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train, "write_report", lambda config, folder: None)
-            train.run(tiny_config(), self.folder)
+            patch.setattr(training, "write_report", lambda config, folder: None)
+            training.run(tiny_config(), self.folder)
         self.content = checkpoint.read(self.folder)
 
     def state(self):
@@ -158,7 +158,7 @@ def resumed(rows):
                 source.write_bytes(source.read_bytes()[:-100])
             checkpoint.read_config(checkpoint.read(source))
         config = tiny_config("total_frames=96", f"resume={source}", *overrides)
-        train.run(config, Path(run.place.name) / "new")
+        training.run(config, Path(run.place.name) / "new")
 
     errors = (CheckpointError, ConfigError)
     return [

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from torchrl_happo.arguments import first_line
-from torchrl_happo.recipe.compose import from_dict, to_dict
+from torchrl_happo.recipe.compose import CHECKPOINTS, SUFFIX, Functions, from_dict, to_dict
 from torchrl_happo.recipe.config import TrainConfig
-from torchrl_happo.recipe.places import CHECKPOINTS, SUFFIX
 
 logger = logging.getLogger(__name__)
 
@@ -166,9 +165,15 @@ def _read_file(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_config(content: dict[str, Any]) -> TrainConfig:
-    """The configuration of the run that wrote a checkpoint."""
-    return from_dict(_part(content, "config"))
+def read_config(content: dict[str, Any], functions: Functions | None = None) -> TrainConfig:
+    """Return the configuration of the run that wrote a checkpoint.
+
+    Args:
+        content (dict): of the checkpoint.
+        functions (dict of str to callable, optional): in place of those that the configuration
+            names. Defaults to ``None``.
+    """
+    return from_dict(_part(content, "config"), functions)
 
 
 def _part(content: dict[str, Any], name: str) -> dict[str, Any]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -45,7 +45,7 @@ class Batches:
         self._iterator: Iterator[TensorDictBase] = iter(())
 
     def restart(self, seed: int) -> None:
-        """Begins anew; what the environments were doing is dropped."""
+        """Begin anew; what the environments were doing is dropped."""
         self.close()
         seed_everything(seed)
         with deaf_children():
@@ -53,7 +53,7 @@ class Batches:
         self._iterator = iter(self._collector)
 
     def next(self) -> TensorDictBase:
-        """Collects the next batch, of shape ``[num_envs, steps_per_batch]``.
+        """Collect the next batch, of shape ``[num_envs, steps_per_batch]``.
 
         Asynchronous workers take turns: a batch is one worker's, as many frames from its part of
         the environments.
@@ -61,39 +61,52 @@ class Batches:
         Raises:
             WorkerError: if a worker process has ended.
         """
-        batch = self._watched(lambda: next(self._iterator))
+        with self._watched():
+            batch = next(self._iterator)
         return batch if batch.ndim == 2 else batch.flatten(0, 1)  # [num_workers, envs, steps]
 
     def policy_changed(self) -> None:
-        """Sends the policy's weights to wherever copies of it act.
+        """Send the policy's weights to wherever copies of it act.
 
         Raises:
             WorkerError: if a worker process has ended.
         """
-        if self._collector is not None:
-            self._watched(self._collector.update_policy_weights_, self._ping_actors())
+        collector = self._collector
+        if collector is None:
+            return
+        with self._watched():
+            if isinstance(collector, RayCollector):
+                import ray
 
-    def _watched(self, function: Callable[[], Any], pings: Sequence[Any] = ()) -> Any:
-        """Calls a function that needs the workers, which TorchRL may wait for without end."""
-        if not self._workers and not pings:
-            return _named(function)
+                # TorchRL waits without end for an actor that has ended; asking the actor raises.
+                ray.get([actor.__ray_ready__.remote() for actor in collector.remote_collectors])
+            collector.update_policy_weights_()
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Raise when a worker ends in this block, where TorchRL would wait for it without end."""
         self._check_workers()
-        call = _Call(function)
-        call.start()
-        while call.is_alive():
-            call.join(timeout=1.0)
+        in_main = threading.current_thread() is threading.main_thread()
+        watches = bool(self._workers) and in_main
+        before: Any = None
+        if watches:
+            # The system tells at once, and Python calls this between two waits of TorchRL's.
+            before = signal.signal(signal.SIGCHLD, lambda number, frame: self._check_workers())
+        try:
+            yield
+        except WorkerError:
+            raise
+        except Exception as error:
             self._check_workers()
-            _check_pings(pings)
-        if call.error is not None:
-            self._check_workers()
-            raise call.error
-        return call.result
-
-    def _ping_actors(self) -> list[Any]:
-        """Asks the actors of Ray, where there are any, for a sign of life."""
-        if not isinstance(self._collector, RayCollector):
-            return []
-        return [actor.__ray_ready__.remote() for actor in self._collector.remote_collectors]
+            if type(error).__module__.startswith("ray."):
+                raise WorkerError(
+                    f"An actor of Ray that collects has ended ({first_line(error)}): resume from "
+                    "the last checkpoint."
+                ) from error
+            raise
+        finally:
+            if watches:
+                signal.signal(signal.SIGCHLD, before)
 
     @property
     def _workers(self) -> list[Any]:
@@ -114,7 +127,7 @@ class Batches:
             )
 
     def close(self) -> None:
-        """Ends the environments and, where there are any, their processes."""
+        """End the environments and, where there are any, their processes."""
         collector, workers = self._collector, self._workers
         self._collector = None
         if isinstance(collector, DistributedCollector) and any(w.exitcode for w in workers):
@@ -124,42 +137,3 @@ class Batches:
             dist.destroy_process_group()
         elif collector is not None:
             collector.shutdown()
-
-
-def _named(function: Callable[[], Any]) -> Any:
-    """Calls a function, and says in one sentence what Ray has to say."""
-    try:
-        return function()
-    except Exception as error:
-        if not type(error).__module__.startswith("ray."):
-            raise
-        raise WorkerError(
-            f"An actor of Ray that collects has ended ({first_line(error)}): resume from the last "
-            "checkpoint."
-        ) from error
-
-
-def _check_pings(pings: Sequence[Any]) -> None:
-    """Raises if an actor has ended in place of answering."""
-    if pings:
-        import ray
-
-        answered, _ = ray.wait(list(pings), num_returns=len(pings), timeout=0)
-        _named(partial(ray.get, answered))
-
-
-class _Call(threading.Thread):
-    """Calls a function from a thread that can be left behind."""
-
-    def __init__(self, function: Callable[[], Any]) -> None:
-        super().__init__(daemon=True)
-        self.function = function
-        self.result: Any = None
-        self.error: BaseException | None = None
-
-    def run(self) -> None:
-        """Calls it, and remembers what came of it."""
-        try:
-            self.result = self.function()
-        except BaseException as error:
-            self.error = error

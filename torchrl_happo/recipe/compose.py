@@ -3,35 +3,36 @@
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields
-from difflib import get_close_matches
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
-from hydra.errors import (
-    ConfigCompositionException,
-    HydraException,
-    MissingConfigException,
-    OverrideParseException,
-)
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
 from torchrl_happo.recipe import config as schema
+from torchrl_happo.recipe.algorithms import ALGORITHMS
 from torchrl_happo.recipe.config import ConfigError, TrainConfig
-from torchrl_happo.recipe.places import run_folder
+from torchrl_happo.recipe.overrides import asked, normalize
+from torchrl_happo.recipe.overrides import sentence as _sentence
 from torchrl_happo.recipe.ranks import launch_time
-from torchrl_happo.recipe.tasks import TASKS
+from torchrl_happo.recipe.references import name_of
 from torchrl_happo.recipe.validation import validate
 
+Functions = Mapping[str, Callable[..., Any]]
+#: The options that name functions, or are functions.
+FUNCTIONS = ("task.make_env", "model.make_actor", "critic.make_critic")
+
 CONFIG_MODULE = "torchrl_happo.conf"
+CONF = Path(__file__).parent.parent / "conf"
 
 LONGEST_FOLDER = 100
+CHECKPOINTS, SUFFIX = "checkpoints", ".pt"
 
 # What a resumed run may set anew without becoming another run.
 CHANGEABLE = {
@@ -47,15 +48,9 @@ CHANGEABLE = {
     "total_frames",
 }
 
-# Every group of conf/, and the schema of each of its files.
+# The groups of conf/ whose files have schemas of their own.
 GROUPS: dict[str, Mapping[str, type]] = {
-    "task": TASKS,
-    "algorithm": {
-        "happo": schema.Happo,
-        "hatrpo": schema.Hatrpo,
-        "mappo": schema.Mappo,
-        "ippo": schema.Ippo,
-    },
+    "algorithm": ALGORITHMS,
     "collector": {
         "single": schema.SingleCollector,
         "multi": schema.MultiCollector,
@@ -68,25 +63,31 @@ GROUPS: dict[str, Mapping[str, type]] = {
         "lstm": schema.RecurrentModel,
     },
 }
+#: The tasks that come with the recipe: the files of ``conf/task``.
+TASKS = sorted(
+    str(f.relative_to(CONF / "task").with_suffix("")) for f in (CONF / "task").rglob("*.yaml")
+)
 
 
 @cache  # Hydra keeps them, and half the time of a composition would be theirs
 def register() -> None:
-    """Makes the schemas and the resolvers of ``conf/config.yaml`` known to Hydra; idempotent."""
+    """Make the schemas and the resolvers of ``conf/config.yaml`` known to Hydra; idempotent."""
     store = ConfigStore.instance()
     store.store(group="schema", name="train", node=TrainConfig)
     for group, schemas in GROUPS.items():
-        for path, node in schemas.items():
-            folder, _, name = f"schema/{group}/{path}".rpartition("/")
-            store.store(group=folder, name=name, node=node)
-    OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
-    OmegaConf.register_new_resolver("family", _family, replace=True)
-    OmegaConf.register_new_resolver("settings_folder", settings_folder, replace=True)
-    OmegaConf.register_new_resolver("launched", _launched, replace=True, use_cache=True)
+        for name, node in schemas.items():
+            store.store(group=f"schema/{group}", name=name, node=node)
+    resolvers: dict[str, Callable[..., Any]] = {
+        "run_folder": new_folder,
+        "family": lambda task: task.partition("/")[0],
+        "settings_folder": settings_folder,
+    }
+    for name, resolver in resolvers.items():
+        OmegaConf.register_new_resolver(name, resolver, replace=True, use_cache=True)
 
 
 def compose_config(*overrides: str) -> TrainConfig:
-    """Composes a run's configuration as the command line does.
+    """Compose a run's configuration as the command line does.
 
     Args:
         *overrides: what would stand on the command line.
@@ -106,17 +107,49 @@ def compose_config(*overrides: str) -> TrainConfig:
         ...
         torchrl_happo.recipe.config.ConfigError: There is no task 'vmas/navigatoin'; near: ...
     """
+    return to_config(_compose([normalize(word) for word in overrides]))
+
+
+def _compose(words: list[str]) -> DictConfig:
     register()
     with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
         try:
-            composed = compose("config", list(overrides))
+            return compose("config", words)
         except (HydraException, OmegaConfBaseException, MissingConfigException) as error:
             raise ConfigError(sentence(error)) from error
-    return to_config(composed)
 
 
-def to_config(composed: DictConfig) -> TrainConfig:
-    """Turns what Hydra composed into the typed configuration, validated."""
+def load(words: Iterable[str], functions: Functions | None = None) -> TrainConfig:
+    """Compose a run's configuration or, for a resumed run, read it from its checkpoint.
+
+    Args:
+        words (iterable of str): what would stand on the command line.
+        functions (dict of str to callable, optional): options that are functions, such as
+            ``"task.make_env"``. Defaults to ``None``.
+    """
+    normalized = [normalize(word) for word in words]
+    return from_composed(_compose(normalized), normalized, functions)
+
+
+def from_composed(
+    composed: DictConfig, overrides: Iterable[str], functions: Functions | None = None
+) -> TrainConfig:
+    """Return the configuration that Hydra composed or, for a resumed run, the stored one."""
+    if composed.resume is None:
+        return to_config(composed, functions)
+    from torchrl_happo.recipe import checkpoint  # which reads configurations by this module
+
+    stored = checkpoint.read_config(checkpoint.read(Path(composed.resume)), functions)
+    return resume_config(stored, composed, overrides)
+
+
+def sentence(error: Exception) -> str:
+    """Say in one sentence what is wrong with a command line that Hydra refused."""
+    return _sentence(error, {"task": TASKS, **GROUPS})
+
+
+def to_config(composed: DictConfig, functions: Functions | None = None) -> TrainConfig:
+    """Turn what Hydra composed into the typed configuration, validated."""
     config = OmegaConf.to_object(composed)
     if not isinstance(config, TrainConfig):
         raise ConfigError(f"Expected the configuration of a run, got {type(config).__name__}.")
@@ -127,24 +160,35 @@ def to_config(composed: DictConfig) -> TrainConfig:
                 f"{group}.name is {part.name!r}, but the options beside it are another one's: "
                 f"choose by {group}={part.name} and leave {group}.name alone."
             )
+    for option, function in (functions or {}).items():
+        part, _, name = option.partition(".")
+        setattr(getattr(config, part), name, function)
     validate(config)
     return config
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
-    """The configuration as plain values, which a checkpoint and YAML can hold."""
-    return asdict(config)
+    """Return the configuration as plain values, which a checkpoint and YAML can hold."""
+    parts = {option.partition(".")[0]: option for option in FUNCTIONS}
+    named = {
+        part: replace(
+            getattr(config, part),
+            **{option.partition(".")[2]: name_of(_function(config, option))},
+        )
+        for part, option in parts.items()
+    }
+    return asdict(replace(config, **named))
 
 
-def from_dict(values: Mapping[str, Any]) -> TrainConfig:
-    """Reads back what :func:`to_dict` wrote, with the types of today's schema."""
+def from_dict(values: Mapping[str, Any], functions: Functions | None = None) -> TrainConfig:
+    """Read back what :func:`to_dict` wrote, with the types of today's schema."""
     try:
         parts: dict[str, Any] = {
             group: schemas[values[group]["name"]] for group, schemas in GROUPS.items()
         }
         typed = OmegaConf.structured(TrainConfig(**parts))
         typed.merge_with(values)
-        return to_config(typed)
+        return to_config(typed, functions)
     except (KeyError, TypeError, OmegaConfBaseException) as error:
         raise ConfigError(
             "The stored configuration does not fit this version's schema: "
@@ -153,7 +197,7 @@ def from_dict(values: Mapping[str, Any]) -> TrainConfig:
 
 
 def changeable(config: TrainConfig) -> set[str]:
-    """What a run that goes on may set anew without becoming another run.
+    """Return what a run that goes on may set anew without becoming another run.
 
     Its number of frames is part of a learning rate that falls to zero at their end.
     """
@@ -164,7 +208,7 @@ def changeable(config: TrainConfig) -> set[str]:
 def resume_config(
     stored: TrainConfig, composed: DictConfig, overrides: Iterable[str]
 ) -> TrainConfig:
-    """The configuration of a resumed run: the stored one, but for what may change on the way.
+    """Return the configuration of a resumed run: the stored one, but for what may change.
 
     Args:
         stored (TrainConfig): of the run that wrote the checkpoint.
@@ -177,97 +221,53 @@ def resume_config(
     values, free = OmegaConf.create(to_dict(stored)), changeable(stored)
     for override in overrides:
         key = override.partition("=")[0].lstrip("+~")
-        option = f"{key}.name" if key in GROUPS else key
+        option = f"{key}.name" if key in {"task", *GROUPS} else key
         wanted = OmegaConf.select(composed, option)
         if key.partition(".")[0] in free:
             OmegaConf.update(values, key, wanted)
         elif wanted != OmegaConf.select(values, option):
             raise ConfigError(
-                f"A resumed run keeps its {option}: leave out {override!r} (what may change: "
-                f"{', '.join(sorted(free))})."
+                f"A resumed run keeps its {asked(option)}: leave out {asked(override)!r} (what may "
+                f"change: {', '.join(sorted(free))})."
             )
-    return from_dict(cast(dict[str, Any], OmegaConf.to_container(values)))
+    functions = {option: _function(stored, option) for option in FUNCTIONS}
+    given = {option: function for option, function in functions.items() if function is not None}
+    return from_dict(cast(dict[str, Any], OmegaConf.to_container(values)), given)
 
 
-def sentence(error: Exception) -> str:
-    """Says in one sentence what is wrong with a command line that Hydra refused."""
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, name = error.missing_cfg_file.partition("/")
-        known = GROUPS.get(group, {})
-        return f"There is no {group} {name!r}; {_near(name, known, 'known')}."
-    cause = error.__cause__ if isinstance(error, ConfigCompositionException) else error
-    if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and cause.full_key:
-        key = str(cause.full_key)
-        return f"There is no option {key!r}; {_near(key, _siblings(key, cause), 'there are')}."
-    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
-        return f"{cause.full_key}: {str(cause).splitlines()[0].rstrip('.')}."
-    if isinstance(error, OverrideParseException):
-        return f"{error.override!r} is not an override: write KEY=VALUE."
-    return str(error).splitlines()[0].rstrip(".") + "."
+def _function(config: TrainConfig, option: str) -> Any:
+    part, _, name = option.partition(".")
+    return getattr(getattr(config, part), name)
 
 
-def _near(name: str, known: Iterable[str], otherwise: str) -> str:
-    """Names what the user may have meant: the same last part, a longer name or a similar one."""
-    known = sorted(known)
-    same = [other for other in known if _leaf(other) == _leaf(name)]
-    longer = [other for other in known if name in other]
-    near = same or longer or get_close_matches(name, known, n=3, cutoff=0.7)
-    return f"near: {_some(near)}" if near else f"{otherwise}: {_some(known)}"
+def run_folder(place: Path) -> Path:
+    """Return the folder of a run, from itself, its folder of checkpoints or one of these.
+
+    Examples:
+        >>> run_folder(Path("outputs/a/checkpoints/00000004.pt")).name
+        'a'
+    """
+    folder = place.parent if place.suffix == SUFFIX else place
+    return folder.parent if folder.name == CHECKPOINTS else folder
 
 
-def _some(names: list[str], at_most: int = 10) -> str:
-    """The names, or the first of them and how many more there are."""
-    more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
-    return ", ".join(names[:at_most]) + more
-
-
-def _leaf(name: str) -> str:
-    return re.split("[./]", name)[-1]
-
-
-def _siblings(key: str, cause: OmegaConfBaseException) -> list[str]:
-    """The options beside the unknown ``key``; at the root also those one level below."""
-    prefix = key.rpartition(".")[0]
-    if prefix and cause.object_type is not None:
-        return [f"{prefix}.{entry.name}" for entry in fields(cause.object_type)]
-    top = [entry.name for entry in fields(TrainConfig)]
-    parts = {
-        "algorithm": schema.Happo,
-        "model": schema.RecurrentModel,
-        "critic": schema.CriticConfig,
-        "evaluation": schema.EvaluationConfig,
-        "checkpoint": schema.CheckpointConfig,
-    }
-    below = [f"{part}.{entry.name}" for part, node in parts.items() for entry in fields(node)]
-    return [*top, *(option for option in below if _leaf(option) == key)]
-
-
-def _run_folder(resume: str | None, new: str) -> str:
-    """Where a run writes: a folder that is resumed goes on, everything else starts a new one."""
-    if not resume or not Path(resume).is_dir():
-        return new
-    return str(run_folder(Path(resume)))
-
-
-def _launched(pattern: str) -> str:
-    """When the run was launched."""
-    return launch_time().strftime(pattern)
+def new_folder(resume: str | None, task: str, algorithm: str) -> str:
+    """Return where a run writes: a folder that is resumed goes on, else there is a new one."""
+    if resume and Path(resume).is_dir():
+        return str(run_folder(Path(resume)))
+    return f"outputs/{task}/{algorithm}/{launch_time():%Y-%m-%d_%H-%M-%S-%f}"
 
 
 def settings_folder(overrides: str) -> str:
-    """The name of a folder for what was asked for beyond task, algorithm and seed.
+    """Return the name of a folder for what was asked for beyond task, algorithm and seed.
 
     Examples:
         >>> settings_folder("algorithm.lr=0.001,model=gru")
         'algorithm.lr=0.001,model=gru'
-        >>> settings_folder("")
-        'default'
+        >>> settings_folder("++task.settings.n_agents=4"), settings_folder("")
+        ('task.n_agents=4', 'default')
     """
+    overrides = ",".join(map(asked, overrides.split(",")))
     if len(overrides) > LONGEST_FOLDER:
         return f"settings-{hashlib.sha256(overrides.encode()).hexdigest()[:10]}"
     return overrides.replace("/", "_") or "default"
-
-
-def _family(task: str) -> str:
-    """What a task belongs to: the first part of its name."""
-    return task.partition("/")[0]

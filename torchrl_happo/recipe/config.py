@@ -1,106 +1,84 @@
 """The typed schema of a run: what may be set, of which type, within which range.
 
-The values are in ``torchrl_happo/conf``, one YAML file for each dataclass of this module and of
-:mod:`torchrl_happo.recipe.tasks`; the dataclasses hold types and ranges only. A schema without
-values cannot disagree with the files. Whether a configuration keeps to it is for
-:mod:`torchrl_happo.recipe.validation`.
+A value stands in one place. What the library decides, the schema reads from the library
+(:func:`default_of`); what the recipe decides is in ``torchrl_happo/conf``; what a simulator
+decides, the simulator knows. The parts of the algorithms are in
+:mod:`torchrl_happo.recipe.algorithms`. The text below a field is its help on the command line.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
+import torch.distributed as dist
 from omegaconf import MISSING
+from torchrl.envs import EnvBase
+from torchrl.objectives import ValueEstimators
+from torchrl.objectives.utils import default_value_kwargs
 
+from torchrl_happo.networks.actors import make_actor
 from torchrl_happo.networks.critics import CRITIC_INPUTS
 from torchrl_happo.networks.recurrent import CELLS
+from torchrl_happo.objectives import HAPPOLoss
+from torchrl_happo.recipe.learner import Learner
 
-ALGORITHMS = ("happo", "hatrpo", "mappo", "ippo")
-LOGGERS = ("csv", "tensorboard", "wandb")
+ADVANTAGE = default_value_kwargs(ValueEstimators.MAGAE)
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be run; its message is one sentence for the user."""
 
 
+def default_of(function: Callable[..., Any], name: str) -> Any:
+    """Return the default of an argument of a function or class of the library."""
+    return inspect.signature(function).parameters[name].default
+
+
 def number(
+    default: Any = MISSING,
     *,
     above: float | None = None,
     at_least: float | None = None,
     below: float | None = None,
     at_most: float | None = None,
 ) -> Any:
-    """Declares a field whose value (or, for a list, each of its values) lies in a range."""
+    """Declare a field whose value (or, for a list, each of its values) lies in a range."""
     bounds = {"above": above, "at least": at_least, "below": below, "at most": at_most}
-    return field(default=MISSING, metadata={"bounds": bounds})
+    metadata = {"bounds": {kind: bound for kind, bound in bounds.items() if bound is not None}}
+    if isinstance(default, tuple):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
-def choice(*options: str) -> Any:
-    """Declares a field that holds one of ``options``."""
-    return field(default=MISSING, metadata={"options": options})
+def choice(*options: str, default: Any = MISSING) -> Any:
+    """Declare a field that holds one of ``options``."""
+    return field(default=default, metadata={"options": options})
 
 
-def count() -> Any:
-    """Declares a field that holds a whole number of at least one."""
-    return number(at_least=1)
+def count(default: Any = MISSING) -> Any:
+    """Declare a field that holds a whole number of at least one."""
+    return number(default, at_least=1)
 
 
 @dataclass
 class TaskConfig:
-    """What every task says about itself."""
+    """The environment of a run."""
 
     name: str = MISSING
-    """Its path under ``conf/task``, for example ``"vmas/balance"``."""
-    max_steps: int = count()
-    """Steps after which an episode is truncated (not terminated: the value is bootstrapped)."""
+    """Its path under ``conf/task``, for example ``vmas/balance``."""
+    simulator: str = MISSING
+    """Who builds it: see ``recipe/environments.py``."""
+    max_steps: int | None = count()
+    """Steps after which an episode is truncated (its value is bootstrapped); null: never."""
     team_reward: str | None = choice("mean", "sum")
-    """How the agents' rewards become the team's one; ``null`` where they are one already."""
-
-
-@dataclass
-class VmasTask(TaskConfig):
-    """A scenario of the vectorised multi-agent simulator (Bettini et al., 2022)."""
-
-    scenario: str = MISSING
-    continuous_actions: bool = MISSING
-
-
-@dataclass
-class PettingZooTask(TaskConfig):
-    """A particle environment of mpe2, PettingZoo's own."""
-
-    scenario: str = MISSING
-    """Name of its module in mpe2, version included."""
-    continuous_actions: bool = MISSING
-
-
-@dataclass
-class ForagingTask(TaskConfig):
-    """Level-based foraging (Christianos et al., 2020): sparse rewards, discrete actions."""
-
-    environment: str = MISSING
-    """Its name in lbforaging, version included."""
-
-
-@dataclass
-class MujocoTask(TaskConfig):
-    """A robot of MuJoCo whose joints are moved by different agents (Peng et al., 2021)."""
-
-    robot: str = MISSING
-    partition: str = MISSING
-    version: str = MISSING
-    """Of the Gymnasium task."""
-    nearest: int | None = number(at_least=0)
-    """Links up to which an agent observes joints; ``null``: it observes the whole state."""
-    identity: bool = MISSING
-    """Whether an agent observes who it is."""
-    standardize: bool = MISSING
-    """Whether each observation has mean 0 and standard deviation 1 over its own entries."""
-    bounded_actions: bool = MISSING
-    """Whether a policy keeps within the motors' range, by a tanh, or is Gaussian."""
-    num_threads: int = count()
-    """Threads of the simulator; results do not depend on it."""
+    """How the agents' rewards become the team's one; null where all agents get the same."""
+    make_env: Any = None
+    """With task=custom, who builds the environments: my_package.my_module:function."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Of the simulator, by its own names and with its own defaults: task.n_agents=4."""
 
 
 @dataclass
@@ -108,18 +86,23 @@ class ModelConfig:
     """The networks, the same ones for every algorithm."""
 
     name: str = MISSING
-    num_cells: list[int] = count()  # noqa: RUF009 (a field, of which each instance has its own)
-    activation: str = choice("tanh", "relu", "elu", "silu")
-    actor_init: str = choice("orthogonal", "torch")
-    state_dependent_std: bool = MISSING
+    num_cells: list[int] = count(default_of(make_actor, "num_cells"))  # noqa: RUF009
+    """Sizes of the hidden layers; with a memory, of those before it."""
+    activation: str = choice("tanh", "relu", "elu", "silu", default="tanh")
+    """Between the layers."""
+    actor_init: str = choice("orthogonal", "torch", default=default_of(make_actor, "init"))
+    """orthogonal, with a small output gain, or as torch initialises its layers."""
+    state_dependent_std: bool = default_of(make_actor, "state_dependent_std")
     """Whether the deviation of a continuous action depends on the observation."""
-    initial_std: float = number(above=0.01)
-    """Deviation of a continuous action at the start, before bounds are imposed on it; 0.01, below
-    which TorchRL's ``biased_softplus`` does not go, is added to what can be learned."""
-    max_std: float | None = number(above=0)
-    """Bound of a deviation that does not depend on the observation; ``null``: none."""
-    layer_norm: bool = MISSING
+    initial_std: float = number(1.0, above=0.01)
+    """Deviation of a continuous action at the start, before it is bounded; TorchRL's
+    biased_softplus adds 0.01 to what can be learned."""
+    max_std: float | None = number(default_of(make_actor, "max_std"), above=0)
+    """Bound of a deviation that does not depend on the observation; null: none."""
+    layer_norm: bool = default_of(make_actor, "layer_norm")
     """Whether inputs and the outputs of hidden layers are normalised, of actors and critics."""
+    make_actor: Any = None
+    """Who builds the actors in place of the recipe: my_package.my_module:function."""
 
 
 @dataclass
@@ -129,12 +112,12 @@ class MlpModel(ModelConfig):
 
 @dataclass
 class RecurrentModel(ModelConfig):
-    """Policies with memory behind their hidden layers; for the critic's see ``critic.model``."""
+    """Policies with memory: hidden layers, a recurrent unit, a linear layer."""
 
-    hidden_size: int = count()
+    hidden_size: int = count(default_of(make_actor, "hidden_size"))
     """Of the memory."""
-    sequence_length: int | None = count()
-    """Consecutive steps that a minibatch holds whole; ``null``: those of the batch."""
+    sequence_length: int | None = count(None)
+    """Consecutive steps that a minibatch holds whole; null: those of the batch."""
 
 
 @dataclass
@@ -142,11 +125,13 @@ class CriticConfig:
     """What the critic of HAPPO and HATRPO sees, and whether it remembers."""
 
     input: str = choice("auto", *CRITIC_INPUTS)
-    """``auto``: the state where the task has one of its own, else all observations."""
+    """auto: the state where the task has one of its own, else the observations of all agents."""
     model: str = choice("mlp", *CELLS)
-    """``mlp``, or the memory behind its hidden layers."""
-    hidden_size: int = count()
+    """mlp, or the memory behind its hidden layers, whatever the model of the policies."""
+    hidden_size: int = count(default_of(make_actor, "hidden_size"))
     """Of the memory."""
+    make_critic: Any = None
+    """Who builds the critic in place of the recipe: my_package.my_module:function."""
 
 
 @dataclass
@@ -158,10 +143,10 @@ class CollectorConfig:
 
 @dataclass
 class SingleCollector(CollectorConfig):
-    """TorchRL's ``Collector``: the environments step in the training process."""
+    """The environments step in the training process."""
 
-    compile_policy: bool = MISSING
-    """Whether the policy that acts is compiled (``torch.compile``)."""
+    compile_policy: bool = False
+    """Whether the policy that acts is compiled: some seconds at the start, then faster."""
 
 
 @dataclass
@@ -169,34 +154,35 @@ class WorkersCollector(CollectorConfig):
     """What the ways to collect in worker processes share: each has its part of the environments."""
 
     num_workers: int = count()
-    sync: bool = MISSING
-    """Whether a batch is collected by all workers at once, with the newest policy. Otherwise it is
-    one worker's, with the policy of when that worker began, and the others go on meanwhile. The
-    ratio of the loss then starts from the log-probabilities that are stored with the actions; that
-    of the factor, from the policy just before an agent's update, as always."""
+    """Processes that collect; num_envs is split over them."""
+    sync: bool = True
+    """Whether all workers collect a batch at once, with the newest policy. Otherwise a batch is one
+    worker's, with the policy of when it began, and no run is repeatable bit for bit."""
 
 
 @dataclass
 class MultiCollector(WorkersCollector):
-    """TorchRL's ``MultiCollector``: processes of this machine, tensors in shared memory."""
+    """Processes of this machine, tensors in shared memory."""
 
 
 @dataclass
 class RayCollector(WorkersCollector):
-    """TorchRL's ``RayCollector``: actors of a Ray cluster."""
+    """Actors of a Ray cluster."""
 
-    address: str | None = MISSING
-    """Of a running cluster, such as ``"auto"``; ``null``: one is started here for the run."""
-    gpus_per_worker: float = number(at_least=0)
+    address: str | None = None
+    """auto, or of a cluster that is running; null: one is started for the run."""
+    gpus_per_worker: float = number(0.0, at_least=0)
+    """A share of a GPU, where device=cuda."""
 
 
 @dataclass
 class DistributedCollector(WorkersCollector):
-    """TorchRL's ``DistributedCollector``: processes that talk by ``torch.distributed``."""
+    """Processes that talk by ``torch.distributed``."""
 
-    launcher: str = choice("mp", "submitit")
-    """``mp``: on this machine; ``submitit``: as jobs of a Slurm cluster."""
-    backend: str = choice("gloo", "nccl")
+    launcher: str = choice("mp", "submitit", default="mp")
+    """mp: on this machine; submitit: as jobs of a Slurm cluster."""
+    backend: str = choice("gloo", "nccl", default="gloo")
+    """Of ``torch.distributed``."""
 
 
 @dataclass
@@ -206,6 +192,7 @@ class EvaluationConfig:
     interval: int = number(at_least=0)
     """Iterations between two evaluations; 0 evaluates at the end only."""
     episodes: int = count()
+    """Episodes of an evaluation, played side by side."""
     seed: int = number(at_least=0)
     """Every evaluation starts from this seed, so that all see the same initial states."""
 
@@ -218,89 +205,69 @@ class CheckpointConfig:
     """Iterations between two checkpoints, at which the environments begin anew, so that a resumed
     run does as one that was not interrupted; 0 writes one at the end only."""
     keep: int = count()
+    """How many of the newest checkpoints stay."""
 
 
 @dataclass
 class AlgorithmConfig:
-    """What all algorithms share: advantage, critic and optimiser."""
+    """What all algorithms share: advantage, critic and optimiser.
 
-    name: str = choice(*ALGORITHMS)
-    gamma: float = number(at_least=0, at_most=1)
-    lmbda: float = number(at_least=0, at_most=1)
-    loss_critic_type: str = choice("l1", "l2", "smooth_l1")
-    critic_coeff: float = number(above=0)
+    An algorithm is a subclass in a file of its own, which says how a learner is made, a YAML file
+    and a line of the registry in :mod:`torchrl_happo.recipe.algorithms`.
+    """
+
+    #: Whether ``torchrun`` may train it with several learners.
+    splits: ClassVar[bool] = False
+
+    name: str = MISSING
+    gamma: float = number(ADVANTAGE["gamma"], at_least=0, at_most=1)
+    """Discount of the reward."""
+    lmbda: float = number(ADVANTAGE["lmbda"], at_least=0, at_most=1)
+    """Of the generalised advantage estimate."""
+    loss_critic_type: str = choice(
+        "l1", "l2", "smooth_l1", default=default_of(HAPPOLoss, "loss_critic_type")
+    )
+    """Loss of the critic."""
+    critic_coeff: float = number(1.0, above=0)
     """Weight of the critic's loss: it matters where the gradient is clipped."""
-    clip_value: float | None = number(above=0)
+    clip_value: float | None = number(default_of(HAPPOLoss, "clip_value"), above=0)
     """How far a fit may move a value and still gain by it, on the scale of the critic's output;
-    ``null``: as far as it will."""
-    value_norm: str | None = choice("popart_ema", "running")
-    """Statistics by which the critic's values are normalised; ``null``: they are not."""
-    value_norm_decay: float = number(above=0, below=1)
-    """What remains, at an update of ``popart_ema``, of the statistics before it."""
+    null: as far as it will."""
+    value_norm: str | None = choice("popart_ema", "running", default=None)
+    """Statistics by which the critic's values are normalised; null: they are not."""
+    value_norm_decay: float = number(0.99999, above=0, below=1)
+    """What remains, at an update of popart_ema, of the statistics before it."""
     num_epochs: int = count()
+    """Passes over a batch."""
     minibatch_size: int | None = count()
-    """Frames (a frame is one step of one environment, with all its agents); ``null``: a batch."""
+    """Frames (a frame is one step of one environment, with all its agents); null: a batch."""
     lr: float = number(above=0)
-    lr_schedule: str = choice("constant", "linear")
-    """``linear``: from ``lr`` to zero over the ``total_frames`` of the run."""
-    adam_eps: float = number(above=0)
+    """Of Adam."""
+    lr_schedule: str = choice("constant", "linear", default="constant")
+    """linear: from lr to zero over the total_frames of the run."""
+    adam_eps: float = number(1e-8, above=0)
+    """Of Adam's denominator."""
     max_grad_norm: float | None = number(above=0)
+    """The gradient is scaled down to this norm; null: it is not."""
 
+    def check(self, config: TrainConfig) -> None:
+        """Refuse what does not go together with the rest of the run.
 
-@dataclass
-class ClippedConfig(AlgorithmConfig):
-    """What the algorithms with a clipped surrogate share."""
+        Raises:
+            ConfigError: in one sentence.
+        """
 
-    clip_epsilon: float = number(above=0, below=1)
-    entropy_coeff: float = number(at_least=0)
+    def make_learner(
+        self, config: TrainConfig, env: EnvBase, process_group: dist.ProcessGroup | None
+    ) -> Learner:
+        """Build networks, loss and updater for an environment.
 
-
-@dataclass
-class SequentialConfig(AlgorithmConfig):
-    """What the algorithms that update agent after agent share."""
-
-    order: str = choice("random", "fixed")
-    critic_epochs: int | None = count()
-    """Passes of the critic over the batch; ``null``: ``num_epochs``."""
-    popart: bool = MISSING
-    """Whether the critic's last layer is rescaled when the statistics move."""
-    compile: bool = MISSING
-    """Whether the update is compiled (``torch.compile``), once for agents with alike networks."""
-
-
-@dataclass
-class Happo(SequentialConfig, ClippedConfig):
-    """Heterogeneous-agent PPO: agents in order, each with a network and an Adam of its own."""
-
-    clip_epsilon_high: float | None = number(above=0)
-    """Threshold for ratios above 1; ``null``: ``clip_epsilon``, which is for those below."""
-    target_kl: float | None = number(above=0)
-    """Nats after which an agent's epochs end early; ``null``: never."""
-
-
-@dataclass
-class Hatrpo(SequentialConfig):
-    """Heterogeneous-agent TRPO: the epochs, minibatches and ``lr`` are the critic's alone."""
-
-    max_kl: float = number(above=0)
-    kl_split: str | None = choice("equal")
-    damping: float = number(at_least=0)
-    cg_iterations: int = count()
-    fisher_fraction: float = number(above=0, at_most=1)
-
-
-@dataclass
-class Mappo(ClippedConfig):
-    """Multi-agent PPO by TorchRL's ``MAPPOLoss``: all agents at once, a centralised critic."""
-
-    share_params: bool = MISSING
-
-
-@dataclass
-class Ippo(ClippedConfig):
-    """Independent PPO by TorchRL's ``IPPOLoss``: all agents at once, a critic for each."""
-
-    share_params: bool = MISSING
+        Args:
+            config (TrainConfig): the run.
+            env (EnvBase): any environment of the task, for its specs.
+            process_group (ProcessGroup, optional): of several learners.
+        """
+        raise NotImplementedError
 
 
 @dataclass
@@ -315,21 +282,25 @@ class TrainConfig:
     evaluation: EvaluationConfig = MISSING
     checkpoint: CheckpointConfig = MISSING
     seed: int = number(at_least=0)
+    """Decides everything that is drawn in the run."""
     total_frames: int = count()
-    """Environment steps of the whole run, over all environments."""
+    """Environment steps of the whole run, over all environments; the last batch is never cut."""
     num_envs: int = count()
+    """Environments that step side by side."""
     steps_per_batch: int = count()
-    """Steps of each environment in a batch: a batch is ``num_envs * steps_per_batch`` frames."""
+    """Steps of each environment in a batch: a batch is num_envs * steps_per_batch frames."""
     device: str = MISSING
+    """cpu or cuda, such as cuda:0."""
     learner_timeout: float = number(above=0)
-    """Seconds after which a learner of several that cannot be reached counts as ended."""
+    """Seconds that learners wait for each other (torchrun), evaluations included."""
     threads: int = count()
-    """Threads of torch. With another busy process on the machine more than one can stall."""
-    logger: str = choice(*LOGGERS)
+    """Threads of torch; more than one only pays on an idle machine with large networks."""
+    logger: str = choice("csv", "tensorboard", "wandb")
+    """csv: the tables that every run writes; the others come on top."""
     progress: bool = MISSING
     """A progress bar on a terminal, now and then a line elsewhere."""
     render: bool = MISSING
-    """Record ``rollout.gif`` at the end; tasks of VMAS alone are drawn."""
+    """Record rollout.gif at the end; tasks of VMAS alone are drawn."""
     resume: str | None = MISSING
     """A run's folder, to go on there, or a checkpoint, to branch off into a new folder."""
 

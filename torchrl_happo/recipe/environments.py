@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
+import ast
+import importlib
+import inspect
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import fields
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -30,14 +33,19 @@ from torchrl_happo.envs import (
     TeamReward,
     make_mujoco,
 )
-from torchrl_happo.recipe.config import (
-    ConfigError,
-    ForagingTask,
-    MujocoTask,
-    PettingZooTask,
-    TaskConfig,
-    VmasTask,
+from torchrl_happo.recipe.config import ConfigError, TaskConfig
+from torchrl_happo.recipe.references import accepted, resolve
+
+#: Settings of simulators that would fail late, or in other words, out of their range.
+COUNTS = (
+    *("N", "n_agents", "n_blue_agents", "n_food", "n_gaussians", "n_packages", "n_passages"),
+    *("n_targets", "num_collectors", "num_deposits", "num_threads", "num_treasures"),
 )
+BOUNDS: dict[str, dict[str, float]] = {
+    **{name: {"at least": 1} for name in COUNTS},
+    "local_ratio": {"at least": 0, "at most": 1},
+    "nearest": {"at least": 0},
+}
 
 
 def make_env(
@@ -48,14 +56,14 @@ def make_env(
     device: str = "cpu",
     transforms: Sequence[Transform] = (),
 ) -> EnvBase:
-    """Builds ``num_envs`` copies of a task, stepped together.
+    """Build ``num_envs`` copies of a task, stepped together.
 
     The root of each step holds ``reward`` (the team's), ``episode_reward`` (its sum since the
     start of the episode), ``step_count``, and ``done``, ``terminated`` and ``truncated``, all of
     shape ``[num_envs, 1]``. An episode that reaches ``task.max_steps`` is truncated.
 
     Args:
-        task (TaskConfig): the task; its type says which simulator it belongs to.
+        task (TaskConfig): the task, with the name of its simulator.
 
     Keyword Args:
         num_envs (int): how many copies.
@@ -63,10 +71,13 @@ def make_env(
         device (str, optional): where the simulation runs. Defaults to ``"cpu"``.
         transforms (sequence of Transform): what a policy needs besides, see
             :func:`~torchrl_happo.networks.actors.memory_transforms`. Defaults to ``()``.
+
+    Raises:
+        ConfigError: in one sentence, if the simulator cannot build it.
     """
     check_device(device)
     env = TransformedEnv(
-        _make_simulator(task, num_envs, device),
+        _build(task, num_envs, device),
         Compose(
             StepCounter(task.max_steps),
             TeamReward(cast(Literal["mean", "sum"] | None, task.team_reward)),
@@ -80,7 +91,7 @@ def make_env(
 
 
 def check_device(device: str) -> None:
-    """Refuses a device that torch does not know or this machine does not have.
+    """Refuse a device that torch does not know or this machine does not have.
 
     Raises:
         ConfigError: in one sentence, which says what to take.
@@ -99,95 +110,192 @@ def check_device(device: str) -> None:
         )
 
 
-def _make_simulator(task: TaskConfig, num_envs: int, device: str) -> EnvBase:
-    for schema, make in _SIMULATORS.items():
-        if isinstance(task, schema):
-            return make(task, num_envs, device)
-    raise ConfigError(f"The task {task.name!r} belongs to no simulator known to the recipe.")
+def known_settings(task: TaskConfig) -> dict[str, Any] | None:
+    """Return the settings that a task's simulator has, with the defaults that are literals.
 
+    Returns:
+        ``None`` if the simulator is not installed, does not know the scenario, or takes anything.
 
-def _make_vmas(task: VmasTask, num_envs: int, device: str) -> EnvBase:
-    settings = _own_fields(task, VmasTask)
-    with _building(task, settings):
-        env = VmasEnv(
-            task.scenario,
-            num_envs=num_envs,
-            continuous_actions=task.continuous_actions,
-            # VMAS would call its own time limit a termination, which must not be bootstrapped.
-            max_steps=None,
-            device=device,
-            **settings,
+    Raises:
+        ConfigError: if there is no such simulator.
+    """
+    if task.simulator not in SIMULATORS:
+        raise ConfigError(
+            f"task.simulator is {task.simulator!r}, but must be one of {', '.join(SIMULATORS)}."
         )
+    simulator = SIMULATORS[task.simulator]
+    is_there = simulator.package is None or find_spec(simulator.package) is not None
+    return simulator.settings(task) if is_there else None
+
+
+def check_scenario(task: TaskConfig) -> None:
+    """Refuse another scenario under the name of a task, which would pass for that task."""
+    family, _, leaf = task.name.partition("/")
+    scenario = task.settings.get("scenario")
+    if scenario and family == task.simulator and not str(scenario).startswith(leaf):
+        raise ConfigError(
+            f"task.scenario is {scenario!r}, but the task is {task.name}: choose another task, or "
+            "give this one a name of its own by task.name."
+        )
+
+
+@dataclass(frozen=True)
+class Simulator:
+    """Who builds a task's environments."""
+
+    build: Callable[[TaskConfig, int, str], EnvBase]
+    settings: Callable[[TaskConfig], dict[str, Any] | None]
+    package: str | None = None
+    """The package that it needs, and the extra of ours that installs it."""
+    extra: str | None = None
+    draws: bool = False
+
+
+def _build(task: TaskConfig, num_envs: int, device: str) -> EnvBase:
+    simulator = SIMULATORS[task.simulator]
+    if simulator.package is not None and find_spec(simulator.package) is None:
+        raise ConfigError(
+            f"The task {task.name!r} needs {simulator.package}: "
+            f"pip install torchrl_happo[{simulator.extra}]."
+        )
+    try:
+        return simulator.build(task, num_envs, device)
+    except ConfigError:
+        raise
+    except Exception as error:
+        # A bare assertion has no other words than its line.
+        line = "" if str(error) else traceback.extract_tb(error.__traceback__)[-1].line
+        given = ", ".join(f"{name}={value}" for name, value in task.settings.items())
+        raise ConfigError(
+            f"The task {task.name!r} cannot be built: {line or first_line(error)} "
+            f"({given or 'no settings'})."
+        ) from error
+
+
+def _arguments(function: Any, *without: str) -> dict[str, Any]:
+    """Return the names and defaults of the arguments of a function."""
+    parameters = inspect.signature(function).parameters.values()
+    return {
+        p.name: p.default
+        for p in parameters
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in ("self", *without)
+    }
+
+
+def _make_vmas(task: TaskConfig, num_envs: int, device: str) -> EnvBase:
+    # VMAS would call its own time limit a termination, which must not be bootstrapped.
+    limits: dict[str, Any] = {"num_envs": num_envs, "max_steps": None, "device": device}
+    env = VmasEnv(**{"scenario": _leaf(task), **task.settings}, **limits)
     # VmasEnv asks its simulator for these at every step, through a search of all its attributes.
     for name in ("n_agents", "continuous_actions"):
         setattr(env, name, getattr(env, name))
     return env
 
 
-def _make_pettingzoo(task: PettingZooTask, num_envs: int, device: str) -> EnvBase:
+def _vmas_settings(task: TaskConfig) -> dict[str, Any]:
+    found = _read_scenario(str(task.settings.get("scenario", _leaf(task))))
+    return {"scenario": None, "continuous_actions": True, **found}
+
+
+@cache
+def _read_scenario(scenario: str) -> dict[str, Any]:
+    """Read the settings of a scenario of VMAS from its source, which pops them from ``kwargs``."""
+    spec = find_spec("vmas")
+    assert spec is not None
+    folders = spec.submodule_search_locations or []
+    sources = [path for f in folders for path in Path(f, "scenarios").rglob(f"{scenario}.py")]
+    if not sources:
+        raise ConfigError(f"task.scenario is {scenario!r}, which VMAS has not.")
+    found: dict[str, Any] = {}
+    for node in (n for path in sources for n in ast.walk(ast.parse(path.read_text()))):
+        match node:
+            case ast.Call(
+                func=ast.Attribute(value=ast.Name(id="kwargs"), attr="pop" | "get"),
+                args=[ast.Constant(value=str(name)), *default],
+            ):
+                is_literal = default and isinstance(default[0], ast.Constant)
+                found[name] = ast.literal_eval(default[0]) if is_literal else None
+    return found
+
+
+def _make_pettingzoo(task: TaskConfig, num_envs: int, device: str) -> EnvBase:
+    settings = dict(task.settings)
+    module = _mpe2_module(task)
+    del settings["scenario"]
+    return BatchedPettingZooEnv(
+        lambda **kwargs: Rounds(module.raw_env(**kwargs)),
+        num_envs=num_envs,
+        device=device,
+        max_cycles=task.max_steps,
+        **settings,
+    )
+
+
+def _mpe2_module(task: TaskConfig) -> Any:
+    scenario = task.settings["scenario"]
     try:
-        module = importlib.import_module(f"mpe2.{task.scenario}")
+        return importlib.import_module(f"mpe2.{scenario}")
     except ImportError as error:
-        if (error.name or "").startswith("mpe2."):
-            raise ConfigError(f"task.scenario is {task.scenario!r}, which mpe2 has not.") from error
-        raise ConfigError(
-            f"The task {task.name!r} needs mpe2: pip install torchrl_happo[pettingzoo]."
-        ) from error
-    settings = _own_fields(task, PettingZooTask)
-    with _building(task, settings):
-        return BatchedPettingZooEnv(
-            lambda **kwargs: Rounds(module.raw_env(**kwargs)),
-            num_envs=num_envs,
-            device=device,
-            continuous_actions=task.continuous_actions,
-            max_cycles=task.max_steps,
-            **settings,
-        )
+        raise ConfigError(f"task.scenario is {scenario!r}, which mpe2 has not.") from error
 
 
-def _make_foraging(task: ForagingTask, num_envs: int, device: str) -> EnvBase:
-    if importlib.util.find_spec("lbforaging") is None:
-        raise ConfigError(
-            f"The task {task.name!r} needs lbforaging: pip install torchrl_happo[lbforaging]."
-        )
-    if task.environment not in SeededForagingEnv.available_envs:
-        raise ConfigError(f"task.environment is {task.environment!r}, which lbforaging has not.")
-    make = partial(SeededForagingEnv, task.environment, max_steps=task.max_steps)
+def _pettingzoo_settings(task: TaskConfig) -> dict[str, Any]:
+    make = _mpe2_module(task).raw_env
+    return {"scenario": None, **_arguments(make.__init__, "max_cycles", "render_mode")}
+
+
+def _make_foraging(task: TaskConfig, num_envs: int, device: str) -> EnvBase:
+    environment = task.settings["environment"]
+    if environment not in SeededForagingEnv.available_envs:
+        raise ConfigError(f"task.environment is {environment!r}, which lbforaging has not.")
+    make = partial(SeededForagingEnv, environment, max_steps=task.max_steps)
     return SerialEnv(num_envs, make, device=device)
 
 
-def _make_mujoco(task: MujocoTask, num_envs: int, device: str) -> EnvBase:
-    settings = _own_fields(task, TaskConfig)
-    try:
-        return make_mujoco(**settings, num_envs=num_envs, max_steps=task.max_steps, device=device)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"The task {task.name!r} cannot be built: {error}") from error
+def _make_mujoco(task: TaskConfig, num_envs: int, device: str) -> EnvBase:
+    limits: dict[str, Any] = {"num_envs": num_envs, "max_steps": task.max_steps, "device": device}
+    return make_mujoco(**task.settings, **limits)
 
 
-@contextmanager
-def _building(task: VmasTask | PettingZooTask, settings: dict[str, Any]) -> Iterator[None]:
-    """Turns whatever a simulator raises into one sentence that names the settings it was given."""
-    try:
-        yield
-    except Exception as error:
-        # A bare assertion has no other words than its line.
-        line = "" if str(error) else traceback.extract_tb(error.__traceback__)[-1].line
-        given = ", ".join(f"{name}={value}" for name, value in settings.items())
+def _make_custom(task: TaskConfig, num_envs: int, device: str) -> EnvBase:
+    make = resolve(task.make_env, "task.make_env")
+    batched = accepted(make, num_envs=num_envs, device=device)
+    if "num_envs" in batched:
+        env = make(**batched, **task.settings)
+    else:
+        env = SerialEnv(num_envs, partial(make, **batched, **task.settings), device=device)
+    if not isinstance(env, EnvBase) or tuple(env.batch_size) != (num_envs,):
+        got = f"batch size {[*env.batch_size]}" if isinstance(env, EnvBase) else repr(env)
         raise ConfigError(
-            f"The task {task.name!r} cannot be built: {line or first_line(error)} "
-            f"(scenario {task.scenario!r}, {given or 'no settings'})."
-        ) from error
+            f"task.make_env returned {got}, but must return an environment of batch size "
+            f"[{num_envs}], or take no num_envs and return one of batch size []."
+        )
+    return env
 
 
-def _own_fields(task: TaskConfig, family: type[TaskConfig]) -> dict[str, Any]:
-    """The settings of a task that the schema of its family does not know."""
-    common = {entry.name for entry in fields(family)}
-    return {name: value for name, value in vars(task).items() if name not in common}
+def _custom_settings(task: TaskConfig) -> dict[str, Any] | None:
+    if task.make_env is None:
+        raise ConfigError(
+            f"task={task.name} needs task.make_env=package.module:function, which builds it."
+        )
+    make = resolve(task.make_env, "task.make_env")
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(make).parameters.values())
+    return None if takes_all else _arguments(make, "num_envs", "device")
 
 
-_SIMULATORS: dict[type[TaskConfig], Callable[[Any, int, str], EnvBase]] = {
-    ForagingTask: _make_foraging,
-    MujocoTask: _make_mujoco,
-    PettingZooTask: _make_pettingzoo,
-    VmasTask: _make_vmas,
+def _leaf(task: TaskConfig) -> str:
+    return task.name.partition("/")[2]
+
+
+SIMULATORS = {
+    "vmas": Simulator(_make_vmas, _vmas_settings, "vmas", "vmas", draws=True),
+    "pettingzoo": Simulator(_make_pettingzoo, _pettingzoo_settings, "mpe2", "pettingzoo"),
+    "lbforaging": Simulator(
+        _make_foraging, lambda task: {"environment": None}, "lbforaging", "lbforaging"
+    ),
+    "mujoco": Simulator(
+        _make_mujoco,
+        lambda task: _arguments(make_mujoco, "num_envs", "max_steps", "seed", "device"),
+    ),
+    "custom": Simulator(_make_custom, _custom_settings),
 }

@@ -23,10 +23,13 @@ class Evaluation:
 
     Args:
         config (TrainConfig): the run; ``config.evaluation`` has the number of episodes.
+        deterministic (bool, optional): whether agents take their most likely actions. Defaults to
+            ``True``.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, deterministic: bool = True) -> None:
         self.config = config
+        self.kind = ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM
         self._env: EnvBase | None = None
 
     @torch.no_grad()
@@ -39,7 +42,7 @@ class Evaluation:
         """
         start = time.perf_counter()
         seed = self.config.evaluation.seed
-        with isolated_randomness(seed), set_exploration_type(ExplorationType.DETERMINISTIC):
+        with isolated_randomness(seed), set_exploration_type(self.kind):
             returns, lengths = self._play(policy, seed)
         return {
             "return": returns.mean().item(),

@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from torchrl_happo.recipe.config import TrainConfig
-from torchrl_happo.recipe.tables import short
+from torchrl_happo.recipe.report import short
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class ProgressDisplay:
         if not math.isnan(episode_return):
             self._return = episode_return
         if self._bar is not None:
-            self._bar.set_postfix_str(f"return {short(self._return)}", refresh=False)
+            self._bar.set_postfix_str(self._returned, refresh=False)
             self._bar.update(frames - self.frames)
         self.frames = frames
         now = time.perf_counter()
@@ -57,9 +57,13 @@ class ProgressDisplay:
             rate = (frames - self._first_frames) / (now - self._start)
             left = int((self.total - frames) / rate)
             logger.info(
-                "%d of %d frames, return %s, %d frames/s, %d:%02d left",
-                *(frames, self.total, short(self._return), rate, left // 60, left % 60),
+                "%d of %d frames, %s, %d frames/s, %d:%02d left",
+                *(frames, self.total, self._returned, rate, left // 60, left % 60),
             )
+
+    @property
+    def _returned(self) -> str:
+        return "no episode over" if math.isnan(self._return) else f"return {short(self._return)}"
 
     def close(self) -> None:
         """Leaves the terminal as the next line expects it."""

@@ -9,36 +9,27 @@ learner has its part of the environments, and all take each step together (see
 from __future__ import annotations
 
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timedelta
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from torchrl_happo.distributed import Learners
-from torchrl_happo.recipe.config import (
-    ConfigError,
-    DistributedCollector,
-    SequentialConfig,
-    TrainConfig,
-)
+from torchrl_happo.recipe.config import ConfigError, DistributedCollector, TrainConfig
 from torchrl_happo.recipe.records import Row
 
 T = TypeVar("T")
 
-PULSE_SECONDS = 1.0
-
 
 class LearnerError(RuntimeError):
-    """Another learner has ended; the message is one sentence for the user."""
+    """Another learner cannot be reached; the message is one sentence for the user."""
 
 
 def world_size() -> int:
@@ -76,7 +67,7 @@ def part_of(config: TrainConfig, size: int) -> TrainConfig:
     if size == 1:
         return config
     algorithm = config.algorithm
-    if not isinstance(algorithm, SequentialConfig):
+    if not algorithm.splits:
         raise ConfigError(
             f"algorithm={algorithm.name} learns in one process: take happo or hatrpo, or start it "
             "without torchrun."
@@ -119,15 +110,15 @@ def part_of(config: TrainConfig, size: int) -> TrainConfig:
 class Ranks:
     """This process among the learners of a run; without a launcher it is alone.
 
-    Used as a context, it joins the others and, at the end, leaves them. If one of the others has
-    ended, the context says so.
+    Used as a context, it joins the others and, at the end, leaves them. Whether a learner has ended
+    is for ``torchrun`` to see and to say; the others find that they cannot reach it.
 
     Args:
         device (str): where this learner computes; CUDA devices talk by NCCL, others by gloo.
         timeout (float): seconds after which a learner that cannot be reached counts as ended.
 
     Raises:
-        LearnerError: at the end of the context, naming the learners that have ended.
+        LearnerError: at the end of the context, if another learner could not be reached.
     """
 
     def __init__(self, device: str, timeout: float) -> None:
@@ -135,8 +126,6 @@ class Ranks:
         self.timeout = timedelta(seconds=timeout)
         self.size, self.rank = world_size(), world_rank()
         self.learners = Learners()
-        self._pulse: _Pulse | None = None
-        self._on_terminate: Any = None
 
     @property
     def is_first(self) -> bool:
@@ -150,23 +139,19 @@ class Ranks:
 
     def __enter__(self) -> Ranks:
         if self.size > 1:
-            if threading.current_thread() is threading.main_thread():
-                # The launcher ends all when one has ended; there is a sentence to say before.
-                self._on_terminate = signal.signal(signal.SIGTERM, lambda number, frame: None)
             on_gpu = self.device.type == "cuda"
             if on_gpu:
                 torch.cuda.set_device(self.device)
             store, rank, size = next(rendezvous("env://", timeout=self.timeout))
-            store = PrefixStore(f"torchrl_happo/{restarts()}", store)
             dist.init_process_group(
                 "nccl" if on_gpu else "gloo",
-                store=PrefixStore("learners", store),
+                # After a restart the launcher's store still has what was said before it.
+                store=PrefixStore(f"torchrl_happo/{restarts()}", store),
                 rank=rank,
                 world_size=size,
                 timeout=self.timeout,
             )
             self.learners = Learners(dist.group.WORLD)
-            self._pulse = _Pulse(PrefixStore("pulse", store), rank, size)
         return self
 
     def __exit__(
@@ -175,24 +160,18 @@ class Ranks:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._pulse is None:
+        if self.size == 1:
             return
-        ended = self._pulse.ended() if isinstance(error, RuntimeError) else []
-        self._pulse.stop()
-        if self._on_terminate is not None:
-            signal.signal(signal.SIGTERM, self._on_terminate)
-        if ended:
-            # The lowest of those that are left speaks; the group is gone with the dead.
-            speaks = self.rank == min(set(range(self.size)) - set(ended))
-            names = ", ".join(map(str, ended))
-            raise LearnerError(
-                f"Learner {names} of {self.size} has ended, and the others stop with it: see what "
-                "it said, and resume from the last checkpoint (torchrun --max-restarts does)."
-                if speaks
-                else ""
-            ) from error
         if error is None:
             dist.destroy_process_group()
+        elif isinstance(error, dist.DistError) or (
+            isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+        ):
+            raise LearnerError(
+                f"Learner {self.rank} of {self.size} cannot reach the others and stops: torchrun "
+                "says which one has ended; resume from the last checkpoint (torchrun "
+                "--max-restarts does)."
+            ) from error
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is up with any of the learners."""
@@ -233,36 +212,3 @@ class Ranks:
             "episodes": count.item() * self.size,
             "reward": reward.item(),
         }
-
-
-class _Pulse:
-    """Tells the other learners, from a thread, that this one is alive."""
-
-    def __init__(self, store: Store, rank: int, size: int) -> None:
-        self.store, self.rank, self.size = store, rank, size
-        self._stopped = threading.Event()
-        self._beats = 0
-        self._beat()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _beat(self) -> None:
-        self._beats += 1
-        self.store.set(str(self.rank), str(self._beats))
-
-    def _run(self) -> None:
-        while not self._stopped.wait(PULSE_SECONDS):
-            self._beat()
-
-    def ended(self) -> list[int]:
-        """The learners whose pulse stands still."""
-        names = [str(rank) for rank in range(self.size)]
-        before = self.store.multi_get(names)
-        time.sleep(3 * PULSE_SECONDS)
-        after = self.store.multi_get(names)
-        return [rank for rank in range(self.size) if before[rank] == after[rank]]
-
-    def stop(self) -> None:
-        """Ends the thread."""
-        self._stopped.set()
-        self._thread.join()

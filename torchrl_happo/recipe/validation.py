@@ -6,24 +6,30 @@ Every refusal is a :class:`~torchrl_happo.recipe.config.ConfigError`, before any
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
 from typing import Any
 
-from torchrl_happo.recipe.config import (
-    ConfigError,
-    RecurrentModel,
-    SequentialConfig,
-    TrainConfig,
-)
+from torchrl_happo.recipe.config import ConfigError, RecurrentModel, TrainConfig
+from torchrl_happo.recipe.environments import BOUNDS, check_scenario, known_settings
+
+INSIDE = {
+    "above": lambda value, bound: value > bound,
+    "at least": lambda value, bound: value >= bound,
+    "below": lambda value, bound: value < bound,
+    "at most": lambda value, bound: value <= bound,
+}
 
 
 def validate(config: TrainConfig) -> None:
-    """Checks every range, every choice and what the fields ask of each other.
+    """Check every range, every choice and what the fields ask of each other.
 
     Raises:
         ConfigError: in one sentence that names the field, its value and what is wanted.
     """
     _validate_fields(config)
+    _validate_settings(config)
     # The largest that torch takes, and that numpy takes.
     seeds = (("seed", config.seed, 2**63), ("evaluation.seed", config.evaluation.seed, 2**32))
     for name, seed, limit in seeds:
@@ -36,12 +42,13 @@ def validate(config: TrainConfig) -> None:
             "or collect more."
         )
     interval, steps = config.checkpoint.interval, config.steps_per_batch
-    if 0 < interval < config.iterations and interval * steps < config.task.max_steps:
+    longest = config.task.max_steps or 0
+    if 0 < interval < config.iterations and interval * steps < longest:
         raise ConfigError(
             f"checkpoint.interval is {interval}, but at a checkpoint the environments begin anew, "
-            f"and an episode of {config.task.max_steps} steps (task.max_steps) lasts longer than "
-            f"that many batches of {steps} (steps_per_batch): take at least "
-            f"{-(-config.task.max_steps // steps)}, or 0 for one at the end."
+            f"and an episode of {longest} steps (task.max_steps) lasts longer than that many "
+            f"batches of {steps} (steps_per_batch): take at least {-(-longest // steps)}, or 0 for "
+            "one at the end."
         )
     workers = getattr(config.collector, "num_workers", 1)
     if config.num_envs % workers:
@@ -49,31 +56,12 @@ def validate(config: TrainConfig) -> None:
             f"num_envs={config.num_envs} cannot be split evenly over "
             f"collector.num_workers={workers}: choose a multiple."
         )
-    _validate_networks(config)
+    config.algorithm.check(config)
+    _validate_model(config)
 
 
-def _validate_networks(config: TrainConfig) -> None:
-    """What algorithm, model and critic ask of each other."""
-    algorithm, model = config.algorithm, config.model
-    if isinstance(algorithm, SequentialConfig):
-        if algorithm.popart and algorithm.value_norm is None:
-            raise ConfigError(
-                "algorithm.popart needs statistics of the values: set algorithm.value_norm."
-            )
-    elif algorithm.minibatch_size == 1:
-        raise ConfigError(
-            f"algorithm.minibatch_size is 1, but {algorithm.name} standardises the advantage over "
-            "a minibatch: take at least 2."
-        )
-    elif isinstance(model, RecurrentModel):
-        raise ConfigError(
-            f"model={model.name} is for happo and hatrpo: take model=mlp with {algorithm.name}."
-        )
-    elif config.critic.input != "auto" or config.critic.model != "mlp":
-        name = "input" if config.critic.input != "auto" else "model"
-        raise ConfigError(
-            f"critic.{name} is for happo and hatrpo: leave it out with {algorithm.name}."
-        )
+def _validate_model(config: TrainConfig) -> None:
+    model = config.model
     if model.max_std is not None and (
         model.state_dependent_std or model.initial_std >= model.max_std
     ):
@@ -88,6 +76,23 @@ def _validate_networks(config: TrainConfig) -> None:
             f"model.sequence_length is {length}, but must divide steps_per_batch, "
             f"{config.steps_per_batch}."
         )
+
+
+def _validate_settings(config: TrainConfig) -> None:
+    """Check the settings of a simulator against its own arguments, where it can be asked."""
+    task = config.task
+    check_scenario(task)
+    known = known_settings(task)
+    for name, value in task.settings.items():
+        if known is not None and name not in known:
+            options = [f"task.{option}" for option in ("max_steps", "team_reward", *known)]
+            raise ConfigError(no_option(f"task.{name}", options))
+        default = (known or {}).get(name)
+        if isinstance(value, str) and isinstance(default, (bool, int, float)):
+            kind = "true or false" if isinstance(default, bool) else "a number"
+            raise ConfigError(f"task.{name} is {value!r}, but must be {kind}.")
+        if name in BOUNDS and isinstance(value, (int, float)):
+            _validate_value(f"task.{name}", value, {"bounds": BOUNDS[name]})
 
 
 def _validate_fields(config: Any, path: str = "") -> None:
@@ -107,18 +112,37 @@ def _validate_fields(config: Any, path: str = "") -> None:
 
 
 def _validate_value(name: str, value: Any, metadata: Any) -> None:
-    options = metadata.get("options")
+    options, bounds = metadata.get("options"), metadata.get("bounds", {})
     if options and value not in options:
         raise ConfigError(f"{name} is {value!r}, but must be one of {', '.join(options)}.")
-    inside = {
-        "above": lambda bound: value > bound,
-        "at least": lambda bound: value >= bound,
-        "below": lambda bound: value < bound,
-        "at most": lambda bound: value <= bound,
-    }
     if isinstance(value, float) and math.isinf(value):
         raise ConfigError(f"{name} is {value!r}, but must be finite.")
-    bounds = {k: b for k, b in metadata.get("bounds", {}).items() if b is not None}
-    if not all(inside[kind](bound) for kind, bound in bounds.items()):
+    if not all(INSIDE[kind](value, bound) for kind, bound in bounds.items()):
         wanted = " and ".join(f"{kind} {bound}" for kind, bound in bounds.items())
         raise ConfigError(f"{name} is {value!r}, but must be {wanted}.")
+
+
+def no_option(key: str, known: Iterable[str]) -> str:
+    """Say that there is no such option, and which ones are near."""
+    return f"There is no option {key!r}; {near(key, known, 'there are')}."
+
+
+def near(name: str, known: Iterable[str], otherwise: str) -> str:
+    """Name what the user may have meant: the same last part, a longer name or a similar one.
+
+    Example:
+        >>> near("lr", ["seed", "algorithm.lr"], "known")
+        'near: algorithm.lr'
+    """
+    known = sorted(known)
+    leaf = _leaf(name)
+    same = [other for other in known if _leaf(other) == leaf]
+    longer = [other for other in known if name in other]
+    found = same or longer or get_close_matches(name, known, n=3, cutoff=0.7)
+    names, more = found or known, max(len(found or known) - 10, 0)
+    listed = ", ".join(names[:10]) + (f" and {more} more" if more else "")
+    return f"{'near' if found else otherwise}: {listed}"
+
+
+def _leaf(name: str) -> str:
+    return name.replace("/", ".").rpartition(".")[2]

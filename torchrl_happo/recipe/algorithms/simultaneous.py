@@ -8,21 +8,130 @@ its example gets wrong put right: the keys, and the time limit, which is bootstr
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor, nn
 from torchrl.data import LazyTensorStorage, ReplayBuffer, SamplerWithoutReplacement
 from torchrl.envs import EnvBase
 from torchrl.modules import MultiAgentMLP
+from torchrl.objectives import ClipPPOLoss, ValueEstimators
 from torchrl.objectives.multiagent import MAPPOLoss
 
 from torchrl_happo.networks.layer_norm import MultiAgentLayerNormMLP
 from torchrl_happo.networks.specs import Group, read_groups, read_state
-from torchrl_happo.recipe.config import ConfigError
+from torchrl_happo.objectives.value_norm import RealValues
+from torchrl_happo.recipe.algorithms.parts import (
+    critic_settings,
+    make_actors,
+    network_settings,
+    optimizer_settings,
+    policy_of,
+    state_key,
+)
+from torchrl_happo.recipe.config import (
+    AlgorithmConfig,
+    ConfigError,
+    RecurrentModel,
+    TrainConfig,
+    default_of,
+    number,
+)
+from torchrl_happo.recipe.learner import Learner
 from torchrl_happo.steps.optimizers import OptimizerFactory, SchedulerFactory
+
+
+@dataclass
+class SimultaneousConfig(AlgorithmConfig):
+    """What MAPPO and IPPO share: TorchRL's loss for each group, one Adam over actor and critic."""
+
+    loss_class: ClassVar[type[MAPPOLoss]]
+    centralized: ClassVar[bool]
+
+    clip_epsilon: float = number(default_of(ClipPPOLoss, "clip_epsilon"), above=0, below=1)
+    """How far a ratio may go from 1 and still gain by it."""
+    entropy_coeff: float = number(default_of(MAPPOLoss, "entropy_coeff"), at_least=0)
+    """Weight of the entropy bonus."""
+    share_params: bool = True
+    """One network for a group, as the papers do; false: one for each agent, as HAPPO."""
+
+    def check(self, config: TrainConfig) -> None:
+        """Refuse minibatches of one frame, memory, and inputs of the other algorithms' critic."""
+        if self.minibatch_size == 1:
+            raise ConfigError(
+                f"algorithm.minibatch_size is 1, but {self.name} standardises the advantage over "
+                "a minibatch: take at least 2."
+            )
+        if isinstance(config.model, RecurrentModel):
+            raise ConfigError(
+                f"model={config.model.name} is for happo and hatrpo: take model=mlp with "
+                f"{self.name}."
+            )
+        critic = config.critic
+        others = {"input": critic.input != "auto", "model": critic.model != "mlp"}
+        others["make_critic"] = critic.make_critic is not None
+        for name, is_set in others.items():
+            if is_set:
+                raise ConfigError(
+                    f"critic.{name} is for happo and hatrpo: leave it out with {self.name}."
+                )
+
+    def make_learner(
+        self, config: TrainConfig, env: EnvBase, process_group: dist.ProcessGroup | None
+    ) -> Learner:
+        """Build a network, a loss and an optimiser for each group of an environment."""
+        actors = make_actors(config, env, share_params=self.share_params)
+        losses = {
+            group.name: self._make_loss(config, env, group, actors[group.name])
+            for group in read_groups(env, "observation")
+        }
+        updater = SimultaneousUpdater(
+            losses,
+            **optimizer_settings(config),
+            num_epochs=self.num_epochs,
+            minibatch_size=self.minibatch_size or config.frames_per_batch,
+            max_grad_norm=self.max_grad_norm,
+        )
+        return Learner(policy_of(actors), updater, actors)
+
+    def _make_loss(self, config: TrainConfig, env: EnvBase, group: Group, actor: Any) -> MAPPOLoss:
+        critic: TensorDictModuleBase = make_group_critic(
+            env,
+            group,
+            centralized=self.centralized,
+            state_key=state_key(env),
+            share_params=self.share_params,
+            device=env.device,
+            **network_settings(config.model),
+        )
+        settings = critic_settings(self, env)
+        if settings["value_norm"] is not None:
+            # TorchRL's losses expect real values and normalise them: so the network, behind this,
+            # predicts normalised ones, as with HAPPO.
+            critic = RealValues(critic, settings["value_norm"], group.key("state_value"))
+        loss = self.loss_class(
+            actor,
+            critic,
+            clip_epsilon=self.clip_epsilon,
+            entropy_coeff=self.entropy_coeff,
+            # TanhNormal has no closed-form entropy: unused, it would only cost time.
+            entropy_bonus=self.entropy_coeff > 0,
+            functional=False,
+            **settings,
+        )
+        loss.set_keys(
+            action=group.action,
+            sample_log_prob=group.key("action_log_prob"),
+            value=group.key("state_value"),
+            advantage=group.key("advantage"),
+            value_target=group.key("value_target"),
+        )
+        loss.make_value_estimator(ValueEstimators.MAGAE, gamma=self.gamma, lmbda=self.lmbda)
+        return loss
 
 
 class SimultaneousUpdater:
