@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ def export_agent(agent: AgentPolicy, target: Path) -> Path:
         raise ConfigError(
             f"An ONNX model needs {' and '.join(missing)}: pip install torchrl_happo[export]."
         )
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses operators nobody asked for
     torch.onnx.export(
         program,
         f=target,

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tensordict import NestedKey, TensorDict
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import unravel_key
 from torch import Tensor, nn
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules import GRUModule, LSTMModule
 
 from torchrl_happo.networks.actors import memory_transforms
 from torchrl_happo.objectives import HAPPOLoss
@@ -36,7 +37,8 @@ class AgentPolicy(nn.Module):
 
     It reads what this agent alone observes, in the order of :attr:`in_names`, and returns its
     action and the next states of its memory, in the order of :attr:`out_names`. Actions are the
-    most likely ones.
+    most likely ones. States begin an episode with zeros; those that are returned belong to the next
+    step.
 
     Args:
         name (str): of the agent.
@@ -47,9 +49,15 @@ class AgentPolicy(nn.Module):
     def __init__(self, name: str, actor: Any, observed: TensorDict) -> None:
         super().__init__()
         self.name = name
+        for parent in list(actor.modules()):
+            for place, child in list(parent.named_children()):
+                if isinstance(child, (GRUModule, LSTMModule)):
+                    parent._modules[place] = MemoryStep(child)
         self.actor = actor
         self.in_keys: list[NestedKey] = [
-            key for key in map(unravel_key, actor.in_keys) if observed.get(key, None) is not None
+            key
+            for key in map(unravel_key, actor.in_keys)
+            if _leaf(key) != "is_init" and observed.get(key, None) is not None
         ]
         written = [unravel_key(key) for key in actor.out_keys]
         states = [key for key in written if key[0] == "next"]
@@ -81,6 +89,32 @@ class AgentPolicy(nn.Module):
         with set_exploration_type(ExplorationType.DETERMINISTIC):
             data = self.actor(data)
         return tuple(data.get(key) for key in self.out_keys)
+
+
+class MemoryStep(TensorDictModuleBase):
+    """One step of a recurrent module, without a look at whether an episode begins.
+
+    TorchRL's modules ask the data whether to reset the memory, which cannot be exported.
+    """
+
+    def __init__(self, module: GRUModule | LSTMModule) -> None:
+        super().__init__()
+        self.cell = module.gru if isinstance(module, GRUModule) else module.lstm
+        self.in_keys = [key for key in module.in_keys if _leaf(key) != "is_init"]
+        self.out_keys = list(module.out_keys)
+
+    def forward(self, data: TensorDictBase) -> TensorDictBase:
+        """Read features ``[B, d]`` and states ``[B, layers, h]``, write what comes of them."""
+        features, *states = (data.get(key) for key in self.in_keys)
+        states = [state.transpose(0, 1).contiguous() for state in states]
+        output, after = self.cell(
+            features.unsqueeze(1), states[0] if len(states) == 1 else tuple(states)
+        )
+        data.set(self.out_keys[0], output.squeeze(1))
+        after = (after,) if len(states) == 1 else after
+        for key, state in zip(self.out_keys[1:], after, strict=True):
+            data.set(key, state.transpose(0, 1))
+        return data
 
 
 @dataclass(frozen=True)
