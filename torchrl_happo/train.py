@@ -13,11 +13,22 @@ INTERRUPTED = 130
 REFUSED = 2
 
 #: The packages of the extra ``train``.
-NEEDED = ("hydra", "matplotlib", "omegaconf", "tqdm")
+NEEDED = ("hydra", "matplotlib", "omegaconf", "PIL", "tqdm")
 
 
 def main() -> int:
     """Run the command line; return its exit code: 0, 2 for a refusal, 130 after Ctrl-C."""
+    words = sys.argv[1:]
+    if "--help" in words or "-h" in words:
+        from torchrl_happo.conf.help import help_text
+
+        sys.stdout.write(help_text())
+        return 0
+    if "--version" in words:
+        from torchrl_happo import __version__
+
+        sys.stdout.write(f"torchrl_happo {__version__}\n")
+        return 0
     missing = [package for package in NEEDED if find_spec(package) is None]
     if missing:
         sys.stderr.write(
@@ -27,7 +38,7 @@ def main() -> int:
     try:
         from torchrl_happo.recipe.cli import command_line
 
-        return int(command_line(sys.argv[1:]) or 0)
+        return int(command_line(words) or 0)
     except KeyboardInterrupt:
         return INTERRUPTED
 

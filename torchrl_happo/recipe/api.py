@@ -63,7 +63,9 @@ def train(
     }
     given = {option: function for option, function in functions.items() if function is not None}
     if not isinstance(config, TrainConfig):
-        own = ["task=custom"] if make_env is not None and "task" not in overrides else []
+        task = overrides.get("task", {})
+        is_named = isinstance(task, str) or "name" in task
+        own = ["task=custom"] if make_env is not None and not is_named else []
         config = compose.load([*own, *config, *_words(overrides)], given)
     elif overrides or given:
         raise TypeError(
