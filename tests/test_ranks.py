@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,7 +58,7 @@ def results(folder):
 
 @pytest.mark.slow
 def test_a_learner_that_is_killed(tmp_path):
-    """One sentence names it; restarted, the run goes on, and ends as one that nobody disturbed.
+    """Torchrun names it, one sentence ends the other; restarted, the run ends as if undisturbed.
 
     It is killed in the third of three updates, the checkpoints of two are there. Both runs are of
     two learners with two environments each, and only the first of them writes.
@@ -67,10 +68,12 @@ def test_a_learner_that_is_killed(tmp_path):
     whole = tmp_path / "whole" / "run"
     (tmp_path / "broken").mkdir()
     calm = torchrun(whole, "--max-restarts=0")
-    assert "has ended" not in calm
+    assert "cannot reach" not in calm
     said = torchrun(tmp_path / "broken" / "run", "--max-restarts=1")
     assert (tmp_path / "broken" / "killed").exists()
-    assert said.count("Learner 1 of 2 has ended, and the others stop with it") == 1
+    assert said.count("Learner 0 of 2 cannot reach the others and stops") == 1
+    assert "Traceback" not in said
+    assert re.search(r"exitcode: -9\) local_rank: 1", said)
     state, (training, _) = results(whole)
     assert [row["frames"] for row in training] == ["24", "48", "72"]
     assert same(results(tmp_path / "broken" / "run"), (state, [training, results(whole)[1][1]]))

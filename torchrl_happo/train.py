@@ -36,9 +36,9 @@ def main() -> int:
         )
         return REFUSED
     try:
-        from torchrl_happo.recipe.cli import command_line
+        from torchrl_happo.recipe import cli
 
-        return int(command_line(words) or 0)
+        return cli.main(words)
     except KeyboardInterrupt:
         return INTERRUPTED
 

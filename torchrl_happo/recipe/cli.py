@@ -47,7 +47,12 @@ UNWRITABLE = {
 }
 
 
-@record  # torchrun then says which learner failed first, and why
+def main(arguments: list[str]) -> int:
+    """Run a command line; torchrun is told why a learner failed, and says which one was first."""
+    is_learner = "TORCHELASTIC_RUN_ID" in os.environ
+    return int((record(command_line) if is_learner else command_line)(arguments) or 0)
+
+
 def command_line(arguments: list[str]) -> int:
     """Run what the words of a command line ask for: one run, or with ``-m`` a sweep.
 

@@ -29,7 +29,6 @@ from torchrl_happo.arguments import first_line
 from torchrl_happo.envs import (
     BatchedPettingZooEnv,
     Rounds,
-    SeededForagingEnv,
     TeamReward,
     make_mujoco,
 )
@@ -245,6 +244,8 @@ def _pettingzoo_settings(task: TaskConfig) -> dict[str, Any]:
 
 
 def _make_foraging(task: TaskConfig, num_envs: int, device: str) -> EnvBase:
+    from torchrl_happo.envs import SeededForagingEnv  # which asks for lbforaging
+
     environment = task.settings["environment"]
     if environment not in SeededForagingEnv.available_envs:
         raise ConfigError(f"task.environment is {environment!r}, which lbforaging has not.")
