@@ -46,6 +46,9 @@ BOUNDS: dict[str, dict[str, float]] = {
     "nearest": {"at least": 0},
 }
 
+#: Settings that a scenario of VMAS reads and then sets itself.
+WITHOUT_EFFECT = {"multi_give_way": {"n_agents"}}
+
 
 def make_env(
     task: TaskConfig,
@@ -205,6 +208,7 @@ def _read_scenario(scenario: str) -> dict[str, Any]:
     sources = [path for f in folders for path in Path(f, "scenarios").rglob(f"{scenario}.py")]
     if not sources:
         raise ConfigError(f"task.scenario is {scenario!r}, which VMAS has not.")
+    without = WITHOUT_EFFECT.get(scenario, set())
     found: dict[str, Any] = {}
     for node in (n for path in sources for n in ast.walk(ast.parse(path.read_text()))):
         match node:
@@ -214,7 +218,7 @@ def _read_scenario(scenario: str) -> dict[str, Any]:
             ):
                 is_literal = default and isinstance(default[0], ast.Constant)
                 found[name] = ast.literal_eval(default[0]) if is_literal else None
-    return found
+    return {key: value for key, value in found.items() if key not in without}
 
 
 def _make_pettingzoo(task: TaskConfig, num_envs: int, device: str) -> EnvBase:

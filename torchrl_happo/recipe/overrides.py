@@ -78,7 +78,7 @@ def normalize(word: str) -> str:
 
 def _whole(value: str) -> str:
     match = ROUND.fullmatch(value)
-    if match is None:
+    if match is None or value.isdigit():
         return value
     number = float(match[1]) * UNITS[match[2].lower()]
     return str(int(number)) if number.is_integer() else value
