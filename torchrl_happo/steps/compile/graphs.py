@@ -162,6 +162,7 @@ def _describe(kind: Tensor) -> tuple[Any, ...]:
 
 def _drop_unused_arguments(graph: GraphModule) -> list[int]:
     """Removes them from the graph; returns the positions of the others."""
+    # A tensor that the graph does not read would be guarded, and copied for a replay, for nothing.
     used = []
     for index, node in enumerate(graph.graph.find_nodes(op="placeholder")):
         if node.users:
@@ -174,6 +175,8 @@ def _drop_unused_arguments(graph: GraphModule) -> list[int]:
 
 def _lift_constants(graph: GraphModule) -> list[Tensor]:
     """Turns the tensors that the function found elsewhere into arguments, behind the others."""
+    # Buffers of the loss, say. As constants they would make the graphs of two agents differ, and a
+    # schedule that writes to them would not be seen.
     constants: dict[str, Tensor] = {}
     placeholders: dict[str, Node] = {}
     last = graph.graph.find_nodes(op="placeholder")[-1]
@@ -294,6 +297,9 @@ def split(
         >>> each_time(torch.ones(2), torch.zeros(2), z)
         (tensor([0., 0.]),)
     """
+    # An argument divides the graph: nodes that depend on it are computed again for each of its
+    # values, all others once. The second part needs the frontier, the values that its nodes read
+    # from the first: these are saved, as autograd saves activations for a backward pass.
     nodes = list(graph.graph.nodes)
     placeholders = [node for node in nodes if node.op == "placeholder"]
     returned = iter(nodes[-1].args[0])
@@ -315,6 +321,7 @@ def split(
         elif node.op != "placeholder":
             saved[node] = None
 
+    # From the end: of a chain of views and casts the last tensor that costs something is saved.
     for node in reversed(nodes):
         if node in again and node.op == "call_function":
             visit(node)
