@@ -33,6 +33,7 @@ from torchrl_happo.steps.optimizers import (
     build_optimizer,
     build_scheduler,
     check_optimizer_state,
+    laid_out_as,
 )
 from torchrl_happo.steps.step import ByName, Problem, setting_of
 
@@ -256,8 +257,7 @@ class FirstOrderStep:
         assert self.problem.divergence is not None
         with torch.no_grad():
             own = self.problem.divergence(data)
-            (mean,) = self.learners.mean([own], self.problem.weight(data))
-        return float(mean)
+        return float(self.learners.mean([own], self.problem.weight(data))[0])
 
     def step(
         self, minibatch: TensorDictBase, weight: Tensor | float = 1.0
@@ -280,7 +280,7 @@ class FirstOrderStep:
             gradients = [None if gradient is None else next(rest) for gradient in gradients]
         try:
             for parameter, gradient in zip(self._trained, gradients, strict=True):
-                parameter.grad = None if gradient is None else _laid_out_as(parameter, gradient)
+                parameter.grad = None if gradient is None else laid_out_as(parameter, gradient)
             norm = nn.utils.clip_grad_norm_(self._trained, self.max_grad_norm)
             self.optimizer.step()
         finally:
@@ -308,7 +308,7 @@ class FirstOrderStep:
         """Load what :meth:`state_dict` returned.
 
         Raises:
-            ValueError: if the state is of another optimiser, or of other parameters.
+            ValueError: if the state is another optimiser's, or of other parameters.
         """
         check_optimizer_state(self.optimizer, state["optimizer"], self._factory)
         # A copy: torch would share tensors with whoever's state it is.
@@ -348,14 +348,3 @@ class Epochs:
 
 def _kinds(parameters: Mapping[str, Tensor]) -> list[tuple[torch.device, torch.dtype]]:
     return [(p.device, p.dtype) for p in parameters.values()]
-
-
-def _laid_out_as(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """Return the gradient in the memory layout of its parameter, as ``backward()`` would.
-
-    Torch's fused kernels go through both side by side, whatever their strides; the gradient of a
-    stack of networks comes out transposed.
-    """
-    if gradient.stride() == parameter.stride():
-        return gradient
-    return torch.empty_like(parameter).copy_(gradient)

@@ -17,6 +17,7 @@ __all__ = [
     "build_optimizer",
     "build_scheduler",
     "check_optimizer_state",
+    "laid_out_as",
 ]
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -166,3 +167,14 @@ def _state_shapes(
         for name, value in probe.state[p].items()
         if isinstance(value, Tensor)
     }
+
+
+def laid_out_as(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """Return the gradient in the memory layout of its parameter, as ``backward()`` would.
+
+    Torch's fused kernels go through both side by side, whatever their strides; the gradient of a
+    stack of networks comes out transposed.
+    """
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)

@@ -10,7 +10,7 @@ compiled code in four stages, a module for each:
    (``benchmarks/compiler.py`` compares both), but then checks the Python it has seen before each
    call, leaves stacked networks with other tensors than their own, and cannot cut a graph in parts.
 3. :mod:`.compiled` makes such a function of a first-order step, Adam included;
-   :mod:`.compiled_model` of a trust region, whose graph it cuts in three: once a batch, once an
+   :mod:`.compiled_model` of a trust region, whose graph :mod:`.cut` cuts: once a batch, once an
    iteration of conjugate gradient, once a try of the line search.
 4. :mod:`.cuda_graphs` replays such functions from CUDA graphs.
 

@@ -13,8 +13,9 @@ from torch.distributions import Distribution
 from torchrl_happo.masked import masked_mean
 from torchrl_happo.policy.distributions import kl_divergence
 from torchrl_happo.steps.compile.code import Code
+from torchrl_happo.steps.compile.cut import split
 from torchrl_happo.steps.compile.flat import Layout
-from torchrl_happo.steps.compile.graphs import TensorFunction, split, trace
+from torchrl_happo.steps.compile.graphs import TensorFunction, trace
 from torchrl_happo.steps.step import VALID, Problem
 from torchrl_happo.steps.trust_region.line_search import Evaluate
 from torchrl_happo.steps.trust_region.linearize import linearizable

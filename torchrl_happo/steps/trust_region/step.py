@@ -1,8 +1,7 @@
 """The trust-region step: one natural-gradient step on the whole batch.
 
-:class:`TrustRegion` holds the settings and builds one :class:`TrustRegionStep` for each agent. What
-a step does is told by :meth:`TrustRegionStep.propose` and :meth:`TrustRegionProposal.apply`; the
-mathematics is in :mod:`torchrl_happo.steps.trust_region.solve`.
+Read :meth:`TrustRegionStep.propose`, then :meth:`TrustRegionProposal.apply`; the mathematics is in
+:mod:`torchrl_happo.steps.trust_region.solve`.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -44,7 +43,7 @@ from torchrl_happo.transaction import load_generator_state
 
 __all__ = ["TrustRegion", "TrustRegionProposal", "TrustRegionStep"]
 
-_SEARCHES = (None, *LINE_SEARCHES)
+_At: TypeAlias = tuple[LocalModel, Evaluate, Iteration]
 
 
 @dataclass(frozen=True)
@@ -111,6 +110,7 @@ class TrustRegion:
             radii = self.max_kl.values() if isinstance(self.max_kl, Mapping) else [self.max_kl]
             for radius in radii:
                 _check_radius(radius)
+        searches = (None, *LINE_SEARCHES)
         for name, valid, wanted in (
             ("damping", 0 <= self.damping < math.inf, "non-negative and finite"),
             ("cg_iterations", self.cg_iterations >= 1, "at least 1"),
@@ -119,17 +119,13 @@ class TrustRegion:
             ("max_backtracks", self.max_backtracks >= 1, "at least 1"),
             ("accept_ratio", 0 <= self.accept_ratio < 1, "at least 0 and less than 1"),
             ("fisher_fraction", 0 < self.fisher_fraction <= 1, "greater than 0 and at most 1"),
-            ("line_search", self.line_search in _SEARCHES, "'sequential', 'batched' or None"),
+            ("line_search", self.line_search in searches, "'sequential', 'batched' or None"),
         ):
             if not valid:
                 raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}.")
 
     def __call__(self, problem: Problem) -> TrustRegionStep:
-        """Build the step of one agent.
-
-        Raises:
-            ValueError: if the problem has no policy, or ``max_kl`` no value for its name.
-        """
+        """Build the step of one agent, whose problem must have a policy."""
         if problem.distribution is None or problem.surrogate is None:
             raise ValueError(
                 f"A trust region needs a policy, but the problem of {problem.name!r} has no "
@@ -152,7 +148,7 @@ class TrustRegionStep:
 
     Args:
         problem (Problem): the policy, its surrogate and its parameters.
-        settings (TrustRegion): bound, damping, iterations, line search.
+        settings (TrustRegion): of this agent.
     """
 
     def __init__(self, problem: Problem, settings: TrustRegion) -> None:
@@ -178,12 +174,8 @@ class TrustRegionStep:
         """Find the natural gradient of the surrogate.
 
         Args:
-            data (TensorDictBase): the entries that the policy and the surrogate read, items along
-                the first dimension; perhaps ``"valid"``, which says what divergence and Fisher
-                matrix are averaged over.
-
-        Returns:
-            TrustRegionProposal: what the step expects, and how to take it.
+            data (TensorDictBase): the entries that the policy and the surrogate read, and perhaps
+                ``"valid"``, which says what divergence and Fisher matrix are averaged over.
         """
         settings, learners = self.settings, self.problem.learners
         with uncached_autocast():
@@ -201,7 +193,7 @@ class TrustRegionStep:
             )
         return TrustRegionProposal(self, model, direction, evaluate)
 
-    def _model(self, data: TensorDictBase) -> tuple[LocalModel, Evaluate, Iteration]:
+    def _model(self, data: TensorDictBase) -> _At:
         """Return the policy near its present parameters, and the trial of others."""
         named = dict(self.problem.named_parameters())
         # Copies that share the values: no gradient is left behind at the network's own.
@@ -234,9 +226,7 @@ class TrustRegionStep:
 
         return model, evaluate, iterate
 
-    def _compiled_model(
-        self, data: TensorDictBase
-    ) -> tuple[LocalModel, Evaluate, Iteration] | None:
+    def _compiled_model(self, data: TensorDictBase) -> _At | None:
         """Return the same from compiled code; ``None`` if that cannot be had."""
         compiled = self._compiled
         if compiled is None or compiled.code.is_given_up or len(data) < 2:
@@ -265,7 +255,7 @@ class TrustRegionStep:
         """Do nothing: the parameters are looked up for each batch."""
 
     def end_batch(self) -> None:
-        """Do nothing: there is no schedule but that of ``max_kl``."""
+        """Do nothing: a schedule sets ``max_kl`` from outside."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the generator, if rows are drawn."""
@@ -284,8 +274,7 @@ class TrustRegionProposal:
     Attributes:
         step (TrustRegionStep): the step of this agent.
         model (LocalModel): the policy near its present parameters.
-        direction (Direction): the natural gradient; ``direction.curvature`` is
-            :math:`g^T F^{-1} g`, by which a common budget can compare agents.
+        direction (Direction): the natural gradient; its ``curvature`` is :math:`g^T F^{-1} g`.
         evaluate (callable): from parameters, as a vector, to surrogate and mean divergence.
     """
 
@@ -312,8 +301,8 @@ class TrustRegionProposal:
 
         Returns:
             scalars: ``line_search_success`` (1 or 0), ``step_fraction`` (0 if rejected),
-            ``step_kl`` (of the last step tried), ``improvement`` and ``expected_improvement`` of
-            the surrogate, ``curvature``, ``cg_residual`` (relative), ``grad_norm``.
+            ``step_kl`` (of the last step tried), ``improvement``, ``expected_improvement``,
+            ``curvature``, ``cg_residual`` (relative), ``grad_norm``.
         """
         trained = self.step.trained()
         moved, result = self.take(max_kl)
