@@ -14,6 +14,8 @@ from torchrl.modules import (
     TanhNormal,
 )
 
+from torchrl_happo.update.batch import TeamBatch
+
 N_AGENTS, OBS_DIM, ACT_DIM = 3, 5, 2
 
 
@@ -143,3 +145,8 @@ SPOILED_GRADIENTS = pytest.mark.parametrize(
     ],
     ids=["nan", "infinite", "infinite in one entry"],
 )
+
+
+def team_batch(loss, batch, **kwargs):
+    """A batch made ready for the update of a loss."""
+    return TeamBatch(loss.team, loss.critics, batch, **kwargs)

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from team import team_batch
 from tensordict.nn import TensorDictModule
 from test_networks import SpecEnv, team
 from torch import nn
@@ -16,7 +17,6 @@ from torchrl.modules import PopArtValueNorm
 
 from torchrl_happo import HAPPOLoss, HATRPOLoss, SequentialUpdater, TeamReward, make_actor
 from torchrl_happo.networks.critics import CRITIC_INPUTS, make_critic
-from torchrl_happo.update.batch import TeamBatch
 
 
 def with_state(n_agents=3):
@@ -121,18 +121,18 @@ def batch_of(scenario, **kwargs):
 def test_an_advantage_for_each_agent_is_standardised_jointly(scenario):
     """Each agent gets its own row, in the order of the groups, of one standardised advantage."""
     loss, batch = batch_of(scenario, input="agent_specific")
-    team_batch = TeamBatch(loss, batch)
-    advantage = team_batch.batch["advantage"]
+    made = team_batch(loss, batch)
+    advantage = made.batch["advantage"]
     assert advantage.shape == (4, 6, loss.num_agents, 1)
     joint = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-5)
     for position, agent in enumerate(loss.agents):
-        torch.testing.assert_close(team_batch.advantage(agent), joint[..., position, 0])
+        torch.testing.assert_close(made.advantage(agent), joint[..., position, 0])
 
 
 def test_equal_values_give_the_joint_advantage():
     """A critic that says the same for every agent gives each the advantage of a joint one."""
     loss, batch = batch_of("simple_tag")
-    joint = TeamBatch(loss, batch)
+    joint = team_batch(loss, batch)
     single = loss.critic_network
 
     class Repeat(nn.Module):
@@ -141,8 +141,8 @@ def test_equal_values_give_the_joint_advantage():
 
     critic = TensorDictModule(Repeat(), in_keys=single.in_keys, out_keys=["state_value"])
     actors = {"adversary": loss.actor_network[0], "agent": loss.actor_network[1]}
-    repeated = TeamBatch(HAPPOLoss(actors, critic), batch)
-    for one, other in zip(loss.agents, repeated.loss.agents, strict=True):
+    repeated = team_batch(HAPPOLoss(actors, critic), batch)
+    for one, other in zip(loss.agents, repeated.team.agents, strict=True):
         torch.testing.assert_close(joint.advantage(one), repeated.advantage(other))
 
 
@@ -172,9 +172,9 @@ def test_popart_keeps_the_values_of_agents_in_all_groups():
     loss.make_value_estimator()
     data = env.reset().select(*critic.in_keys).double()
     values = loss.value_estimator.value_network
-    loss.update_value_norm(torch.randn(50, 1).double() * 4 + 10)
+    loss.critics["critic"].update_norm(torch.randn(50, 1).double() * 4 + 10)
     before = values(data.clone())["state_value"]
-    loss.update_value_norm(torch.randn(50, 1).double() * 400 - 1000)
+    loss.critics["critic"].update_norm(torch.randn(50, 1).double() * 400 - 1000)
     torch.testing.assert_close(values(data.clone())["state_value"], before, rtol=1e-8, atol=1e-8)
 
 

@@ -27,7 +27,6 @@ from torchrl_happo.recipe import checkpoint, training
 from torchrl_happo.recipe.checkpoint import CheckpointError, Checkpoints
 from torchrl_happo.recipe.collection import Batches, WorkerError
 from torchrl_happo.recipe.compose import compose_config
-from torchrl_happo.team.entries import entries_read
 
 KILLS = int(os.environ.get("CHECKPOINT_KILLS", "20"))
 LOSSES = pytest.mark.parametrize("kind", [HAPPOLoss, HATRPOLoss])
@@ -51,7 +50,7 @@ def test_every_entry_that_is_read_must_be_finite(kind, complete):
     team = Team(loss=kind).used()
     batch = complete(team.batch)
     before = team.state()
-    read = entries_read(team.loss, batch)
+    read = team.loss.team.entries_read(batch)
     assert len(read) >= 6
     for key in read:
         for value in (NAN, INF, -INF):
@@ -82,7 +81,7 @@ def test_what_masks_leave_out_may_hold_anything(kind, settings):
     batch["agents", "active"] = active
     batch["collector", "mask"] = counted
     spoiled, zeroed = batch.clone(), batch.clone()
-    for key in entries_read(team.loss, batch):
+    for key in team.loss.team.entries_read(batch):
         own = counted if key in ("advantage", "value_target") else active & counted.unsqueeze(-1)
         gaps = ~own.reshape(*own.shape, *(1,) * (batch[key].ndim - own.ndim)).expand_as(batch[key])
         spoiled[key] = batch[key].masked_fill(gaps, NAN)
@@ -120,7 +119,7 @@ def test_a_gradient_of_the_critic_that_is_not_finite(spoil, caplog):
     """In the third minibatch: the critic keeps its values, the agents keep their new policies."""
     team = Team(num_epochs=2).used()
     before = copy.deepcopy(team.updater.state_dict())
-    step = team.updater._critic_step
+    step = team.updater._steps["critic"]
     objective, calls = step.objective, []
 
     def spoiled(data):
@@ -144,7 +143,7 @@ def test_a_surrogate_that_is_not_finite_is_not_followed():
     """HATRPO: the agent whose surrogate is NaN keeps its policy, the others take their steps."""
     team = Team(loss=HATRPOLoss)
     before = {key: value.clone() for key, value in team.actor.state_dict().items()}
-    step = team.updater._agent_steps["agents_1"]
+    step = team.updater._steps["agents_1"]
     surrogate = step.surrogate
     step.surrogate = lambda dist, data: surrogate(dist, data) * NAN
     metrics = team.updater(team.batch)
@@ -159,7 +158,7 @@ def test_a_surrogate_that_is_not_finite_is_not_followed():
 def test_an_error_inside_a_network_leaves_its_parameters_in_place(kind, place):
     """A network that fails in the middle of a call does not keep what was swapped in for it."""
     team = Team(loss=kind)
-    network = team.critic if place == "critic" else team.loss.agents[1].actor
+    network = team.critic if place == "critic" else team.actor
     before, parameters = team.state(), list(network.parameters())
     layer = next(module for module in network.modules() if isinstance(module, torch.nn.Linear))
 

@@ -25,14 +25,14 @@ from torchrl.modules import IndependentNormal, MultiAgentMLP, ProbabilisticActor
 
 from torchrl_happo import HAPPOLoss, HATRPOLoss
 from torchrl_happo.envs import TabularGame
-from torchrl_happo.update.batch import TeamBatch
+from torchrl_happo.update.correction import RatioFactor
 
 
 @contextmanager
 def without_factor():
     """Takes the factor out of the updater: every agent steps against the others' old policies."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TeamBatch, "include", lambda *args: None)
+        patch.setattr(RatioFactor, "include", lambda *args: None)
         yield
 
 

@@ -9,8 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchrl_happo.masked import count, masked_mean, moments
-from torchrl_happo.objectives.surrogate import effective_sample_size, standardize
+from torchrl_happo.masked import count, effective_sample_size, masked_mean, moments, standardize
 
 numbers = st.lists(st.floats(-100, 100), min_size=1, max_size=12)
 masks = st.lists(st.booleans(), min_size=12, max_size=12)

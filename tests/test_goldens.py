@@ -11,7 +11,7 @@ from reference import load, make_actors, make_batch, relative_error
 
 from torchrl_happo import HAPPOLoss, HATRPOLoss, SequentialUpdater
 from torchrl_happo.steps import FirstOrderStep
-from torchrl_happo.update.batch import TeamBatch
+from torchrl_happo.update.correction import RatioFactor
 
 CASES = ["happo_continuous", "happo_continuous_stale", "happo_continuous_mb2", "happo_discrete"]
 
@@ -77,19 +77,19 @@ def test_happo_matches_the_reference(case, monkeypatch):
     )
     steps = {}
     for agent, golden_agent in zip(loss.agents, golden["agents"], strict=True):
-        step = updater._agent_steps[agent.name]
+        step = updater._steps[agent.name]
         step.minibatches = RecordedMinibatches(golden_agent, config["actor_num_mini_batch"])
         steps[agent.name] = RecordedSteps(step)
 
     factors = {}
-    include = TeamBatch.include
+    include = RatioFactor.include
 
     def record(team, agent, log_ratio):
         factors[agent.name] = [team.log_factor.exp()]
         include(team, agent, log_ratio)
         factors[agent.name].append(team.log_factor.exp())
 
-    monkeypatch.setattr(TeamBatch, "include", record)
+    monkeypatch.setattr(RatioFactor, "include", record)
     metrics = updater(make_batch(golden))
 
     for i, golden_agent in enumerate(golden["agents"]):
@@ -133,14 +133,14 @@ def test_hatrpo_matches_the_reference(case, monkeypatch):
     )
     updater = SequentialUpdater(loss, order=golden["agent_order"])
     factors = {}
-    include = TeamBatch.include
+    include = RatioFactor.include
 
     def record(team, agent, log_ratio):
         factors[agent.name] = [team.log_factor.exp()]
         include(team, agent, log_ratio)
         factors[agent.name].append(team.log_factor.exp())
 
-    monkeypatch.setattr(TeamBatch, "include", record)
+    monkeypatch.setattr(RatioFactor, "include", record)
     metrics = updater(make_batch(golden))
 
     for i, golden_agent in enumerate(golden["agents"]):

@@ -161,8 +161,8 @@ def test_the_clip_fraction_counts_what_is_outside_the_range():
     loss = HAPPOLoss(make_actor(), None, clip_epsilon=(0.2, 0.3))
     log_ratio = torch.tensor([0.75, 0.85, 1.1, 1.25, 5.0]).log()
     valid = torch.tensor([True, True, True, True, False])
-    assert loss.agent_report(log_ratio, valid)["clip_fraction"] == 1 / 4
-    assert loss.agent_report(log_ratio, None)["clip_fraction"] == 2 / 5
+    assert loss.agent_report(loss.agents[0], log_ratio, valid)["clip_fraction"] == 1 / 4
+    assert loss.agent_report(loss.agents[0], log_ratio, None)["clip_fraction"] == 2 / 5
 
 
 def test_gradient_reaches_the_stack():
@@ -218,7 +218,7 @@ def test_groups_of_one_equal_one_group():
     split = batch.select("advantage", "next")
     for agent in loss.agents:
         single = copy.deepcopy(agent.actor)
-        view = agent.view(batch, loss.agent_keys(agent))
+        view = agent.view(batch, agent.update_keys)
         name = f"robot_{agent.index}"
         for module in single:
             module.in_keys = [(name, key[-1]) for key in module.in_keys]

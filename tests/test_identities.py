@@ -23,7 +23,7 @@ from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.multiagent import MAPPOLoss
 
 from torchrl_happo import ActorList, HAPPOLoss, HATRPOLoss, SequentialUpdater
-from torchrl_happo.update.batch import TeamBatch
+from torchrl_happo.update.correction import RatioFactor
 
 OBS, ACT, AGENTS, BATCH = 3, 2, 3, (4, 6)
 LAYOUTS = ["stack", "list", "groups", "groups of one", "blocks of one"]
@@ -215,7 +215,7 @@ def test_without_the_factor_the_update_is_a_simultaneous_one(monkeypatch):
     Adam moves each number by its own gradients, so that one optimiser for all rows of the stack
     does what one for each agent does.
     """
-    monkeypatch.setattr(TeamBatch, "include", lambda *args: None)
+    monkeypatch.setattr(RatioFactor, "include", lambda *args: None)
     nets = networks()
     actor, twin = (actor_of(stacked(nets)) for _ in range(2))
     data = experience(nets, masked=False)

@@ -10,7 +10,7 @@ from torch import nn
 from torchrl.modules import MultiAgentMLP, ProbabilisticActor
 
 from torchrl_happo.networks.layer_norm import LayerNormMLP, MultiAgentLayerNormMLP
-from torchrl_happo.team.agents import split_actor
+from torchrl_happo.team.split import split_actor
 
 SIZES = {"num_cells": [16, 8], "activation_class": nn.ReLU}
 

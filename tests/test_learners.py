@@ -388,7 +388,7 @@ def test_what_one_refuses_all_refuse(ranks, spoil):
 
 def lose_a_gradient(rank, group):
     updater = Case("happo").team(group)
-    step = updater._agent_steps["agents_1"]
+    step = updater._steps["agents_1"]
     objective = step.objective
     if rank == 1:
         step.objective = lambda data: objective(data) * float("nan")

@@ -12,6 +12,7 @@ from functools import partial
 import pytest
 import team
 import torch
+from team import team_batch
 from tensordict import TensorDict
 from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torchrl.collectors import Collector
@@ -28,7 +29,6 @@ from torchrl_happo import (
     make_critic,
     memory_transforms,
 )
-from torchrl_happo.update.batch import TeamBatch
 
 ENVS, STEPS, EPISODE = 4, 10, 5
 GROUPS = {"adversary": 3, "agent": 1}
@@ -164,9 +164,9 @@ def test_steps_that_are_padding(mask, team, loss_class):
     counts = torch.arange(STEPS).expand(ENVS, -1) < torch.tensor([[5], [7], [10], [3]])
     batch = batch.exclude("collector")
     if mask == "shifted_valid":
-        data = TeamBatch(updater.loss, batch)
+        data = team_batch(updater.loss, batch)
         for key in ("advantage", "value_target", "state_value"):
-            batch[key] = data.critic_batch[key]
+            batch[key] = data.critic_batches["critic"][key]
     twin = copy.deepcopy(updater)
     other = at_random(batch.exclude(*GROUPS, "next"), ~counts, keep=("is_init",))
     for group in GROUPS:
@@ -216,11 +216,11 @@ def test_a_mask_is_as_good_as_leaving_out(inactive, own, blocks, loss_class):
 def test_padding_behind_a_cut_trajectory():
     """A trajectory that the end of the batch cuts has the advantages it has without padding."""
     updater, batch = build(HAPPOLoss)
-    whole = TeamBatch(updater.loss, batch[:, :7]).critic_batch
+    whole = team_batch(updater.loss, batch[:, :7]).critic_batches["critic"]
     counts = torch.arange(STEPS).expand(ENVS, -1) < 7
     assert not batch["next", "done"][:, 6].any()
     batch["collector", "mask"] = counts
-    padded = TeamBatch(updater.loss, batch).critic_batch[:, :7]
+    padded = team_batch(updater.loss, batch).critic_batches["critic"][:, :7]
     for key in ("advantage", "value_target", "state_value"):
         torch.testing.assert_close(padded[key], whole[key])
 
@@ -238,13 +238,13 @@ def test_no_minibatch_is_without_a_valid_entry(team, loss_class):
     counts[0, 1] = counts[0, 7] = True
     batch["collector", "mask"] = counts
     updater.sequence_length = 5 if "memory" in team else None
-    run, drawn = updater._run, []
+    move, drawn = updater._move, []
 
-    def spy(name, step, data, undo):
+    def spy(name, data, transaction):
         drawn.append(len(data))
-        return run(name, step, data, undo)
+        return move(name, data, transaction)
 
-    updater._run = spy
+    updater._move = spy
     update(updater, batch)
     assert drawn == [2] * (len(updater.loss.agents) + 1)
 
@@ -350,14 +350,14 @@ def lone_agent(group):
 def test_a_team_of_one(group):
     """Its value counts where its agent acts: in the loss, in its weight and in the statistics."""
     loss, batch, active, observation = lone_agent(group)
-    data = TeamBatch(loss, batch)
+    data = team_batch(loss, batch)
     returns = data.batch["value_target"][active]
-    assert torch.equal(data.valid_returns(), returns.unsqueeze(-1))
-    view = data.critic_view()
-    assert loss.critic_weight(view) == len(returns) == len(view)
-    values = loss.critic_network(data.critic_batch.copy())["state_value"][active]
+    assert torch.equal(data.valid_returns("critic"), returns.unsqueeze(-1))
+    view = data.critic_data("critic")
+    assert loss.critics["critic"].weight(view) == len(returns) == len(view)
+    values = loss.critic_network(data.critic_batches["critic"].copy())["state_value"][active]
     wanted = torch.nn.functional.smooth_l1_loss(values, returns)
-    torch.testing.assert_close(loss.critic_objective(view), wanted)
+    torch.testing.assert_close(loss.critics["critic"].objective(view), wanted)
     gap = ~active if group is None else ~active.unsqueeze(-1)
     batch[observation] = batch[observation].masked_fill(gap, torch.nan)
     metrics = SequentialUpdater(loss, num_epochs=1)(batch)

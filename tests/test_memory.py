@@ -94,7 +94,7 @@ def test_sequences_equal_the_step_by_step_policy(cell, chunk):
     assert batch["is_init"].sum() > 3 * 1  # there are resets inside the sequences
     loss = HAPPOLoss(actor, critic)
     for agent in loss.agents:
-        data = agent.view(batch, loss.agent_keys(agent))
+        data = agent.view(batch, agent.update_keys)
         data = data.reshape(-1, chunk or batch.shape[-1])
         with torch.no_grad(), set_recurrent_mode(True):
             log_prob = agent.log_prob(agent.policy.parameters(data), data)
@@ -130,7 +130,7 @@ def test_minibatches_hold_whole_sequences():
     updater = SequentialUpdater(
         HAPPOLoss(actor, critic), num_epochs=1, minibatch_size=12, sequence_length=5
     )
-    step = updater._agent_steps["agents_0"]
+    step = updater._steps["agents_0"]
     objective, shapes = step.objective, []
 
     def spy(data):

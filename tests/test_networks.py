@@ -33,7 +33,7 @@ from torchrl.modules import (
 )
 
 from torchrl_happo.networks.actors import CentralizedMLP, joint_policy, make_actor, make_critic
-from torchrl_happo.team.agents import split_team
+from torchrl_happo.team.split import split_team
 
 ONE_GROUP = MarlGroupMapType.ALL_IN_ONE_GROUP
 PER_AGENT = MarlGroupMapType.ONE_GROUP_PER_AGENT

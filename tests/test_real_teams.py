@@ -210,7 +210,7 @@ def test_two_updates(name, loss_class):
     for batch in Collector(env, policy, frames_per_batch=frames, total_frames=2 * frames):
         metrics = updater(batch)
         for agent in loss.agents:
-            data = agent.view(batch, loss.agent_keys(agent))
+            data = agent.view(batch, agent.update_keys)
             assert same_space(agent, data, *team.agents[agent.name])
     assert updater.num_updates == 2
     assert all(value.isfinite() for value in metrics.values(True, True))

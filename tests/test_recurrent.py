@@ -57,7 +57,7 @@ def test_a_team_with_memory_learns(cell, scenario, loss_class):
     assert batch["is_init"].sum() == 2 * 3  # a reset inside each sequence
     loss = loss_class(actors, critic)
     for agent in loss.agents:
-        data = agent.view(batch, loss.agent_keys(agent))
+        data = agent.view(batch, agent.update_keys)
         with torch.no_grad(), set_recurrent_mode(True):
             log_prob = agent.log_prob(agent.policy.parameters(data), data)
         torch.testing.assert_close(log_prob, agent.stored_log_prob(data), rtol=1e-3, atol=1e-3)

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from team import team_batch
 from tensordict import TensorDict
 from torchrl.collectors import Collector
 from torchrl.envs import Compose, InitTracker, StepCounter, TransformedEnv, VmasEnv
@@ -23,7 +24,6 @@ from torchrl_happo import (
     memory_transforms,
 )
 from torchrl_happo.policy.memory import state_specs
-from torchrl_happo.update.batch import TeamBatch
 
 CELLS = ["gru", "lstm"]
 INPUTS = ["observations", "agent_specific", "own"]
@@ -84,7 +84,7 @@ def test_values_are_those_of_the_critic_asked_step_by_step(cell, input, rolled_o
     (batch,) = team.batches()
     assert batch["is_init"].sum() == 3 * 3  # resets inside the rows
     loss = HAPPOLoss(team.actors, team.critic)
-    data = TeamBatch(loss, batch).critic_batch
+    data = team_batch(loss, batch).critic_batches["critic"]
     for row, own in zip(data.unbind(0), batch.unbind(0), strict=True):
         value, next_value = asked_step_by_step(team.critic, own)
         torch.testing.assert_close(row["state_value"], value, rtol=1e-4, atol=1e-5)
@@ -109,10 +109,10 @@ def test_memory_reaches_the_end_of_its_episode_and_no_further():
     team = Team()
     (batch,) = team.batches()
     loss = HAPPOLoss(team.actors, team.critic)
-    before = TeamBatch(loss, batch).critic_batch
+    before = team_batch(loss, batch).critic_batches["critic"]
     other = batch.clone()
     other["adversary", "observation"][0, 4] += 1.0  # the second episode is steps 4 to 7
-    after = TeamBatch(loss, other).critic_batch
+    after = team_batch(loss, other).critic_batches["critic"]
     for key, moved in (("state_value", range(4, 8)), (("next", "state_value"), range(4, 8))):
         differs = (before[key] != after[key]).squeeze(-1)
         assert differs[0].nonzero().flatten().tolist() == list(moved)
@@ -126,8 +126,8 @@ def test_the_fit_begins_with_the_values_of_the_advantage(cell, input, sequence_l
     """Over whole sequences or chunks, each from its own state, the critic says the same."""
     team = Team(cell, input=input)
     (batch,) = team.batches()
-    data = TeamBatch(HAPPOLoss(team.actors, team.critic), batch, sequence_length=sequence_length)
-    view = data.critic_view()
+    data = team_batch(HAPPOLoss(team.actors, team.critic), batch, sequence_length=sequence_length)
+    view = data.critic_data("critic")
     assert view.shape == (30 // (sequence_length or 10), sequence_length or 10)
     with torch.no_grad(), set_recurrent_mode(True):
         value = team.critic(view.copy())["state_value"]
@@ -141,10 +141,10 @@ def test_a_rolled_out_critic_remembers_the_batch_before(cell):
     batches = team.batches(number=2)
     loss = HAPPOLoss(team.actors, team.critic)
     assert not batches[1]["is_init"][:, 0].any()
-    whole = TeamBatch(loss, torch.cat(batches, 1)).batch["state_value"][:, 10:]
-    second = TeamBatch(loss, batches[1]).batch["state_value"]
+    whole = team_batch(loss, torch.cat(batches, 1)).batch["state_value"][:, 10:]
+    second = team_batch(loss, batches[1]).batch["state_value"]
     torch.testing.assert_close(second, whole, rtol=1e-4, atol=1e-5)
-    forgetful = TeamBatch(loss, batches[1].exclude(*state_specs(team.critic))).batch
+    forgetful = team_batch(loss, batches[1].exclude(*state_specs(team.critic))).batch
     differs = (forgetful["state_value"] - whole).abs().amax((0, 2)) > 1e-4
     assert differs.tolist() == [True, True] + [False] * 8
 
@@ -158,7 +158,7 @@ def test_in_a_loop_of_ones_own(cell):
     team = Team(cell, rolled_out=True)
     (batch,) = team.batches()
     loss = HAPPOLoss(team.actors, team.critic)
-    expected = TeamBatch(loss, batch).critic_batch
+    expected = team_batch(loss, batch).critic_batches["critic"]
     with torch.no_grad():
         loss.value_estimator(batch)
     for key in ("state_value", ("next", "state_value"), "advantage", "value_target"):
@@ -191,26 +191,26 @@ def test_normalised_values():
     """With memory, too, the advantage sees real values and the critic predicts normalised ones."""
     team = Team()
     (batch,) = team.batches()
-    plain = TeamBatch(HAPPOLoss(team.actors, team.critic), batch).critic_batch[
+    plain = team_batch(HAPPOLoss(team.actors, team.critic), batch).critic_batches["critic"][
         "next", "state_value"
     ]
     norm = RunningValueNorm(shape=1)
     norm.update(5.0 + 3.0 * torch.randn(100, 1))
     loss = HAPPOLoss(team.actors, team.critic, value_norm=norm)
-    real = TeamBatch(loss, batch).critic_batch["next", "state_value"]
+    real = team_batch(loss, batch).critic_batches["critic"]["next", "state_value"]
     torch.testing.assert_close(real, norm.denormalize(plain))
 
 
 def test_chunks_are_the_critics_alone():
     """Beside a critic with memory, actors without still learn from single steps."""
     team = Team()
-    data = TeamBatch(HAPPOLoss(team.actors, team.critic), *team.batches())
-    assert data.critic_view().shape == (3, 10)
-    assert data.agent_view(data.loss.agents[0]).shape == (30,)
+    data = team_batch(HAPPOLoss(team.actors, team.critic), *team.batches())
+    assert data.critic_data("critic").shape == (3, 10)
+    assert data.agent_data(data.team.agents[0], {}).shape == (30,)
     team = Team(None, memory="gru")
-    data = TeamBatch(HAPPOLoss(team.actors, team.critic), *team.batches())
-    assert data.critic_view().shape == (30,)
-    assert data.agent_view(data.loss.agents[0]).shape == (3, 10)
+    data = team_batch(HAPPOLoss(team.actors, team.critic), *team.batches())
+    assert data.critic_data("critic").shape == (30,)
+    assert data.agent_data(data.team.agents[0], {}).shape == (3, 10)
 
 
 def test_minibatches_hold_whole_sequences():
@@ -220,13 +220,13 @@ def test_minibatches_hold_whole_sequences():
     updater = SequentialUpdater(
         HAPPOLoss(team.actors, team.critic), num_epochs=1, minibatch_size=12, sequence_length=5
     )
-    objective, shapes = updater._critic_step.objective, []
+    objective, shapes = updater._steps["critic"].objective, []
 
     def spy(data):
         shapes.append(tuple(data.shape))
         return objective(data)
 
-    updater._critic_step.objective = spy
+    updater._steps["critic"].objective = spy
     updater(batch)
     assert shapes == [(2, 5)] * 3
 
@@ -235,7 +235,7 @@ def test_one_row_is_a_batch():
     """An environment without a batch dimension yields a row of steps."""
     team = Team()
     row = team.batches()[0][0]
-    value = TeamBatch(HAPPOLoss(team.actors, team.critic), row).batch["state_value"]
+    value = team_batch(HAPPOLoss(team.actors, team.critic), row).batch["state_value"]
     torch.testing.assert_close(value, asked_step_by_step(team.critic, row)[0])
 
 

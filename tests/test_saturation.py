@@ -18,7 +18,6 @@ from wrong_calls import stack
 
 from torchrl_happo import HAPPOLoss
 from torchrl_happo.policy.distributions import is_saturated
-from torchrl_happo.team.agents import behaviour_log_prob
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -148,12 +147,12 @@ def test_a_policy_compared_with_itself_has_ratio_one(build):
     loss = HAPPOLoss(actor, None, entropy_coeff=0.0)
     worst = 0.0
     for agent in loss.agents:
-        data = agent.view(batch, loss.agent_keys(agent))
+        data = agent.view(batch, agent.update_keys)
         with torch.no_grad():
             parameters = agent.policy.parameters(data)
-            agent.policy.prepare(data, parameters)
+            agent.policy.prepare(data)
             new = agent.log_prob(parameters, data)
-            old = behaviour_log_prob(agent, data, new)
+            old = agent.behaviour_log_prob(data, new)
         torch.testing.assert_close(new, old, rtol=0, atol=0.05)
         worst = max(worst, (agent.stored_log_prob(data) - new).abs().max().item())
     assert worst > 0.5
@@ -179,7 +178,7 @@ def test_who_scores_saturated_actions(parameters):
     data = agent.view(batch, [*keys, *agent.policy.parameter_keys])
     stored = batch["agents", "action_log_prob"][..., 1]
     for given in (None, current):
-        got = behaviour_log_prob(agent, data, given)
+        got = agent.behaviour_log_prob(data, given)
         assert torch.equal(got[1:], stored[1:])
         if parameters:
             torch.testing.assert_close(got[0], acted[0])

@@ -105,7 +105,7 @@ def test_a_proposal_may_be_given_another_radius():
     batch = make_batch(actor)
     batch["advantage"] = torch.randn(*batch.shape, 1, dtype=torch.double)
     updater = SequentialUpdater(loss, num_epochs=1)
-    step, seen = updater._agent_steps[NAMES[0]], []
+    step, seen = updater._steps[NAMES[0]], []
     propose = step.propose
     step.propose = lambda data: seen.append(data) or propose(data)
     updater(batch)

@@ -40,9 +40,9 @@ from torchrl.modules import (
 
 from torchrl_happo import ActorList, HAPPOLoss, HATRPOLoss, SequentialUpdater, joint_policy
 from torchrl_happo.networks.recurrent import CELLS
-from torchrl_happo.objectives.base import ADVANTAGE, OLD_LOG_PROB
 from torchrl_happo.policy.memory import state_specs
-from torchrl_happo.team.agents import split_actor
+from torchrl_happo.team.split import split_actor
+from torchrl_happo.team.team import OLD_LOG_PROB
 
 OBS_DIM, N_AGENTS, BATCH = 4, 2, torch.Size([6, 5])
 
@@ -216,7 +216,7 @@ def test_update(memory, layout, space, inactive, loss_class):
 @set_recurrent_mode(True)
 def joint_log_prob(loss, agent, batch):
     """Log-probability of an agent's actions at each step, summed over dimensions and heads."""
-    data = agent.view(batch, loss.agent_keys(agent))
+    data = agent.view(batch, agent.update_keys)
     dist = agent.policy.distribution(agent.policy.parameters(data))
     keys = agent.policy.action_keys
     log_prob = dist.log_prob(data[keys[0]] if len(keys) == 1 else data.select(*keys))
@@ -228,7 +228,7 @@ def joint_log_prob(loss, agent, batch):
 def check_update(loss, batch):
     """What holds for every team."""
     for agent in loss.agents:
-        data = agent.view(batch, loss.agent_keys(agent))
+        data = agent.view(batch, agent.update_keys)
         with torch.no_grad(), set_recurrent_mode(True):
             log_prob = agent.log_prob(agent.policy.parameters(data), data)
         assert log_prob.shape == batch.shape or log_prob.shape == (*batch.shape, 1)
@@ -288,7 +288,7 @@ def test_composite_actions(loss_class, layout):
         batch = make_batch(actors, groups, False, False)
         loss = loss_class(actors, None)
         agent = loss.agents[0]
-        data = agent.view(batch, loss.agent_keys(agent))
+        data = agent.view(batch, agent.update_keys)
         prefix = agent.group
         separate = (
             data[prefix, "move_log_prob"] + data[prefix, "talk_log_prob"]
@@ -502,9 +502,9 @@ def test_each_head_has_a_weight_of_its_own(name):
     )
     torch.testing.assert_close(-loss(batch)["loss_entropy"], expected.mean())
     for agent, entropy in zip(loss.agents, expected.unbind(-1), strict=True):
-        data = agent.view(batch, loss.agent_keys(agent))
+        data = agent.view(batch, agent.update_keys)
         data.set(OLD_LOG_PROB, agent.stored_log_prob(data))
-        data.set(ADVANTAGE, torch.zeros(BATCH))
+        data.set("advantage", torch.zeros(BATCH))
         torch.testing.assert_close(-loss.agent_loss(agent, data), entropy.mean())
     ends = []
     for coeff in (0.5, dict.fromkeys(keys, 0.5)):

@@ -6,6 +6,7 @@ import copy
 import io
 import math
 from functools import partial
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -39,7 +40,7 @@ from torchrl_happo.steps.minibatches import (
     ShuffledMinibatches,
     draw_rows,
 )
-from torchrl_happo.update.batch import TeamBatch
+from torchrl_happo.update.correction import RatioFactor
 
 ADAM = partial(torch.optim.Adam, lr=1e-2)
 NAMES = [f"agents_{i}" for i in range(N_AGENTS)]
@@ -98,12 +99,12 @@ def test_factor_is_the_exact_product_of_ratios(distribution, monkeypatch):
     actor = make_actor(distribution=distribution).double()
     updater = make_updater(actor, make_critic().double(), order="fixed")
     batch = make_batch(actor)
-    include = TeamBatch.include
+    include = RatioFactor.include
     log_ratios = []
 
     def log_prob(i):
         agent = updater.loss.agents[i]
-        data = agent.view(batch, updater.loss.agent_keys(agent))
+        data = agent.view(batch, agent.update_keys)
         with torch.no_grad():
             return agent.actor.get_dist(data).log_prob(batch["agents", "action"][..., i, :])
 
@@ -115,7 +116,7 @@ def test_factor_is_the_exact_product_of_ratios(distribution, monkeypatch):
         expected = torch.stack(log_ratios).sum(0).flatten()
         torch.testing.assert_close(team.log_factor, expected, rtol=1e-12, atol=1e-12)
 
-    monkeypatch.setattr(TeamBatch, "include", checked)
+    monkeypatch.setattr(RatioFactor, "include", checked)
     updater(batch)
     assert len(log_ratios) == N_AGENTS
 
@@ -127,7 +128,7 @@ def test_inactive_agents_contribute_ratio_one(monkeypatch):
     batch = make_batch(actor)
     active = torch.rand(*batch.shape, N_AGENTS) > 0.4
     batch["agents", "active"] = active
-    include = TeamBatch.include
+    include = RatioFactor.include
 
     def checked(team, agent, log_ratio):
         before = team.log_factor.clone()
@@ -135,7 +136,7 @@ def test_inactive_agents_contribute_ratio_one(monkeypatch):
         changed = team.log_factor != before
         assert torch.equal(changed, active[..., agent.index].flatten())
 
-    monkeypatch.setattr(TeamBatch, "include", checked)
+    monkeypatch.setattr(RatioFactor, "include", checked)
     updater(batch)
 
 
@@ -179,14 +180,22 @@ def test_order(order, expected):
     assert line == expected
 
 
+def line_up(updater):
+    """The agents of one update in their order, without an update."""
+    batch, line = SimpleNamespace(team=updater.loss.team), []
+    while len(line) < N_AGENTS:
+        remaining = [agent for agent in updater.loss.agents if agent.name not in line]
+        line += [agent.name for agent in updater._turns.next(remaining, batch, None)]
+    return tuple(line)
+
+
 def test_random_order_is_seeded_and_changes():
     """The random order comes from the updater's own generator and visits all permutations."""
     lines = []
     for _ in range(2):
         updater = make_updater(seed=3)
         torch.manual_seed(len(lines))
-        batch = make_batch(updater.loss.actor_network)
-        lines.append([tuple(a.name for a in updater._line_up(batch)) for _ in range(60)])
+        lines.append([line_up(updater) for _ in range(60)])
     assert lines[0] == lines[1]
     assert len(set(lines[0])) == 6
 
@@ -222,7 +231,7 @@ def test_every_sample_is_used_each_epoch():
     updater = make_updater(minibatch_size=7, num_epochs=1)
     batch = make_batch(updater.loss.actor_network)
     seen = []
-    step = updater._agent_steps[NAMES[0]]
+    step = updater._steps[NAMES[0]]
     objective = step.objective
 
     def spy(data):
@@ -336,8 +345,8 @@ def test_an_agent_that_does_not_act_follows_its_schedule(recwarn):
     batch = make_batch(updater.loss.actor_network)
     batch["agents", "active"] = torch.ones(*batch.shape, N_AGENTS, dtype=torch.bool)
     batch["agents", "active"][..., 2] = False
-    objective = updater._agent_steps[NAMES[0]].objective
-    updater._agent_steps[NAMES[0]].objective = lambda data: objective(data) * float("nan")
+    objective = updater._steps[NAMES[0]].objective
+    updater._steps[NAMES[0]].objective = lambda data: objective(data) * float("nan")
     updater(batch)
     rates = {name: step.optimizer.param_groups[0]["lr"] for name, step in updater._steps.items()}
     assert rates == dict.fromkeys([*NAMES, "critic"], 1e-2 / 2)
@@ -357,7 +366,7 @@ def test_a_schedule_that_fails_leaves_no_trace():
     def fails():
         raise RuntimeError("no rate for this step")
 
-    schedule = updater._agent_steps[NAMES[1]].scheduler
+    schedule = updater._steps[NAMES[1]].scheduler
     schedule.step = fails
     with pytest.raises(RuntimeError, match="no rate"):
         updater(batch)
@@ -409,7 +418,7 @@ def test_what_thaws_is_trained_and_what_freezes_keeps_its_momentum():
     updater(batch)
     updater(batch)
     own = list(updater.loss.agents[0].named_parameters())
-    state = updater._agent_steps[NAMES[0]].optimizer.state
+    state = updater._steps[NAMES[0]].optimizer.state
     assert [state[p]["step"].item() for _, p in own[:3]] == [2, 1, 3]
     networks = copy.deepcopy((actor, updater.loss.critic_network))
     twin = SequentialUpdater(HAPPOLoss(*networks, entropy_coeff=0.0), num_epochs=1)
@@ -749,13 +758,13 @@ def test_buffers_of_the_joint_actor_are_those_of_the_agents():
 
 
 def test_an_actor_that_cannot_read_the_batch_is_named():
-    """With the shapes of what it was to read, as items."""
+    """With the shapes of what its group was to read, as items."""
     actor = make_actor()
     batch = make_batch(actor)
     batch["advantage"] = torch.randn(*batch.shape, 1)
     batch["agents", "observation"] = batch["agents", "observation"][..., :2]
     updater = SequentialUpdater(HAPPOLoss(actor, None), order="fixed")
-    words = r"The actor of agent 'agents_0' cannot read the batch .*observation.* \[24, 2\]"
+    words = r"The actor of agent 'agents_0' cannot read the batch .*observation.* \[24, 3, 2\]"
     with pytest.raises(ValueError, match=words):
         updater(batch)
 
@@ -816,7 +825,7 @@ def test_an_interrupted_update_leaves_no_trace(where, error):
     updater(batch)
     twin = copy.deepcopy(updater)
     before = copy.deepcopy(updater.state_dict())
-    step = updater._critic_step if where == "critic" else updater._agent_steps[NAMES[1]]
+    step = updater._steps["critic"] if where == "critic" else updater._steps[NAMES[1]]
     objective, calls = step.objective, []
 
     def fails(data):
@@ -840,15 +849,15 @@ def test_an_interrupted_update_gives_back_the_draws_of_fisher_matrices():
     updater = SequentialUpdater(loss, num_epochs=1)
     batch = make_batch(loss.actor_network)
     before = copy.deepcopy(updater.state_dict())
-    objective = updater._critic_step.objective
+    objective = updater._steps["critic"].objective
 
     def fails(data):
         raise Interrupted
 
-    updater._critic_step.objective = fails
+    updater._steps["critic"].objective = fails
     with pytest.raises(Interrupted):
         updater(batch)
-    updater._critic_step.objective = objective
+    updater._steps["critic"].objective = objective
     assert same(updater.state_dict(), before)
 
 
@@ -863,7 +872,7 @@ def test_gradients_are_there_for_the_length_of_a_step():
     def fails(*args, **kwargs):
         raise RuntimeError("in the middle")
 
-    updater._agent_steps[NAMES[1]].optimizer.step = fails
+    updater._steps[NAMES[1]].optimizer.step = fails
     with pytest.raises(RuntimeError, match="in the middle"):
         updater(make_batch(updater.loss.actor_network))
     assert all(parameter.grad is None for parameter in parameters)
@@ -877,7 +886,7 @@ def test_a_non_finite_gradient_takes_the_agents_step_back(spoil, caplog):
     updater(batch)
     before = state_of(updater.loss.actor_network)
     optimizer_before = optimizer_states(updater)[NAMES[1]]
-    step = updater._agent_steps[NAMES[1]]
+    step = updater._steps[NAMES[1]]
     objective, calls = step.objective, []
 
     def spoiled(data):
@@ -994,7 +1003,7 @@ def test_entropy_of_a_squashed_normal_is_estimated_well():
     batch = make_batch(actor, num_envs=100, time=20)
     metrics = updater(batch)
     for agent in updater.loss.agents:
-        data = agent.view(batch, updater.loss.agent_keys(agent))
+        data = agent.view(batch, agent.update_keys)
         with torch.no_grad():
             exact = entropy(agent.policy.distribution(agent.policy.parameters(data))).mean()
         torch.testing.assert_close(metrics[agent.name, "entropy"], exact, rtol=0.05, atol=0.05)
@@ -1062,7 +1071,7 @@ def test_an_optimiser_follows_its_network_to_another_device():
     updater = make_updater()
     updater(make_batch(updater.loss.actor_network))
     updater.loss.critic_network.to("meta")
-    step = updater._critic_step
+    step = updater._steps["critic"]
     step.follow()
     assert step.optimizer.state
     for state in step.optimizer.state.values():

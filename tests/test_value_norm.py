@@ -83,7 +83,7 @@ def test_statistics_of_few_returns(num_returns):
     """None changes nothing, a single one counts; either way there is something to take back."""
     updater = make_updater()
     before = state_of(updater.loss.value_norm)
-    restore = updater.loss.update_value_norm(torch.full((num_returns, 1), 5.0))
+    restore = updater.loss.critics["critic"].update_norm(torch.full((num_returns, 1), 5.0))
     assert same_state(before, state_of(updater.loss.value_norm)) == (num_returns == 0)
     restore()
     assert same_state(before, state_of(updater.loss.value_norm))
@@ -93,7 +93,7 @@ def test_without_statistics_there_is_nothing_to_update():
     """A loss without value normalisation takes returns in, and back, all the same."""
     loss = HAPPOLoss(make_actor(), make_critic())
     before = state_of(loss)
-    loss.update_value_norm(torch.ones(5, 1))()
+    loss.critics["critic"].update_norm(torch.ones(5, 1))()
     assert same_state(before, state_of(loss))
 
 
@@ -102,11 +102,11 @@ def test_popart_keeps_the_values():
     updater = make_updater(popart=True)
     loss = updater.loss.double()
     batch = make_batch(loss.actor_network)
-    loss.update_value_norm(torch.randn(50, 1).double() * 4 + 10)
+    loss.critics["critic"].update_norm(torch.randn(50, 1).double() * 4 + 10)
     values = loss.value_estimator.value_network
     with torch.no_grad():
         before = values(batch.copy())["agents", "state_value"]
-        loss.update_value_norm(torch.randn(50, 1).double() * 400 - 1000)
+        loss.critics["critic"].update_norm(torch.randn(50, 1).double() * 400 - 1000)
         after = values(batch.copy())["agents", "state_value"]
     torch.testing.assert_close(after, before, rtol=1e-8, atol=1e-8)
 
@@ -120,7 +120,7 @@ def test_clipping_starts_from_the_old_predictions(norm, popart):
     """
     updater = make_updater(norm(shape=1), popart=popart, clip_value=0.05)
     loss = updater.loss
-    objective, differences = updater._critic_step.objective, []
+    objective, differences = updater._steps["critic"].objective, []
 
     def record(data):
         prediction = loss.critic_network(data.copy())["agents", "state_value"]
@@ -128,7 +128,7 @@ def test_clipping_starts_from_the_old_predictions(norm, popart):
         differences.append((prediction - old).abs().max().item())
         return objective(data)
 
-    updater._critic_step.objective = record
+    updater._steps["critic"].objective = record
     batch = make_batch(loss.actor_network)
     for offset in (-100, 300, 0):
         batch["next", "reward"] = batch["next", "reward"] * 10 + offset
@@ -142,12 +142,12 @@ def test_the_first_statistics_leave_the_critic_alone(norm):
     """There are no values to keep yet, and at their scale of nearly zero no gradient would pass."""
     updater = make_updater(norm(shape=1), popart=True)
     before = copy.deepcopy(updater.loss.critic_network.state_dict())
-    restore = updater.loss.update_value_norm(torch.randn(50, 1) * 40 - 60)
+    restore = updater.loss.critics["critic"].update_norm(torch.randn(50, 1) * 40 - 60)
     assert same_state(before, updater.loss.critic_network.state_dict())
     restore()
     assert same_state(before, updater.loss.critic_network.state_dict())
     for _ in range(2):
-        restore = updater.loss.update_value_norm(torch.randn(50, 1) * 40 - 60)
+        restore = updater.loss.critics["critic"].update_norm(torch.randn(50, 1) * 40 - 60)
     assert not same_state(before, updater.loss.critic_network.state_dict())
     restore()
     assert same_state(before, updater.loss.critic_network.state_dict())
@@ -178,7 +178,7 @@ def test_an_error_in_the_critics_fit_takes_the_statistics_back():
     def fails(data):
         raise RuntimeError("in the middle")
 
-    updater._critic_step.objective = fails
+    updater._steps["critic"].objective = fails
     with pytest.raises(RuntimeError):
         updater(batch)
     assert same_state(before["loss"], updater.state_dict()["loss"])
@@ -227,8 +227,8 @@ def test_critic_steps_match_the_reference():
         golden["state"].shape[:1],
     )
     for epoch in golden["epochs"]:
-        loss.update_value_norm(golden["returns"], data)
-        value, norm = updater._critic_step.step(data)
+        loss.critics["critic"].update_norm(golden["returns"], data)
+        value, norm = updater._steps["critic"].step(data)
         assert relative_error(value, torch.as_tensor(epoch["value_loss"])) < 1e-9
         assert relative_error(norm, torch.as_tensor(epoch["grad_norm"])) < 1e-9
         for key, parameter in net.named_parameters():

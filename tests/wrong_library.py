@@ -291,7 +291,7 @@ TEAMS = trained([
     ("networks on two devices", changed(Team, lambda team: team.critic.to("meta")), ValueError,
      "meta"),
     ("networks of another type", changed(Team, lambda team: team.loss.double()), ValueError,
-     "cannot read the batch .*dtype"),
+     "cannot read the batch .*(d|scalar )type"),
     ("an actor without log-probabilities", partial(
         Team, lambda: categorical(stack(), return_log_prob=False)), KeyError,
      "log_prob.*return_log_prob=True"),

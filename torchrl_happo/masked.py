@@ -7,7 +7,19 @@ from torch import Tensor
 
 from torchrl_happo.distributed import Average, own_mean
 
-__all__ = ["count", "largest", "masked", "masked_mean", "moments"]
+__all__ = [
+    "VALID",
+    "count",
+    "effective_sample_size",
+    "largest",
+    "masked",
+    "masked_mean",
+    "moments",
+    "standardize",
+]
+
+#: Entry of an agent's or a critic's data that marks the entries that count; absent: all of them.
+VALID = "valid"
 
 
 def masked(value: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -96,3 +108,71 @@ def moments(
     (mean,) = average([masked_mean(value, valid)], weight)
     (variance,) = average([masked_mean((value - mean).square(), valid)], weight)
     return mean, variance
+
+
+def standardize(
+    advantage: Tensor,
+    valid: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    average: Average = own_mean,
+) -> Tensor:
+    r"""Standardise an advantage: :math:`(A - \mu) / (\sigma + \epsilon)`.
+
+    Mean and (population) standard deviation are those of the valid entries. HAPPO does this once
+    per batch and before the factor: a second standardisation of ``factor * advantage`` would undo
+    the importance weights of the agents that were updated before.
+
+    Args:
+        advantage (Tensor): any shape.
+        valid (Tensor, optional): boolean, same shape. ``None``: all entries are valid.
+        eps (float): added to the standard deviation. Defaults to ``1e-5``.
+
+    Keyword Args:
+        average (callable): of :func:`moments`.
+
+    Returns:
+        the standardised advantage, same shape.
+
+    Example:
+        >>> standardize(torch.tensor([1.0, 3.0]))
+        tensor([-1.0000,  1.0000])
+    """
+    mean, variance = moments(advantage, valid, average=average)
+    return (advantage - mean) / (variance.sqrt() + eps)
+
+
+def effective_sample_size(
+    log_weight: Tensor,
+    valid: Tensor | None = None,
+    *,
+    peak: Tensor | None = None,
+    average: Average = own_mean,
+) -> Tensor:
+    r"""Effective sample size of importance weights as a share of the samples.
+
+    .. math:: \frac{(\sum_k w_k)^2}{K \sum_k w_k^2}
+
+    1 if all weights are equal, :math:`1/K` if one of them carries everything.
+
+    Args:
+        log_weight (Tensor): :math:`\log w`, any shape.
+        valid (Tensor, optional): boolean, same shape. ``None``: all entries are valid.
+
+    Keyword Args:
+        peak (Tensor, optional): the largest valid one, over all that ``average`` is over. Defaults
+            to ``None``: the largest of these.
+        average (callable): of :func:`moments`.
+
+    Returns:
+        a scalar tensor in :math:`[1/K, 1]`.
+
+    Example:
+        >>> effective_sample_size(torch.zeros(10))
+        tensor(1.)
+    """
+    peak = largest(log_weight, valid) if peak is None else peak
+    weight = (log_weight - peak).exp()
+    means = [masked_mean(weight, valid), masked_mean(weight.square(), valid)]
+    mean, mean_square = average(means, count(weight, valid))
+    return mean.square() / mean_square

@@ -1,42 +1,35 @@
-"""What the sequential objectives share: the team of agents, its keys, and the factor.
+"""The base of all losses here: a PPO loss of TorchRL, as the loss of a team of agents.
 
-:class:`SequentialLossMixin` turns a PPO loss of TorchRL into the loss of a team. ``forward`` stays
-TorchRL's and reads the joint tensordict; its hooks are extended:
-
-- ``_log_weight`` evaluates each group's actor and lines the agents up along one dimension;
-- ``_get_entropy`` lines the entropies of the groups up in the same way;
-- ``_maybe_normalize_advantage`` multiplies the advantage by the factor, if there is one;
-- ``_critic_loss_inputs`` and ``_forward_value_estimator_keys`` put values on the scale of the
-  critic, or of the returns, where they are normalised;
-- ``_reduce_loss`` leaves out agents that were not active.
+An objective says what one agent wants, in one place: :meth:`SequentialLoss.agent_terms` returns
+the terms of its loss, element by element. The mean of their sum is ``agent_loss``, which the
+updater minimises agent by agent. ``forward`` evaluates the same terms, each group at once, and
+returns their mean over the team: the weighted mean of the agents' losses.
 """
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Collection, Mapping
+import warnings
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, TypeAlias
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase, is_tensor_collection
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, TensorDictSequential
-from tensordict.utils import unravel_key
 from torch import Tensor
 from torch.distributions import Distribution
 from torchrl.modules import ValueNorm
 from torchrl.objectives import PPOLoss
-from torchrl.objectives.utils import ValueEstimators, _sum_td_features
+from torchrl.objectives.utils import ValueEstimators
 
 from torchrl_happo.arguments import check_keys
-from torchrl_happo.masked import count
-from torchrl_happo.objectives.value_norm import RealValues, update_value_norm
-from torchrl_happo.policy.memory import StepwiseCritic, has_memory
-from torchrl_happo.steps.compile.code import Code
-from torchrl_happo.steps.compile.graphs import GraphCompiler
+from torchrl_happo.masked import VALID, masked, masked_mean
+from torchrl_happo.objectives.critic import WithCritics
+from torchrl_happo.objectives.joint import JointTerms
 from torchrl_happo.steps.first_order import FirstOrder
-from torchrl_happo.steps.step import VALID, Problem, StepFactory
-from torchrl_happo.team.agents import Agent, behaviour_log_prob, split_actor, split_team
+from torchrl_happo.steps.step import Problem, StepFactory
 from torchrl_happo.team.checks import check_agent_keys, check_team_shape
 from torchrl_happo.team.construction import (
     check_policy_keys,
@@ -44,28 +37,18 @@ from torchrl_happo.team.construction import (
     check_value_key,
     check_value_norm,
 )
-from torchrl_happo.team.masks import step_mask, value_mask
-from torchrl_happo.team.values import explained
+from torchrl_happo.team.masks import Masks
+from torchrl_happo.team.split import split_actor, split_team
+from torchrl_happo.team.team import OLD_LOG_PROB, Agent, Team
 
-__all__ = ["ADVANTAGE", "OLD_LOG_PROB", "VALID", "SequentialLossMixin"]
-
-#: Entries that the updater adds to an agent's view of the batch, and its step reads:
-#: the log-probability the ratio starts from, and the factor times the advantage (``VALID`` is
-#: part of the contract of a step).
-OLD_LOG_PROB = "old_log_prob"
-ADVANTAGE = "factored_advantage"
+__all__ = ["Actors", "SequentialLoss"]
 
 Actors: TypeAlias = (
     ProbabilisticTensorDictSequential | Mapping[str, ProbabilisticTensorDictSequential]
 )
 
-# The mixin stands before a PPO loss in the bases of a class and calls its hooks through super().
-# It cannot inherit from PPOLoss itself: TorchRL's metaclass would put PPOLoss.forward in front of
-# ClipPPOLoss.forward.
-_Base: Any = PPOLoss if TYPE_CHECKING else object
 
-
-class SequentialLossMixin(_Base):
+class SequentialLoss(WithCritics):
     """Makes a PPO loss of TorchRL the loss of a team that is updated agent by agent."""
 
     @dataclass
@@ -76,7 +59,7 @@ class SequentialLossMixin(_Base):
             factor (NestedKey): the product of the ratios of the agents that were updated
                 before, shape ``[*B, 1]`` or ``[*B, n_agents, 1]``. Absent: 1.
                 Defaults to ``"factor"``.
-            active (str): name of a boolean entry of each group, ``[*B, n_agents]`` or
+            active (NestedKey): name of a boolean entry of each group, ``[*B, n_agents]`` or
                 ``[*B, n_agents, 1]`` (at the root for an agent without a group, ``[*B]`` or
                 ``[*B, 1]``), that is ``False`` where an agent is dead or not yet there.
                 Nothing that it says or sees there has an influence: in an update the critic sees
@@ -85,11 +68,12 @@ class SequentialLossMixin(_Base):
         """
 
         factor: NestedKey = "factor"
-        active: str = "active"
+        active: NestedKey = "active"
 
     default_keys = _AcceptedKeys
     value_norm: ValueNorm | None
     default_value_estimator = ValueEstimators.MAGAE
+    _warned = False
 
     def _init_team(
         self,
@@ -98,7 +82,7 @@ class SequentialLossMixin(_Base):
         value_norm: ValueNorm | None,
         popart: bool,
     ) -> None:
-        """Splits the actors into agents; the module must be initialised."""
+        """Split the actors into agents; the module must be initialised."""
         if popart and value_norm is None:
             raise ValueError(
                 "popart=True needs the statistics of a value_norm; pass e.g. "
@@ -108,11 +92,7 @@ class SequentialLossMixin(_Base):
         self.value_norm = value_norm
         self.popart = popart
         self._agents = tuple(split_team(actors, blocks))
-        groups = actors.items() if isinstance(actors, Mapping) else [(None, actors)]
-        # What forward evaluates: a stack at once, the actors of an ActorList one by one.
-        self._units = tuple(
-            unit for name, actor in groups for unit in split_actor(actor, group=name, as_block=True)
-        )
+        self._units = tuple(_units(actors))
         if isinstance(actors, Mapping):
             self.set_keys(**{name: self._written(name) for name in ("action", "sample_log_prob")})
         critic = self.critic_network
@@ -128,20 +108,12 @@ class SequentialLossMixin(_Base):
             return TensorDictSequential(*actors.values())
         return actors
 
-    def set_keys(self, **keys: Any) -> None:
-        """Says where entries lie (see :meth:`LossModule.set_keys`)."""
-        check_keys(keys, [entry.name for entry in fields(self._AcceptedKeys)])
-        if keys.get("value") is not None and self.critic_network is not None:
-            check_value_key(keys["value"], self.critic_network)
-        for name in ("action", "sample_log_prob"):
-            if keys.get(name) is not None and hasattr(self, "_units"):
-                check_policy_keys(name, keys[name], self._written(name))
-        super().set_keys(**keys)
+    # -- the team and its entries --------------------------------------------------------------
 
-    def _written(self, name: str) -> list[NestedKey]:
-        """The keys of the actions, or of their log-probabilities, that the actors write."""
-        kind = "action_keys" if name == "action" else "log_prob_keys"
-        return list(dict.fromkeys(key for u in self._units for key in getattr(u.policy, kind)))
+    @property
+    def standardizes(self) -> bool:
+        """Whether an updater standardises the advantage, unless it is told otherwise."""
+        return True
 
     @property
     def agents(self) -> tuple[Agent, ...]:
@@ -153,227 +125,248 @@ class SequentialLossMixin(_Base):
         """Number of agents in the team, the members of blocks counted one by one."""
         return self._agents[-1].position.stop
 
-    def agent_keys(self, agent: Agent) -> list[NestedKey]:
-        """The entries of the joint tensordict that the update of an agent reads."""
-        keys = [
-            *agent.actor.in_keys,
-            *agent.policy.action_keys,
-            *agent.policy.log_prob_keys,
-            *agent.policy.parameter_keys,
-        ]
-        return list(dict.fromkeys(unravel_key(key) for key in keys))
+    @property
+    def team(self) -> Team:
+        """The agents and the keys of everything that an update reads."""
+        critics = {name: critic.keys for name, critic in self.critics.items()}
+        return Team(self._agents, self.tensor_keys, critics, tuple(self._loss_mask_keys()))
+
+    def set_keys(self, **keys: Any) -> None:
+        """Set where entries lie (see :meth:`LossModule.set_keys`)."""
+        check_keys(keys, [entry.name for entry in fields(self._AcceptedKeys)])
+        if keys.get("value") is not None and self.critic_network is not None:
+            check_value_key(keys["value"], self.critic_network)
+        for name in ("action", "sample_log_prob"):
+            if keys.get(name) is not None and hasattr(self, "_units"):
+                check_policy_keys(name, keys[name], self._written(name))
+        super().set_keys(**keys)
+
+    def _written(self, name: str) -> list[NestedKey]:
+        """Return the keys of the actions, or of their log-probabilities, that the actors write."""
+        kind = "action_keys" if name == "action" else "log_prob_keys"
+        return list(dict.fromkeys(key for u in self._units for key in getattr(u.policy, kind)))
+
+    # -- one agent -----------------------------------------------------------------------------
 
     @abc.abstractmethod
-    def agent_problem(self, agent: Agent, **kwargs: Any) -> Problem:
-        """Return the problem that an agent's step solves.
+    def agent_terms(self, agent: Agent, data: TensorDictBase) -> dict[str, Any]:
+        """Return the terms of an agent's loss, element by element.
 
         Args:
-            agent (Agent): the agent.
+            agent (Agent): the agent, or a whole group.
+            data (TensorDictBase): its part of the batch, as :meth:`agent_data` returns it.
 
-        Keyword Args:
-            **kwargs: entries of the problem that the updater knows.
+        Returns:
+            ``"log_ratio"`` and, under names that begin with ``"loss_"``, terms to minimise. All
+            have the shape of the log-probability, ``[*B]`` or ``[*B, n_members]``.
         """
 
-    def agent_factory(self, agent: Agent, first_order: FirstOrder) -> StepFactory:
-        """Return what builds the step of an agent: by default the updater's first-order step."""
-        return first_order
+    @abc.abstractmethod
+    def step_factory(self, first_order: FirstOrder) -> StepFactory:
+        """Return the factory of the agents' steps.
+
+        Args:
+            first_order (FirstOrder): the updater's settings of first-order steps.
+        """
+
+    def agent_loss(self, agent: Agent, data: TensorDictBase) -> Tensor:
+        """Return the loss of one agent: the mean of its terms over the valid decisions.
+
+        Args:
+            agent (Agent): one of :attr:`agents`.
+            data (TensorDictBase): its part of the batch (see :meth:`agent_data`), or some rows.
+
+        Returns:
+            a scalar to minimise with respect to ``agent.parameters()``.
+        """
+        valid = data.get(VALID, None)
+        terms = self.agent_terms(agent, data)
+        means = [masked_mean(t, valid) for name, t in terms.items() if name.startswith("loss_")]
+        return sum(means[1:], means[0])
+
+    def agent_data(self, agent: Agent, tensordict: TensorDictBase) -> TensorDict:
+        """Return an agent's part of a joint tensordict, as :meth:`agent_loss` reads it.
+
+        Args:
+            agent (Agent): one of :attr:`agents`.
+            tensordict (TensorDictBase): joint data of batch size ``[*B]`` with an advantage and,
+                where agents were updated before, the factor, each ``[*B, 1]`` or
+                ``[*B, n_agents, 1]``.
+
+        Returns:
+            a new tensordict of batch size ``[*B]``: the agent's observations, actions and
+            log-probabilities, and per decision ``"old_log_prob"``, the advantage, the factor and,
+            if there are masks, ``"valid"``.
+        """
+        return self._agent_data(agent, tensordict, Masks(self.team, tensordict))
+
+    def _agent_data(self, agent: Agent, tensordict: TensorDictBase, masks: Masks) -> TensorDict:
+        check_agent_keys(agent, tensordict)
+        data = agent.view(tensordict, agent.update_keys)
+        agent.policy.prepare(data)
+        old_log_prob = agent.behaviour_log_prob(data)
+        if old_log_prob.requires_grad:
+            raise RuntimeError(
+                f"The stored log-probability {agent.policy.log_prob_keys[0]!r} requires grad; "
+                "collect under torch.no_grad() or detach it."
+            )
+        data.set(OLD_LOG_PROB, old_log_prob)
+        for key in (self.tensor_keys.advantage, self.tensor_keys.factor):
+            value = tensordict.get(key, None)
+            if value is not None:
+                check_team_shape(self.team, tensordict, key, self.num_agents)
+                data.set(key, agent.share_of(value, tensordict.batch_dims))
+        valid = masks.decisions(agent)
+        return data if valid is None else data.set(VALID, valid)
+
+    def log_ratio(self, agent: Agent, parameters: Any, data: TensorDictBase) -> Tensor:
+        """Return the log of an agent's importance ratio, 0 where its decision does not count."""
+        log_ratio = agent.log_prob(parameters, data) - data.get(OLD_LOG_PROB)
+        return masked(log_ratio, data.get(VALID, None))
+
+    def corrected_advantage(self, data: TensorDictBase) -> Tensor:
+        """Return the factor times the advantage of an agent's data."""
+        advantage = data.get(self.tensor_keys.advantage)
+        factor = data.get(self.tensor_keys.factor, None)
+        return advantage if factor is None else factor * advantage
 
     def agent_weight(self, agent: Agent, data: TensorDictBase) -> Tensor | float:
-        """Number of entries of an agent's view that its objective is a mean over."""
+        """Return the number of decisions that an agent's loss is a mean over."""
         valid = data.get(VALID, None)
         return agent.sample_shape(data).numel() if valid is None else valid.sum()
 
-    def agent_code(self, agent: Agent, compiler: GraphCompiler | None) -> Code | None:
-        """What an agent's objective and policy read besides their data, to compile them."""
-        if compiler is None:
-            return None
-        return Code(compiler, [agent.actor], owner=self, template=agent.template)
+    def agent_divergence(self, agent: Agent, data: TensorDictBase) -> Tensor:
+        r"""Estimate the mean divergence from the policy that acted, by :math:`r - 1 - \log r`."""
+        with torch.no_grad():
+            log_prob = agent.log_prob(agent.policy.parameters(data), data)
+            log_ratio = log_prob - data.get(OLD_LOG_PROB)
+            return masked_mean(log_ratio.exp() - 1 - log_ratio, data.get(VALID, None))
 
-    def agent_report(self, log_ratio: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
-        """Metrics of an agent's update that are this loss's own."""
-        return {}
+    def agent_distribution(
+        self, agent: Agent, parameters: Mapping[str, Tensor], data: TensorDictBase
+    ) -> Distribution:
+        """Return the policy of one agent with other parameters, at the observations of ``data``."""
+        return agent.policy.scored(agent.policy.parameters(data, parameters), data)
 
-    # -- the critic ----------------------------------------------------------------------------
-
-    def make_value_estimator(
-        self, value_type: ValueEstimators | None = None, **hyperparams: Any
-    ) -> SequentialLossMixin:
-        """Chooses the value estimator (see :meth:`LossModule.make_value_estimator`)."""
-        super().make_value_estimator(value_type, **hyperparams)
-        self._forward_value_estimator_keys()
-        return self
-
-    def _forward_value_estimator_keys(self, **kwargs: Any) -> None:
-        estimator, critic = self._value_estimator, self.critic_network
-        if estimator is not None and has_memory(critic):
-            critic = StepwiseCritic(critic, self.tensor_keys.value)
-            estimator.deactivate_vmap = True  # recurrent kernels know no vmap
-        if estimator is not None and self.value_norm is not None:
-            critic = RealValues(critic, self.value_norm, self.tensor_keys.value)
-        if critic is not self.critic_network:
-            estimator.value_network = critic
-        super()._forward_value_estimator_keys(**kwargs)
-
-    def _critic_loss_inputs(
-        self, target_return: Tensor, state_value: Tensor, old_state_value: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Puts the returns, and the old values for clipping, on the scale of the critic."""
-        if self.value_norm is None:
-            return target_return, state_value, old_state_value
-        if old_state_value is not None:
-            old_state_value = self.value_norm.normalize(old_state_value)
-        return self.value_norm.normalize(target_return), state_value, old_state_value
-
-    def update_value_norm(
-        self, value_target: Tensor, data: TensorDictBase | None = None
-    ) -> Callable[[], None]:
-        """Takes the valid returns of a batch into the value normalisation, if there is one.
+    def agent_surrogate(self, agent: Agent, dist: Distribution, data: TensorDictBase) -> Tensor:
+        """Return the mean of the ratio times the factor times the advantage, a scalar.
 
         Args:
-            value_target (Tensor): the returns, ``[num_returns, 1]``.
-            data (TensorDictBase, optional): whose old values become what the critic's predictions
-                of then stand for now; ``clip_value`` bounds how far a prediction moves from these.
+            agent (Agent): the agent whose turn it is.
+            dist (Distribution): its policy (see :meth:`agent_distribution`).
+            data (TensorDictBase): its part of the batch.
+        """
+        log_prob = agent.joint_log_prob(agent.policy.scored_log_prob(dist, data), data)
+        valid = data.get(VALID, None)
+        log_ratio = masked(log_prob - data.get(OLD_LOG_PROB), valid)
+        return masked_mean(log_ratio.exp() * self.corrected_advantage(data), valid)
+
+    def agent_report(
+        self, agent: Agent, log_ratio: Tensor, valid: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Return metrics of an agent's update that are this loss's own."""
+        return {}
+
+    def agent_problem(self, agent: Agent, **kwargs: Any) -> Problem:
+        """Return what an agent's step is to solve.
+
+        Args:
+            agent (Agent): the agent.
+            **kwargs: the updater's part: process group, generator, compiler.
+        """
+        return Problem(
+            name=agent.name,
+            group=agent.group_name,
+            loss=partial(self.agent_loss, agent),
+            named_parameters=agent.named_parameters,
+            weight=partial(self.agent_weight, agent),
+            distribution=partial(self.agent_distribution, agent),
+            surrogate=partial(self.agent_surrogate, agent),
+            divergence=partial(self.agent_divergence, agent),
+            sample_shape=agent.sample_shape,
+            **kwargs,
+        )
+
+    # -- the whole team ------------------------------------------------------------------------
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDict:
+        """Return the losses of the whole team.
+
+        Args:
+            tensordict (TensorDictBase): joint data. Advantage and returns are estimated if they
+                are not there. An entry ``"factor"`` multiplies the advantage.
 
         Returns:
-            a callable that takes back what happened to statistics and critic.
+            ``loss_objective`` and what else TorchRL's loss of the same kind writes.
         """
-        if self.value_norm is None:
-            return lambda: None
-        critic = self.critic_network if self.popart else None
-        moved = update_value_norm(self.value_norm, value_target, critic)
-        old = None if data is None else data.get(self.tensor_keys.value, None)
-        if data is not None and old is not None:
-            data.set(self.tensor_keys.value, moved.restate(old))
-        return moved.undo
-
-    @property
-    def fits_critic(self) -> bool:
-        """Whether there is a critic, and its loss has a weight."""
-        return self.critic_network is not None and self.critic_coeff is not None
-
-    def critic_objective(self, data: TensorDictBase) -> Tensor:
-        """The critic's loss on (a part of) the batch, a scalar."""
-        reads = [*self.critic_network.in_keys, self.tensor_keys.value_target]
-        with explained("The critic", data, reads):
-            # A copy: the critic writes its value where clip_value looks for the old one.
-            value_loss, _, _ = self.loss_critic(data.copy())
-        return self._reduce_loss(value_loss, data)
-
-    def critic_weight(self, data: TensorDictBase) -> Tensor | float:
-        """Number of values that :meth:`critic_objective` is a mean over."""
-        values = data.get(self.tensor_keys.value_target)
-        return count(values, value_mask(values, step_mask(self, data), self.active(data)))
-
-    def critic_code(self, compiler: GraphCompiler | None) -> Code | None:
-        """What :meth:`critic_objective` reads besides its data, to compile it."""
-        if compiler is None:
-            return None
-        modules = [self.critic_network, self.value_norm]
-        return Code(compiler, [module for module in modules if module is not None], owner=self)
-
-    # -- the joint forward: hooks of PPOLoss ---------------------------------------------------
-
-    def _log_weight(
-        self, tensordict: TensorDictBase, adv_shape: torch.Size
-    ) -> tuple[Tensor, Any, Tensor, None]:
-        old, new, dists = [], [], []
-        for unit in self._units:
-            check_agent_keys(unit, tensordict)
-            data = unit.view(tensordict, self.agent_keys(unit))
-            parameters = unit.policy.parameters(data)
-            unit.policy.prepare(data, parameters)
-            old_log_prob = behaviour_log_prob(unit, data, None)
-            if old_log_prob.requires_grad:
-                raise RuntimeError(
-                    f"The stored log-probability {unit.policy.log_prob_keys[0]!r} requires grad; "
-                    "collect under torch.no_grad() or detach it."
-                )
-            old.append(self._line_up(old_log_prob, tensordict))
-            new.append(self._line_up(unit.log_prob(parameters, data), tensordict))
-            dists.append((unit.policy.distribution(parameters), tensordict.batch_dims))
-        log_weight = (torch.cat(new, -1) - torch.cat(old, -1)).unsqueeze(-1)
-        if log_weight.shape[-2] == 1 and log_weight.shape[:-2] == adv_shape:
-            log_weight = log_weight.squeeze(-2)  # one agent, one advantage: as ClipPPOLoss
-        elif adv_shape not in (tensordict.batch_size, log_weight.shape[:-1]):
-            raise ValueError(
-                f"The advantage has shape {[*adv_shape, 1]}; it must be "
-                f"{[*tensordict.batch_size, 1]} for the team or {list(log_weight.shape)} for each "
-                "agent."
-            )
-        return log_weight, dists, -log_weight, None
-
-    def _line_up(self, per_agent: Tensor, tensordict: TensorDictBase) -> Tensor:
-        """Gives a group without an agent dimension one of size 1."""
-        return per_agent if per_agent.ndim > tensordict.batch_dims else per_agent.unsqueeze(-1)
-
-    def _get_entropy(
-        self, dist: Distribution | list[tuple[Distribution, int]], adv_shape: torch.Size
-    ) -> Tensor | TensorDict:
-        if not isinstance(dist, list):
-            return super()._get_entropy(dist, adv_shape)
-        if len(dist) == 1:
-            return super()._get_entropy(dist[0][0], adv_shape)
-        entropies = []
-        for group_dist, batch_dims in dist:
-            entropy = super()._get_entropy(group_dist, group_dist.batch_shape)
-            if is_tensor_collection(entropy):
-                entropy = _sum_td_features(entropy)
-            entropies.append(entropy if entropy.ndim > batch_dims + 1 else entropy.unsqueeze(-2))
-        return torch.cat(entropies, -2)
-
-    def _maybe_normalize_advantage(
-        self, advantage: Tensor, tensordict: TensorDictBase, *, update_norm: bool
-    ) -> Tensor:
-        advantage = super()._maybe_normalize_advantage(
-            advantage, tensordict, update_norm=update_norm
+        tensordict = tensordict.clone(False)
+        keys = self.tensor_keys
+        estimates = tensordict.get(keys.advantage, None) is None
+        if estimates:
+            self.value_estimator(tensordict)
+        advantage = self._maybe_normalize_advantage(
+            tensordict.get(keys.advantage), tensordict, update_norm=estimates
         )
-        factor = tensordict.get(self.tensor_keys.factor, None)
-        if factor is None:
-            return advantage
-        check_team_shape(self, tensordict, self.tensor_keys.factor, self.num_agents)
-        if factor.ndim < advantage.ndim:
-            factor = factor.unsqueeze(-2)
-        elif factor.ndim > advantage.ndim:
-            advantage = advantage.unsqueeze(-2)
-        return factor * advantage
-
-    def active_key(self, agent: Agent) -> NestedKey:
-        """Where a batch may say at which steps an agent acts."""
-        name = self.tensor_keys.active
-        return name if agent.group is None else (agent.group, name)
-
-    def active(self, tensordict: TensorDictBase) -> Tensor | None:
-        """Which agents act at which step, ``[*B, n_agents]``; ``None`` if nothing says so."""
-        masks: list[Tensor | None] = []
-        for agent in self._agents:
-            key = self.active_key(agent)
-            mask = agent.view(tensordict, [key]).get(key, None)
-            if mask is not None:
-                mask = mask.reshape(*tensordict.batch_size, agent.num_members).bool()
-            masks.append(mask)
-        known = next((mask for mask in masks if mask is not None), None)
-        if known is None:
-            return None
-        always = torch.ones((), dtype=torch.bool, device=known.device)
-        sizes = [agent.num_members for agent in self._agents]
-        return torch.cat(
+        tensordict.set(keys.advantage, advantage)
+        masks = Masks(self.team, tensordict)
+        terms = JointTerms(
             [
-                always.expand(*tensordict.batch_size, size) if mask is None else mask
-                for mask, size in zip(masks, sizes, strict=True)
+                self.agent_terms(unit, self._agent_data(unit, tensordict, masks))
+                for unit in self._units
             ],
-            -1,
+            masks.team_decisions(),
+            tensordict.batch_dims,
+            # One agent, one advantage: the shapes of ClipPPOLoss.
+            squeezes=self.num_agents == 1 and advantage.ndim == tensordict.batch_dims + 1,
         )
+        output = self._summary(terms)
+        losses = {name: self._reduced(terms[name], terms.valid) for name in terms.losses}
+        if self.critics and self.critics["critic"].is_fitted:
+            loss, clipped, explained = self.loss_critic(tensordict)
+            losses["loss_critic"] = self._reduced(loss.squeeze(-1), _squeezed(masks.values(loss)))
+            reports = {"value_clip_fraction": clipped, "explained_variance": explained}
+            output.update({k: v for k, v in reports.items() if v is not None})
+        if tensordict.get(keys.factor, None) is None and len(self._agents) > 1:
+            self._warn_without_factor(losses["loss_objective"])
+        return output.update(losses)
 
-    def _reduce_loss(
-        self, loss: Tensor, tensordict: TensorDictBase | None = None, **kwargs: Any
-    ) -> Tensor:
-        if tensordict is not None and kwargs.get("mask") is None:
-            active = self.active(tensordict)
-            if active is not None and active.shape != loss.shape:
-                active = active.unsqueeze(-1)  # an agent without an agent dimension has none to add
-            if active is not None and active.shape == loss.shape:
-                if self.reduction == "none":
-                    loss = torch.where(active, loss, torch.zeros_like(loss))
-                else:
-                    kwargs["mask"] = active
-        return super()._reduce_loss(loss, tensordict, **kwargs)
+    def _summary(self, terms: JointTerms) -> TensorDict:
+        """Return metrics that ``forward`` reports besides the losses."""
+        return TensorDict({"kl_approx": masked_mean(-terms["log_ratio"].detach(), terms.valid)})
+
+    def _reduced(self, loss: Tensor, valid: Tensor | None) -> Tensor:
+        """Reduce a loss as the user asked for, over what counts."""
+        if self.reduction == "mean":
+            return masked_mean(loss, valid)
+        loss = masked(loss, valid)
+        return loss if self.reduction == "none" else loss.sum()
+
+    def _warn_without_factor(self, loss: Tensor) -> None:
+        """Say once, when the loss of several agents is differentiated, that this is not HAPPO."""
+
+        def warn(gradient: Tensor) -> None:
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"{type(self).__name__} of {len(self._agents)} agents was differentiated "
+                    f"without an entry {self.tensor_keys.factor!r}, so that all agents move at "
+                    "once, as in MAPPO; train with a SequentialUpdater, or write the factor and "
+                    "minimise agent_loss agent by agent.",
+                    stacklevel=2,
+                )
+
+        if loss.requires_grad:
+            loss.register_hook(warn)
+
+
+def _units(actors: Actors) -> list[Agent]:
+    """Return the units that ``forward`` evaluates: a stack at once, an ``ActorList`` one by one."""
+    units: list[Agent] = []
+    for name, actor in actors.items() if isinstance(actors, Mapping) else [(None, actors)]:
+        start = units[-1].position.stop if units else 0
+        units += split_actor(actor, group=name, start=start, as_block=True)
+    return units
+
+
+def _squeezed(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.squeeze(-1)

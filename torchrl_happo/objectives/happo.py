@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, is_tensor_collection
-from tensordict.nn import CompositeDistribution, TensorDictModule
+from tensordict.nn import CompositeDistribution, TensorDictModule, dispatch
 from tensordict.utils import unravel_key
 from torch import Tensor
 from torch.distributions import Distribution
 from torchrl.modules import ValueNorm
 from torchrl.modules.distributions import has_analytic_entropy
 from torchrl.objectives import ClipPPOLoss
+from torchrl.objectives.utils import _sum_td_features
 
 from torchrl_happo.arguments import (
     check_clip_epsilon,
@@ -22,24 +22,20 @@ from torchrl_happo.arguments import (
     check_critic,
     check_entropy_coeff,
 )
-from torchrl_happo.masked import masked, masked_mean
-from torchrl_happo.objectives.base import (
-    ADVANTAGE,
-    OLD_LOG_PROB,
-    VALID,
-    Actors,
-    SequentialLossMixin,
-)
+from torchrl_happo.masked import masked_mean
+from torchrl_happo.objectives.base import Actors, SequentialLoss
+from torchrl_happo.objectives.joint import JointTerms
 from torchrl_happo.objectives.surrogate import clipped_surrogate
 from torchrl_happo.policy.policy import Policy
-from torchrl_happo.steps.step import Problem
-from torchrl_happo.team.agents import Agent
+from torchrl_happo.steps.first_order import FirstOrder
+from torchrl_happo.steps.step import StepFactory
 from torchrl_happo.team.construction import check_networks
+from torchrl_happo.team.team import Agent
 
 __all__ = ["HAPPOLoss"]
 
 
-class HAPPOLoss(SequentialLossMixin, ClipPPOLoss):
+class HAPPOLoss(SequentialLoss, ClipPPOLoss):
     r"""Heterogeneous-agent PPO loss (Kuba et al., 2022).
 
     Agents are updated one after the other in an order :math:`i_1, \dots, i_n`. Agent
@@ -254,21 +250,21 @@ class HAPPOLoss(SequentialLossMixin, ClipPPOLoss):
         if follows and not self.entropy_bonus and bool(value != 0):
             self.entropy_bonus = True
 
-    def agent_loss(self, agent: Agent, data: TensorDictBase) -> Tensor:
-        """Clipped surrogate and entropy bonus of one agent (see :class:`SequentialLossMixin`)."""
+    def agent_terms(self, agent: Agent, data: TensorDictBase) -> dict[str, Any]:
+        """Return the clipped surrogate and the entropy bonus, element by element."""
         parameters = agent.policy.parameters(data)
-        valid = data.get(VALID, None)
-        log_ratio = masked(agent.log_prob(parameters, data) - data.get(OLD_LOG_PROB), valid)
-        gain = clipped_surrogate(log_ratio, data.get(ADVANTAGE), *self._clip_bounds)
-        loss = -masked_mean(gain, valid)
+        log_ratio = self.log_ratio(agent, parameters, data)
+        gain = clipped_surrogate(log_ratio, self.corrected_advantage(data), *self._clip_bounds)
+        terms: dict[str, Any] = {"loss_objective": -gain, "log_ratio": log_ratio}
         if self.entropy_bonus:
-            entropy = self._agent_entropy(agent.policy.distribution(parameters), data.batch_size)
-            loss_entropy = self._weighted_loss_entropy(self._by_head(agent, entropy))
-            loss = loss + masked_mean(agent.joint_log_prob(loss_entropy.squeeze(-1), data), valid)
-        return loss
+            dist = agent.policy.distribution(parameters)
+            terms["entropy"] = self._by_head(agent, self._agent_entropy(dist, data.batch_size))
+            loss_entropy = self._weighted_loss_entropy(terms["entropy"])
+            terms["loss_entropy"] = agent.joint_log_prob(loss_entropy.squeeze(-1), data)
+        return terms
 
     def _agent_entropy(self, dist: Distribution, batch_size: torch.Size) -> Tensor | TensorDictBase:
-        """TorchRL's entropy, but one that is known in closed form is not read back from the device.
+        """Return TorchRL's entropy, but read one in closed form not back from the device.
 
         TorchRL looks whether it is finite, to estimate it from samples otherwise.
         """
@@ -276,63 +272,64 @@ class HAPPOLoss(SequentialLossMixin, ClipPPOLoss):
             return dist.entropy().unsqueeze(-1)
         return self._get_entropy(dist, batch_size)
 
-    def _get_entropy(
-        self, dist: Distribution | list[tuple[Distribution, int]], adv_shape: torch.Size
-    ) -> Tensor | TensorDictBase:
-        """The team's entropy; if each head has a weight, by head, 0 for the agents without it."""
-        if self._entropy_coeff_map is None or not isinstance(dist, list):
-            return super()._get_entropy(dist, adv_shape)
-        if len(dist) == 1:
-            return self._by_head(self._units[0], super()._get_entropy(dist, adv_shape))
-        tables: list[dict[NestedKey, Tensor]] = []
-        for unit, (unit_dist, batch_dims) in zip(self._units, dist, strict=True):
-            entropy = super()._get_entropy(unit_dist, unit_dist.batch_shape)
-            heads = self._by_head(unit, entropy)
-            assert isinstance(heads, TensorDictBase)
-            batch, members = heads.shape[:batch_dims], heads.shape[batch_dims:].numel()
-            tables.append(
-                {
-                    key: head.reshape(*batch, members, 1, -1).sum(-1)
-                    for key, head in heads.items(include_nested=True, leaves_only=True)
-                }
-            )
-        absent = [torch.zeros_like(next(iter(table.values()))) for table in tables]
-        team = {
-            key: torch.cat([t.get(key, zero) for t, zero in zip(tables, absent, strict=True)], -2)
-            for key in dict.fromkeys(key for table in tables for key in table)
-        }
-        return TensorDict(team, batch_size=next(iter(team.values())).shape)
-
     def _by_head(self, unit: Agent, entropy: Tensor | TensorDictBase) -> Tensor | TensorDictBase:
         """Files the entropy of a single head under its name, if each head has a weight."""
         if self._entropy_coeff_map is None or is_tensor_collection(entropy):
             return entropy
         return TensorDict({unit.policy.log_prob_keys[0]: entropy}, batch_size=entropy.shape)
 
-    def agent_problem(self, agent: Agent, **kwargs: Any) -> Problem:
-        """Minimise :meth:`agent_loss` (see :class:`SequentialLossMixin`)."""
-        return Problem(
-            agent.name,
-            loss=partial(self.agent_loss, agent),
-            named_parameters=agent.named_parameters,
-            group=agent.group,
-            weight=partial(self.agent_weight, agent),
-            divergence=partial(self.agent_divergence, agent),
-            sample_shape=agent.sample_shape,
-            **kwargs,
-        )
+    def step_factory(self, first_order: FirstOrder) -> StepFactory:
+        """Return epochs of the agent's own optimiser on :meth:`agent_loss`."""
+        return first_order
 
-    def agent_divergence(self, agent: Agent, data: TensorDictBase) -> Tensor:
-        r"""Estimate the mean divergence from the policy that acted, by :math:`r - 1 - \log r`."""
-        log_prob = agent.log_prob(agent.policy.parameters(data), data)
-        log_ratio = log_prob - data.get(OLD_LOG_PROB)
-        return masked_mean(log_ratio.exp() - 1 - log_ratio, data.get(VALID, None))
-
-    def agent_report(self, log_ratio: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
-        """Share of the valid entries whose ratio lies outside the clipping range."""
+    def agent_report(
+        self, agent: Agent, log_ratio: Tensor, valid: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Return the share of the valid decisions whose ratio lies outside the clipping range."""
         low, high = self._clip_bounds
+        return {"clip_fraction": self._clip_fraction(log_ratio, valid, low, high)}
+
+    @staticmethod
+    def _clip_fraction(
+        log_ratio: Tensor, valid: Tensor | None, low: Tensor, high: Tensor
+    ) -> Tensor:
         outside = (log_ratio < low) | (log_ratio > high)
-        return {"clip_fraction": masked_mean(outside.to(log_ratio.dtype), valid)}
+        return masked_mean(outside.to(log_ratio.dtype), valid)
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Return the losses of the whole team, as :class:`~torchrl.objectives.ClipPPOLoss` does."""
+        return SequentialLoss.forward(self, tensordict)
+
+    def _summary(self, terms: JointTerms) -> TensorDict:
+        """Return kl_approx, clip_fraction, entropy, effective sample size and ratios."""
+        output = super()._summary(terms)
+        log_ratio = terms["log_ratio"].detach()
+        ratio = log_ratio.exp()
+        log_ess = 2 * log_ratio.logsumexp(0) - (2 * log_ratio).logsumexp(0)
+        output.update(
+            {
+                "clip_fraction": self._clip_fraction(log_ratio, terms.valid, *self._clip_bounds),
+                "ESS": log_ess.exp() / len(log_ratio),
+                "max_ratio": ratio.max(),
+                "mean_ratio": masked_mean(ratio, terms.valid),
+            }
+        )
+        entropies = terms.of_each("entropy")
+        return output.update(_entropies(entropies)) if entropies else output
+
+
+def _entropies(entropies: list[Tensor | TensorDictBase]) -> dict[str, Any]:
+    """Return the mean entropy of the team and, where a group has several heads, of each."""
+    report: dict[str, Any] = {}
+    sums = []
+    for entropy in entropies:
+        if is_tensor_collection(entropy):
+            report["composite_entropy"] = entropy.detach()
+            entropy = _sum_td_features(entropy)
+        sums.append(entropy.detach())
+    total = sum(entropy.sum() for entropy in sums)
+    return {**report, "entropy": total / sum(entropy.numel() for entropy in sums)}
 
 
 def _weights_of_heads(

@@ -3,39 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import fields, replace
 from typing import Any, Literal
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, dispatch
-from torch import Tensor
-from torch.distributions import Distribution
 from torchrl.modules import ValueNorm
 from torchrl.objectives import PPOLoss
 
-from torchrl_happo.arguments import check_counts, check_critic, check_numbers
-from torchrl_happo.masked import masked, masked_mean
-from torchrl_happo.objectives.base import (
-    ADVANTAGE,
-    OLD_LOG_PROB,
-    VALID,
-    Actors,
-    SequentialLossMixin,
-)
+from torchrl_happo.arguments import check_counts, check_critic, check_numbers, check_positive
+from torchrl_happo.objectives.base import Actors, SequentialLoss
+from torchrl_happo.objectives.joint import JointTerms
 from torchrl_happo.objectives.surrogate import surrogate
 from torchrl_happo.policy.distributions import kl_divergence
 from torchrl_happo.steps.first_order import FirstOrder
-from torchrl_happo.steps.step import Problem
+from torchrl_happo.steps.step import Problem, Step, StepFactory
 from torchrl_happo.steps.trust_region.step import TrustRegion
-from torchrl_happo.team.agents import Agent
 from torchrl_happo.team.construction import check_networks
+from torchrl_happo.team.team import Agent
 
 __all__ = ["HATRPOLoss"]
 
+#: Settings of the trust region that are fixed when the loss is built.
+_SETTINGS = {entry.name for entry in fields(TrustRegion)} - {"max_kl"}
 
-class HATRPOLoss(SequentialLossMixin, PPOLoss):
+
+class HATRPOLoss(SequentialLoss, PPOLoss):
     r"""Heterogeneous-agent TRPO loss (Kuba et al., 2022).
 
     Agents are updated one after the other. Agent :math:`i_m` solves (eq. 11 of
@@ -63,8 +57,9 @@ class HATRPOLoss(SequentialLossMixin, PPOLoss):
         critic_network (TensorDictModule): as for :class:`HAPPOLoss`.
 
     Keyword Args:
-        max_kl (float): bound :math:`\delta` of each agent's mean divergence, in nats.
-            Defaults to ``0.01``.
+        max_kl (float or mapping): bound :math:`\delta` of each agent's mean divergence, in nats;
+            a mapping has one for each agent, or group, by name. May be set anew between updates,
+            as by a schedule. Defaults to ``0.01``.
         kl_split (str or callable, optional): ``None``: each agent has ``max_kl`` to itself, as in
             the paper; ``"equal"``: the team has it and each agent an equal share; a callable from
             the agents to their shares splits it otherwise. Defaults to ``None``.
@@ -105,15 +100,15 @@ class HATRPOLoss(SequentialLossMixin, PPOLoss):
         actor_network: Actors,
         critic_network: TensorDictModule | None = None,
         *,
-        max_kl: float = 0.01,
+        max_kl: float | Mapping[str, float] = 0.01,
         kl_split: Literal["equal"] | Callable[[Sequence[Agent]], Sequence[float]] | None = None,
-        damping: float = 0.1,
-        cg_iterations: int = 10,
-        cg_tolerance: float = 1e-10,
-        backtrack_factor: float = 0.8,
-        max_backtracks: int = 10,
-        accept_ratio: float = 0.5,
-        fisher_fraction: float = 1.0,
+        damping: float = TrustRegion.damping,
+        cg_iterations: int = TrustRegion.cg_iterations,
+        cg_tolerance: float = TrustRegion.cg_tolerance,
+        backtrack_factor: float = TrustRegion.backtrack_factor,
+        max_backtracks: int = TrustRegion.max_backtracks,
+        accept_ratio: float = TrustRegion.accept_ratio,
+        fisher_fraction: float = TrustRegion.fisher_fraction,
         line_search: Literal["sequential", "batched"] | None = None,
         critic_coeff: float | None = None,
         loss_critic_type: str = "smooth_l1",
@@ -130,7 +125,6 @@ class HATRPOLoss(SequentialLossMixin, PPOLoss):
         check_networks(actor_network, critic_network, blocks)
         check_critic(critic_network, critic_coeff, loss_critic_type, clip_value, reduction)
         check_numbers(
-            max_kl=max_kl,
             damping=damping,
             cg_tolerance=cg_tolerance,
             backtrack_factor=backtrack_factor,
@@ -154,10 +148,11 @@ class HATRPOLoss(SequentialLossMixin, PPOLoss):
         )
         self._init_team(actor_network, blocks, value_norm, popart)
         self.max_kl = max_kl
-        shares = _shares(kl_split, self.agents)
-        self._shares = {a.name: share for a, share in zip(self.agents, shares, strict=True)}
-        trust_region = TrustRegion(
-            max_kl=max_kl,
+        self._shares = dict(
+            zip([agent.name for agent in self.agents], _shares(kl_split, self.agents), strict=True)
+        )
+        self.trust_region = TrustRegion(
+            max_kl=self.radius,
             damping=damping,
             cg_iterations=cg_iterations,
             cg_tolerance=cg_tolerance,
@@ -167,99 +162,102 @@ class HATRPOLoss(SequentialLossMixin, PPOLoss):
             fisher_fraction=fisher_fraction,
             line_search=line_search,
         )
-        # Asked anew for each batch, so that a schedule may set max_kl.
-        self.trust_region = replace(trust_region, max_kl=self._radius)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Check a new radius; refuse other settings of the trust region, which would not act."""
+        if name == "max_kl":
+            check_radii(value, self.agents)
+        elif name in _SETTINGS:
+            raise AttributeError(
+                f"Of the trust region only max_kl follows a schedule; build the loss with {name}="
+                f"{value!r}."
+            )
+        super().__setattr__(name, value)
+
+    def radius(self, name: str) -> float:
+        """Return the bound of an agent's divergence in the next update, in nats.
+
+        Args:
+            name (str): the agent's name.
+        """
+        agent = next(agent for agent in self.agents if agent.name == name)
+        max_kl = self.max_kl
+        if isinstance(max_kl, Mapping):
+            max_kl = max_kl[name] if name in max_kl else max_kl[agent.group_name]
+        return float(max_kl) * self._shares[name]
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """The unclipped surrogate of the whole team, and the mean divergence from the old one."""
-        kl = self._team_kl(tensordict)
-        output = super().forward(tensordict)
-        if kl is not None:
-            output.set("kl", kl.view_as(output.get("loss_objective")))
+        """Return the unclipped surrogate of the team and the mean divergence from the old one."""
+        return SequentialLoss.forward(self, tensordict)
+
+    def _summary(self, terms: JointTerms) -> TensorDict:
+        """Return kl_approx and, where the old parameters are stored, the exact divergence."""
+        output = super()._summary(terms)
+        if terms.of_each("kl"):
+            output.set("kl", self._reduced(terms["kl"], terms.valid))
         return output
 
-    def _team_kl(self, tensordict: TensorDictBase) -> Tensor | None:
-        divergences = []
-        for unit in self._units:
-            data = unit.view(tensordict, self.agent_keys(unit))
-            stored = unit.policy.stored_parameters(data)
-            if stored is None:
-                return None
-            old = unit.policy.distribution(stored)
-            new = unit.policy.distribution(unit.policy.parameters(data))
-            batch_ndim = len(unit.sample_shape(data))
-            kl = kl_divergence(old, new, batch_ndim=batch_ndim)
-            divergences.append(self._line_up(kl, tensordict))
-        return self._reduce_loss(torch.cat(divergences, -1).unsqueeze(-1), tensordict)
-
-    def agent_distribution(
-        self, agent: Agent, parameters: Mapping[str, Tensor], data: TensorDictBase
-    ) -> Distribution:
-        """The policy of one agent with other parameters, at the observations of ``data``."""
-        return agent.policy.scored(agent.policy.parameters(data, parameters), data)
-
-    def agent_surrogate(self, agent: Agent, dist: Distribution, data: TensorDictBase) -> Tensor:
-        """Mean of the ratio times the factor times the advantage, over the valid entries.
-
-        Args:
-            agent (Agent): the agent whose turn it is.
-            dist (Distribution): its policy (see :meth:`agent_distribution`).
-            data (TensorDictBase): its view of the batch, with ``OLD_LOG_PROB``, ``ADVANTAGE`` and
-                perhaps ``VALID``.
-
-        Returns:
-            a scalar.
-        """
-        log_prob = agent.joint_log_prob(agent.policy.scored_log_prob(dist, data), data)
-        valid = data.get(VALID, None)
-        log_ratio = masked(log_prob - data.get(OLD_LOG_PROB), valid)
-        return masked_mean(surrogate(log_ratio, data.get(ADVANTAGE)), valid)
-
-    def agent_loss(self, agent: Agent, data: TensorDictBase) -> Tensor:
-        """Return minus the surrogate of one agent at its present parameters."""
-        dist = self.agent_distribution(agent, dict(agent.named_parameters()), data)
-        return -self.agent_surrogate(agent, dist, data)
+    def agent_terms(self, agent: Agent, data: TensorDictBase) -> dict[str, Any]:
+        """Return the surrogate and, where the old parameters are stored, the divergence."""
+        policy = agent.policy
+        parameters = policy.parameters(data)
+        log_ratio = self.log_ratio(agent, parameters, data)
+        gain = surrogate(log_ratio, self.corrected_advantage(data))
+        terms: dict[str, Any] = {"loss_objective": -gain, "log_ratio": log_ratio}
+        stored = policy.stored_parameters(data)
+        if stored is not None:
+            dists = policy.distribution(stored), policy.distribution(parameters)
+            terms["kl"] = kl_divergence(*dists, batch_ndim=log_ratio.ndim)
+        return terms
 
     def agent_problem(self, agent: Agent, **kwargs: Any) -> Problem:
-        """Maximise :meth:`agent_surrogate` (see :class:`SequentialLossMixin`)."""
-        # Each agent draws the rows of its own Fisher matrix.
+        """Return what an agent's step is to solve; it draws the rows of its own Fisher matrix."""
         generator = torch.Generator(agent.parameters()[0].device)
         generator.manual_seed(agent.position.start)
-        return Problem(
-            agent.name,
-            loss=partial(self.agent_loss, agent),
-            named_parameters=agent.named_parameters,
-            group=agent.group,
-            weight=partial(self.agent_weight, agent),
-            distribution=partial(self.agent_distribution, agent),
-            surrogate=partial(self.agent_surrogate, agent),
-            sample_shape=agent.sample_shape,
-            **{**kwargs, "generator": generator},
-        )
+        return super().agent_problem(agent, **{**kwargs, "generator": generator})
 
-    def agent_factory(self, agent: Agent, first_order: FirstOrder) -> TrustRegion:
-        """Return the trust region; minibatches and epochs are the critic's."""
+    def step_factory(self, first_order: FirstOrder) -> StepFactory:
+        """Return one trust-region step on the whole batch."""
         if first_order.target_kl is not None:
             raise ValueError(
                 f"target_kl={first_order.target_kl} stops first-order epochs early, but HATRPO "
                 "takes one step whose divergence is bounded by max_kl; leave target_kl out."
             )
-        # torch cannot map over a stack that already is mapped over agents.
-        if agent.policy.is_stacked:
-            return replace(self.trust_region, line_search="sequential")
-        return self.trust_region
+        stacked = {agent.name for agent in self.agents if agent.policy.is_stacked}
 
-    def _radius(self, name: str) -> float:
-        """Return an agent's share of ``max_kl`` as it is now."""
-        return self.max_kl * self._shares[name]
+        def build(problem: Problem) -> Step:
+            # torch cannot map over candidates a stack that already is mapped over agents.
+            settings = self.trust_region
+            if problem.name in stacked:
+                settings = replace(settings, line_search="sequential")
+            return settings(problem)
+
+        return build
+
+
+def check_radii(max_kl: object, agents: Sequence[Agent]) -> None:
+    """Refuse a radius that is not positive, or a mapping that does not fit the agents."""
+    if not isinstance(max_kl, Mapping):
+        check_positive(max_kl=max_kl)
+        return
+    for name, radius in max_kl.items():
+        check_positive(**{f"max_kl[{name!r}]": radius})
+    known = {agent.name: agent.group_name for agent in agents}
+    missing = [name for name, group in known.items() if not {name, group} & max_kl.keys()]
+    unknown = max_kl.keys() - known.keys() - set(known.values())
+    if missing or unknown:
+        raise ValueError(
+            f"max_kl has values for {list(max_kl)}, but the agents are {list(known)}; name each "
+            "agent, or its group, once."
+        )
 
 
 def _shares(
     split: Literal["equal"] | Callable[[Sequence[Agent]], Sequence[float]] | None,
     agents: Sequence[Agent],
 ) -> list[float]:
-    """Each agent's part of ``max_kl``."""
+    """Return each agent's part of ``max_kl``."""
     if split is None:
         return [1.0] * len(agents)
     if split == "equal":

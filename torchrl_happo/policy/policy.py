@@ -19,6 +19,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 
+import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import (
     CompositeDistribution,
@@ -35,6 +36,7 @@ from torch.func import functional_call
 from torchrl.modules import IndependentNormal, SafeModule, TanhNormal
 
 from torchrl_happo.policy.distributions import entropy
+from torchrl_happo.policy.rows import JointRow
 
 __all__ = ["Policy"]
 
@@ -75,6 +77,8 @@ class Policy:
 
     def __init__(self, actor: ProbabilisticTensorDictSequential) -> None:
         self.actor = actor
+        #: Evaluates the joint actor and takes one agent's row, where a row alone does not do.
+        self.joint_row: JointRow | None = None
 
     @property
     def head(self) -> TensorDictModuleBase:
@@ -115,6 +119,8 @@ class Policy:
         Returns:
             the parameters of the distribution, by their names in its constructor.
         """
+        if self.joint_row is not None:
+            return self._run_jointly(self.joint_row, data, weights)
         if weights is None:
             return self._run(data)
         if self.is_stacked:
@@ -159,6 +165,30 @@ class Policy:
         for module in modules:
             scratch = module(scratch)
         return self._named({key: scratch.get(key) for key in self.parameter_keys}, data)
+
+    @cached_property
+    def network_keys(self) -> list[NestedKey]:
+        """Keys that the networks read from the data."""
+        read: list[NestedKey] = []
+        written: set[NestedKey] = set()
+        for module in _flat_modules(self.actor):
+            read += [key for key in map(unravel_key, module.in_keys) if key not in written]
+            written.update(map(unravel_key, module.out_keys))
+        return list(dict.fromkeys(read))
+
+    def _run_jointly(
+        self, row: JointRow, data: TensorDictBase, weights: Mapping[str, Tensor] | None
+    ) -> Parameters:
+        """Evaluate all rows, as the collector does, on the observations of the whole group."""
+        own = {**dict(self.actor.named_parameters()), **(weights or {})}
+        outputs = row.outputs(_flat_modules(row.joint), data, own)
+        of_group = {*self.written_keys, *self.network_keys}
+        values = {
+            key: row.row_of(outputs.get(key), data.batch_dims)
+            for key in self.head.in_keys
+            if unravel_key(key) in of_group
+        }
+        return self._named(values, data)
 
     def stored_parameters(self, data: TensorDictBase) -> Parameters | None:
         """The parameters that the behaviour policy left in the data, if it did."""
@@ -242,17 +272,18 @@ class Policy:
         except NotImplementedError:
             return -log_ratio.exp() * log_prob
 
-    def prepare(self, data: TensorDictBase, parameters: Parameters) -> TensorDictBase:
-        """Adds the unsquashed actions to ``data``, if the distribution squashes.
+    def prepare(self, data: TensorDictBase) -> TensorDictBase:
+        """Add the unsquashed actions to ``data``, if the distribution squashes.
 
         Args:
             data (TensorDictBase): a view of the batch; modified in place.
-            parameters (dict of str to Tensor): any parameters of the right shape; only the
-                squashing is taken from their distribution.
         """
         if self.squashes:
             action = data.get(self.action_keys[0])
-            dist = self.distribution(parameters)
+            # Any location and scale: only the squashing is taken from the distribution.
+            dist = self.distribution(
+                {"loc": torch.zeros_like(action), "scale": torch.ones_like(action)}
+            )
             assert isinstance(dist, TransformedDistribution)
             transform = dist.transforms[0]
             preimage = transform.inv(action)

@@ -18,11 +18,9 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from torchrl_happo.distributed import Learners
+from torchrl_happo.masked import VALID
 
 __all__ = ["VALID", "ByName", "Problem", "Proposal", "Step", "StepFactory", "setting_of"]
-
-#: Entry of the data that marks the samples that count; absent: all of them.
-VALID = "valid"
 
 T = TypeVar("T")
 #: One setting for all, or one for each agent by its name or its group's name.

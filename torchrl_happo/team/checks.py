@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
 from tensordict import NestedKey, TensorDictBase
+from torch import nn
 
-from torchrl_happo.policy.memory import INIT, state_specs
-from torchrl_happo.team.agents import Agent, group_of
-from torchrl_happo.team.construction import check_value_key
-from torchrl_happo.team.entries import (
-    agent_keys,
-    entries_read,
-    has,
-    next_key,
-    tensors_of,
-)
-
-if TYPE_CHECKING:
-    from torchrl_happo.objectives.base import SequentialLossMixin
+from torchrl_happo.team.entries import has, next_key, tensors_of
+from torchrl_happo.team.team import Agent, CriticKeys, Team
 
 __all__ = ["check_agent_keys", "check_batch", "check_team_shape"]
 
 
-def check_batch(loss: SequentialLossMixin, batch: TensorDictBase) -> None:
-    """Refuses a batch whose keys, shapes, types or device do not fit the loss.
+def check_batch(team: Team, batch: TensorDictBase, networks: Iterable[nn.Module] = ()) -> None:
+    """Refuse a batch whose keys, shapes, types or device do not fit the team.
 
     Nothing here reads a tensor's values, so it costs no synchronisation.
 
     Args:
-        loss (HAPPOLoss or HATRPOLoss): the loss the batch is for.
+        team (Team): the agents and the keys that the batch must hold.
         batch (TensorDictBase): joint data of batch size ``[*B]``.
+        networks (iterable of nn.Module): the networks that will read the batch.
 
     Raises:
         TypeError: if ``batch`` is not a tensordict.
@@ -49,15 +39,15 @@ def check_batch(loss: SequentialLossMixin, batch: TensorDictBase) -> None:
             f"The batch has batch size {list(batch.batch_size)}; pass the tensordict of a "
             "collector, e.g. of batch size [num_envs, time], with at least one step."
         )
-    for agent in loss.agents:
+    for agent in team.agents:
         check_agent_keys(agent, batch)
-    _check_group_sizes(loss, batch)
-    for agent in loss.agents:
+    _check_group_sizes(team, batch)
+    for agent in team.agents:
         _check_log_prob_shape(agent, batch)
-    _check_value_keys(loss, batch)
-    _check_masks(loss, batch)
-    _check_devices(loss, batch)
-    _check_detached(loss, batch)
+    _check_advantages(team, batch)
+    _check_masks(team, batch)
+    _check_devices(team, batch, networks)
+    _check_detached(team, batch)
 
 
 def _require(batch: TensorDictBase, key: NestedKey, whose: str, remedy: str) -> None:
@@ -66,7 +56,7 @@ def _require(batch: TensorDictBase, key: NestedKey, whose: str, remedy: str) -> 
 
 
 def check_agent_keys(agent: Agent, batch: TensorDictBase) -> None:
-    """Refuses a batch without an agent's observations, actions or log-probabilities."""
+    """Refuse a batch without an agent's observations, actions or log-probabilities."""
     whose = f"agent {agent.name!r}"
     for key in (*agent.actor.in_keys, *agent.policy.action_keys):
         _require(batch, key, whose, "collect with the loss's own actor")
@@ -74,10 +64,10 @@ def check_agent_keys(agent: Agent, batch: TensorDictBase) -> None:
         _require(batch, key, whose, "build its actor with return_log_prob=True and collect with it")
 
 
-def _check_group_sizes(loss: SequentialLossMixin, batch: TensorDictBase) -> None:
-    """Refuses entries that are not of as many agents as the group has networks."""
-    members: dict[str, list[Agent]] = {}
-    for agent in loss.agents:
+def _check_group_sizes(team: Team, batch: TensorDictBase) -> None:
+    """Refuse entries that are not of as many agents as the group has networks."""
+    members: dict[NestedKey, list[Agent]] = {}
+    for agent in team.agents:
         if agent.group is not None:
             members.setdefault(agent.group, []).append(agent)
     for group, agents in members.items():
@@ -96,13 +86,13 @@ def _check_group_sizes(loss: SequentialLossMixin, batch: TensorDictBase) -> None
 
 
 def _entries_of_group(
-    group: str, agents: Iterable[Agent], batch: TensorDictBase
+    group: NestedKey, agents: list[Agent], batch: TensorDictBase
 ) -> list[NestedKey]:
     """What says how many agents there are: the group's batch size, or each entry's shape."""
     if batch.get(group).batch_dims > batch.batch_dims:
         return [group]
-    keys = dict.fromkeys(key for agent in agents for key in agent_keys(agent))
-    return [key for key in keys if group_of(key) == group]
+    keys = dict.fromkeys(key for agent in agents for key in agent.keys)
+    return [key for key in keys if agents[0].owns(key)]
 
 
 def _check_log_prob_shape(agent: Agent, batch: TensorDictBase) -> None:
@@ -123,9 +113,10 @@ def _check_log_prob_shape(agent: Agent, batch: TensorDictBase) -> None:
         if agent.index is None:
             raise ValueError(
                 f"The log-probability {agent.policy.log_prob_keys[0]!r} has shape {list(shape)}, "
-                f"so group {agent.group!r} has {shape[-1]} agents, but its actor is one network "
-                "that all of them share; build it of a MultiAgentMLP, which knows their number, "
-                f"with share_params=False, or with share_params=True and blocks=[{agent.name!r}]."
+                f"so group {agent.group_name!r} has {shape[-1]} agents, but its actor is one "
+                "network that all of them share; pass an ActorList, or build it of a "
+                "MultiAgentMLP, with share_params=False, or with share_params=True and blocks=["
+                f"{agent.group_name!r}]."
             )
     raise ValueError(
         f"The log-probability {agent.policy.log_prob_keys[0]!r} of agent {agent.name!r} has shape "
@@ -133,37 +124,34 @@ def _check_log_prob_shape(agent: Agent, batch: TensorDictBase) -> None:
     )
 
 
-def _check_value_keys(loss: SequentialLossMixin, batch: TensorDictBase) -> None:
-    keys, critic = loss.tensor_keys, loss.critic_network
-    has_advantage = has(batch, keys.advantage)
-    if critic is None:
-        if not has_advantage:
+def _check_advantages(team: Team, batch: TensorDictBase) -> None:
+    """Refuse a batch that neither holds the advantages nor what they are estimated from."""
+    if not team.critics:
+        key = team.keys.advantage
+        if not has(batch, key):
             raise KeyError(
-                f"The batch has no {keys.advantage!r} and the loss no critic to estimate it with; "
+                f"The batch has no {key!r} and the loss no critic to estimate it with; "
                 "pass a critic network or write the advantage."
             )
-    else:
-        check_value_key(keys.value, critic)
-        states = state_specs(critic)  # made by the update itself, where they are not there
-        for key in critic.in_keys:
-            if key == INIT:
-                _require(
-                    batch, key, "the critic's memory", "append InitTracker() to the transforms"
-                )
-            elif key not in states:
-                _require(batch, key, "the critic", "collect it or change the critic's in_keys")
-                _check_one_tensor(batch, key)
-    if has_advantage:
-        check_team_shape(loss, batch, keys.advantage, loss.num_agents)
-        if critic is not None:
-            _require(batch, keys.value_target, "the critic", "write it beside the advantage")
-            check_team_shape(loss, batch, keys.value_target)
-    else:
-        _check_estimable(loss, batch)
+        check_team_shape(team, batch, key, team.num_agents)
+    for critic in team.critics.values():
+        if critic.init is not None:
+            _require(
+                batch, critic.init, "the critic's memory", "append InitTracker() to the transforms"
+            )
+        for key in critic.observations:
+            _require(batch, key, "the critic", "collect it or change the critic's in_keys")
+            _check_one_tensor(batch, key)
+        if has(batch, critic.advantage):
+            check_team_shape(team, batch, critic.advantage, team.num_agents)
+            _require(batch, critic.value_target, "the critic", "write it beside the advantage")
+            check_team_shape(team, batch, critic.value_target)
+        else:
+            _check_estimable(team, batch, critic)
 
 
 def _check_one_tensor(batch: TensorDictBase, key: NestedKey) -> None:
-    """Refuses an entry of agents of unlike sizes, which no critic can read at once."""
+    """Refuse an entry of agents of unlike sizes, which no critic can read at once."""
     sizes = list(dict.fromkeys(tuple(value.shape) for value in tensors_of(batch, key)))
     if len(sizes) > 1:
         raise ValueError(
@@ -173,30 +161,26 @@ def _check_one_tensor(batch: TensorDictBase, key: NestedKey) -> None:
         )
 
 
-def _check_estimable(loss: SequentialLossMixin, batch: TensorDictBase) -> None:
-    """Refuses a batch from which no advantage can be estimated."""
-    keys = loss.tensor_keys
+def _check_estimable(team: Team, batch: TensorDictBase, critic: CriticKeys) -> None:
+    """Refuse a batch from which no advantage can be estimated."""
     _require(
         batch,
-        next_key(keys.reward),
+        next_key(critic.reward),
         "the advantage",
         'append TeamReward("mean") to the environment\'s transforms or call '
         "loss.set_keys(reward=...)",
     )
-    check_team_shape(loss, batch, next_key(keys.reward))
+    check_team_shape(team, batch, next_key(critic.reward))
     for name in ("done", "terminated"):
-        key = next_key(getattr(keys, name))
+        key = next_key(getattr(critic, name))
         _require(batch, key, "the advantage", f"call loss.set_keys({name}=...)")
         if batch.get(key).dtype != torch.bool:
             raise ValueError(
                 f"The entry {key!r} is of {batch.get(key).dtype}, but it must say yes or no: write "
                 "it as torch.bool."
             )
-        check_team_shape(loss, batch, key)
-    states = state_specs(loss.critic_network)
-    for key in loss.critic_network.in_keys:
-        if key == INIT or key in states:
-            continue
+        check_team_shape(team, batch, key)
+    for key in critic.observations:
         _require(batch, next_key(key), "the value of the next state", "collect it")
         pairs = zip(tensors_of(batch, key), tensors_of(batch, next_key(key)), strict=False)
         for now, after in pairs:
@@ -209,25 +193,25 @@ def _check_estimable(loss: SequentialLossMixin, batch: TensorDictBase) -> None:
 
 
 def check_team_shape(
-    loss: SequentialLossMixin, batch: TensorDictBase, key: NestedKey, n_agents: int | None = None
+    team: Team, batch: TensorDictBase, key: NestedKey, n_agents: int | None = None
 ) -> None:
-    """Refuses what is neither one number for the team nor one for each agent."""
+    """Refuse what is neither one number for the team nor one for each agent."""
     value, dims = batch.get(key), batch.batch_dims
     shape, steps = tuple(value.shape), tuple(batch.batch_size)
     per_agent = len(shape) == dims + 2 and n_agents in (None, shape[dims])
     if not (shape[:dims] == steps and shape[-1] == 1 and (len(shape) == dims + 1 or per_agent)):
         raise ValueError(
             f"The entry {key!r} has shape {list(shape)}; it must be {[*steps, 1]} for the team or "
-            f"{[*steps, loss.num_agents, 1]} for each agent."
+            f"{[*steps, team.num_agents, 1]} for each agent."
         )
     if value.dtype != torch.bool and not value.is_floating_point():
         raise ValueError(f"The entry {key!r} is of {value.dtype}, but must be of a float type.")
 
 
-def _check_masks(loss: SequentialLossMixin, batch: TensorDictBase) -> None:
-    """Refuses masks that do not say yes or no of each step, or of each agent at each step."""
+def _check_masks(team: Team, batch: TensorDictBase) -> None:
+    """Refuse masks that do not say yes or no of each step, or of each agent at each step."""
     steps = tuple(batch.batch_size)
-    for key in loss._loss_mask_keys():
+    for key in team.mask_keys:
         mask = batch.get(key, None)
         if mask is not None and mask.numel() != batch.numel():
             raise ValueError(
@@ -239,8 +223,8 @@ def _check_masks(loss: SequentialLossMixin, batch: TensorDictBase) -> None:
                 f"The mask {key!r} is of {mask.dtype}, but it must say yes or no: write it as "
                 "torch.bool."
             )
-    for agent in loss.agents:
-        key = loss.active_key(agent)
+    for agent in team.agents:
+        key = team.active_key(agent)
         mask = agent.view(batch, [key]).get(key, None)
         if mask is not None and mask.numel() != batch.numel() * agent.num_members:
             raise ValueError(
@@ -249,11 +233,9 @@ def _check_masks(loss: SequentialLossMixin, batch: TensorDictBase) -> None:
             )
 
 
-def _check_devices(loss: SequentialLossMixin, batch: TensorDictBase) -> None:
-    # The agents' own parameters follow a stack that was moved only when the update begins.
-    networks = [loss.actor_network, loss.critic_network]
-    parameters = [p for network in networks if network is not None for p in network.parameters()]
-    device = parameters[0].device
+def _check_devices(team: Team, batch: TensorDictBase, networks: Iterable[nn.Module]) -> None:
+    parameters = [parameter for network in networks for parameter in network.parameters()]
+    device = parameters[0].device if parameters else batch.device
     for parameter in parameters:
         if parameter.device.type == "meta":
             raise ValueError(
@@ -265,7 +247,7 @@ def _check_devices(loss: SequentialLossMixin, batch: TensorDictBase) -> None:
                 f"The networks lie on {device} and {parameter.device}; move the loss to one device "
                 "with loss.to(...)."
             )
-    for key in entries_read(loss, batch):
+    for key in team.entries_read(batch):
         for value in tensors_of(batch, key):
             if value.device != device:
                 raise ValueError(
@@ -274,10 +256,11 @@ def _check_devices(loss: SequentialLossMixin, batch: TensorDictBase) -> None:
                 )
 
 
-def _check_detached(loss: SequentialLossMixin, batch: TensorDictBase) -> None:
-    """Refuses what would carry gradients of the past into the update."""
-    keys = [loss.tensor_keys.advantage, loss.tensor_keys.value_target]
-    for agent in loss.agents:
+def _check_detached(team: Team, batch: TensorDictBase) -> None:
+    """Refuse what would carry gradients of the past into the update."""
+    keys = [k for c in team.critics.values() for k in (c.advantage, c.value_target)]
+    keys.append(team.keys.advantage)
+    for agent in team.agents:
         keys += [*agent.policy.action_keys, *agent.policy.log_prob_keys]
     for key in dict.fromkeys(keys):
         if any(value.requires_grad for value in tensors_of(batch, key)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tensordict import NestedKey
 from tensordict.nn import TensorDictModuleBase
@@ -12,9 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from torchrl_happo.arguments import kind_of
-
-if TYPE_CHECKING:
-    from torchrl_happo.team.agents import Agent
+from torchrl_happo.team.team import Agent
 
 __all__ = [
     "check_initialized",
@@ -28,7 +26,7 @@ __all__ = [
 
 
 def check_networks(actors: object, critic: object, blocks: object) -> None:
-    """Refuses networks that no loss can be built of.
+    """Refuse networks that no loss can be built of.
 
     Args:
         actors (object): should be the joint actor of a group, or a mapping from group to actor.
@@ -59,7 +57,7 @@ def check_networks(actors: object, critic: object, blocks: object) -> None:
 
 
 def check_initialized(network: nn.Module, whose: str) -> None:
-    """Refuses a network with lazy modules that have not seen data yet."""
+    """Refuse a network with lazy modules that have not seen data yet."""
     for name, parameter in network.named_parameters():
         if is_lazy(parameter):
             raise ValueError(
@@ -69,7 +67,7 @@ def check_initialized(network: nn.Module, whose: str) -> None:
 
 
 def check_separate(agents: Iterable[Agent], critic: nn.Module | None) -> None:
-    """Refuses a parameter that would move in two turns: of two agents, or an agent and the critic.
+    """Refuse a parameter that would move in two turns: of two agents, or an agent and the critic.
 
     Args:
         agents (iterable of Agent): the agents of all groups.
@@ -81,6 +79,8 @@ def check_separate(agents: Iterable[Agent], critic: nn.Module | None) -> None:
     owners: dict[int, Agent] = {}
     for agent in agents:
         for name, parameter in agent.source.named_parameters():
+            if not parameter.requires_grad:
+                continue  # frozen: nobody moves it
             owner = owners.setdefault(id(parameter), agent)
             if owner is not agent and not owner.is_another_row_of(agent):
                 raise ValueError(
@@ -97,7 +97,7 @@ def check_separate(agents: Iterable[Agent], critic: nn.Module | None) -> None:
 
 
 def check_value_key(key: NestedKey, critic: TensorDictModuleBase) -> None:
-    """Refuses to read the state value where the critic does not write it.
+    """Refuse to read the state value where the critic does not write it.
 
     Raises:
         KeyError: naming both keys.
@@ -110,7 +110,7 @@ def check_value_key(key: NestedKey, critic: TensorDictModuleBase) -> None:
 
 
 def check_value_norm(value_norm: Any) -> None:
-    """Refuses statistics of anything but single values.
+    """Refuse statistics of anything but single values.
 
     Raises:
         ValueError: naming the shape.
@@ -124,7 +124,7 @@ def check_value_norm(value_norm: Any) -> None:
 
 
 def check_policy_keys(name: str, keys: Any, written: Collection[NestedKey]) -> None:
-    """Refuses to read actions or log-probabilities where the actors do not write them.
+    """Refuse to read actions or log-probabilities where the actors do not write them.
 
     Args:
         name (str): ``"action"`` or ``"sample_log_prob"``.
@@ -143,7 +143,7 @@ def check_policy_keys(name: str, keys: Any, written: Collection[NestedKey]) -> N
 
 
 def check_loss(loss: Any) -> None:
-    """Refuses a loss that cannot be updated agent by agent.
+    """Refuse a loss that cannot be updated agent by agent.
 
     Raises:
         TypeError: if it is not the loss of a team.
@@ -170,12 +170,12 @@ def check_loss(loss: Any) -> None:
                 f"The actor of agent {agent.name!r} has no parameter that requires a gradient; "
                 "unfreeze it, or leave its group out of the mapping to keep it as it is."
             )
-    if loss.critic_network is not None:
-        check_value_key(loss.tensor_keys.value, loss.critic_network)
-        check_initialized(loss.critic_network, "The critic")
-        trained = any(parameter.requires_grad for parameter in loss.critic_network.parameters())
-        if loss.fits_critic and not trained:
+    for name, critic in loss.critics.items():
+        check_value_key(critic.keys.value, critic.network)
+        check_initialized(critic.network, "The critic")
+        trained = any(parameter.requires_grad for parameter in critic.network.parameters())
+        if critic.is_fitted and not trained:
             raise ValueError(
-                "The critic has no parameter that requires a gradient; unfreeze it, or build the "
+                f"The {name} has no parameter that requires a gradient; unfreeze it, or build the "
                 "loss with critic_coeff=0 to keep it as it is."
             )

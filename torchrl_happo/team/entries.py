@@ -1,52 +1,41 @@
-"""The entries of a batch that an update reads, and the tensors under them."""
+"""Entries of a joint tensordict: keys, groups, and the tensors under them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-from tensordict import NestedKey, TensorDictBase
+from tensordict import LazyStackedTensorDict, NestedKey, TensorDictBase
 from tensordict.utils import unravel_key
 from torch import Tensor
 
-from torchrl_happo.team.agents import Agent
-from torchrl_happo.team.masks import leaves
-
-if TYPE_CHECKING:
-    from torchrl_happo.objectives.base import SequentialLossMixin
-
-__all__ = ["agent_keys", "entries_read", "has", "next_key", "tensors_of"]
+__all__ = ["group_of", "has", "leaves", "next_key", "path_of", "tensors_of"]
 
 
-def entries_read(loss: SequentialLossMixin, batch: TensorDictBase) -> list[NestedKey]:
-    """The entries of a batch whose numbers enter the update."""
-    keys = loss.tensor_keys
-    read: list[NestedKey] = []
-    for agent in loss.agents:
-        read += agent_keys(agent)
-        if agent.policy.may_saturate and not agent.policy.is_composite:
-            # They score actions at the bounds again. (Of a composite some may be infinite rightly:
-            # the logits of a masked head.)
-            read += agent.policy.parameter_keys
-    critic_keys = [] if loss.critic_network is None else list(loss.critic_network.in_keys)
-    read += critic_keys
-    if has(batch, keys.advantage):
-        read += [keys.advantage, keys.value_target]
-    else:
-        read += [next_key(keys.reward), *(next_key(key) for key in critic_keys)]
-    return list(dict.fromkeys(unravel_key(key) for key in read))
+def path_of(key: NestedKey) -> tuple[str, ...]:
+    """Return a key as a tuple of names.
+
+    Example:
+        >>> path_of("action"), path_of(("agents", "action"))
+        (('action',), ('agents', 'action'))
+    """
+    key = unravel_key(key)
+    return (key,) if isinstance(key, str) else key
 
 
-def agent_keys(agent: Agent) -> list[NestedKey]:
-    """The entries that every update of an agent reads, the joint tensordict's keys."""
-    policy = agent.policy
-    keys = [*agent.actor.in_keys, *policy.action_keys, *policy.log_prob_keys]
-    return [unravel_key(key) for key in keys]
+def group_of(key: NestedKey) -> NestedKey | None:
+    """Return the group of a key: all but its last name, ``None`` at the root.
+
+    Example:
+        >>> group_of(("agents", "action")), group_of("action"), group_of(("team", "left", "action"))
+        ('agents', None, ('team', 'left'))
+    """
+    *group, _ = path_of(key)
+    return unravel_key(tuple(group)) if group else None
 
 
 def next_key(key: NestedKey) -> tuple[str, ...]:
-    """Where the same entry of the next step lies."""
-    return ("next", key) if isinstance(key, str) else ("next", *key)
+    """Return the key of the same entry at the next step."""
+    return ("next", *path_of(key))
 
 
 def has(batch: TensorDictBase, key: NestedKey) -> bool:
@@ -55,6 +44,33 @@ def has(batch: TensorDictBase, key: NestedKey) -> bool:
 
 
 def tensors_of(batch: TensorDictBase, key: NestedKey) -> Iterator[Tensor]:
-    """The tensors under a key: one, one for each agent of unlike shapes, or none."""
+    """Yield the tensors under a key: one, one for each agent of unlike shapes, or none."""
     for _, holder, name in leaves(batch, key):
         yield holder.get(name)
+
+
+def leaves(
+    batch: TensorDictBase, key: NestedKey
+) -> Iterator[tuple[int | None, TensorDictBase, NestedKey]]:
+    """Find the tensors under a key: several where a group stacks agents of unlike shapes.
+
+    Yields:
+        the agent that the tensor belongs to (``None``: all agents), the tensordict that holds the
+        tensor, and its key there.
+    """
+    path = path_of(key)
+    for depth in range(1, len(path)):
+        group = batch.get(path[:depth], None)
+        if isinstance(group, LazyStackedTensorDict) and group.stack_dim == batch.batch_dims:
+            for agent, row in enumerate(group.tensordicts):
+                yield from ((agent, row, name) for name in _names(row, path[depth:]))
+            return
+    yield from ((None, batch, name) for name in _names(batch, path))
+
+
+def _names(holder: TensorDictBase, path: tuple[str, ...]) -> list[NestedKey]:
+    """Return the keys of the tensors under a path: its own, or those of a nested tensordict."""
+    value = holder.get(path, None)
+    if isinstance(value, TensorDictBase):
+        return [(*path, *path_of(name)) for name in value.keys(True, True)]
+    return [] if value is None else [path]

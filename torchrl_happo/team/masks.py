@@ -1,4 +1,4 @@
-"""Which numbers of a batch count, and what stands where none does.
+"""Which numbers of a batch count, and what replaces those that do not.
 
 Two kinds of masks say that an entry is not experience: TorchRL's validity masks of whole steps
 (padding of trajectories of unlike lengths), and the ``active`` entry of a group, ``False`` where
@@ -8,32 +8,192 @@ an agent is dead or not yet there. Environments write anything there, NaN includ
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
 
 import torch
-from tensordict import LazyStackedTensorDict, NestedKey, TensorDictBase
-from tensordict.utils import unravel_key
+from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from torchrl_happo.objectives.base import SequentialLossMixin
+from torchrl_happo.team.entries import leaves, next_key, path_of
+from torchrl_happo.team.team import Agent, Team
 
-__all__ = [
-    "cut_at_padding",
-    "entry_mask",
-    "fill_masked",
-    "hide_inactive",
-    "leaves",
-    "step_mask",
-    "unmasked_finite",
-    "value_mask",
-]
+__all__ = ["Masks"]
 
 
-def step_mask(loss: SequentialLossMixin, batch: TensorDictBase) -> Tensor | None:
-    """Which steps count at all, ``[*B]``: TorchRL's own validity masks; ``None``: all."""
+class Masks:
+    """The masks of one batch, worked out once.
+
+    Args:
+        team (Team): says what the masks are called.
+        batch (TensorDictBase): joint data of batch size ``[*B]``.
+
+    Attributes:
+        steps (Tensor, optional): which steps count at all, ``[*B]``. ``None``: all.
+        active (Tensor, optional): which agents act, ``[*B, n_agents]``. ``None``: all.
+    """
+
+    def __init__(self, team: Team, batch: TensorDictBase) -> None:
+        self._team = team
+        self._batch = batch
+        self.steps = _step_mask(team, batch)
+        self.active = _activity(team, batch)
+
+    def __bool__(self) -> bool:
+        """Whether anything is masked."""
+        return self.steps is not None or self.active is not None
+
+    def decisions(self, agent: Agent) -> Tensor | None:
+        """Where an agent's decisions count: ``[*B]`` or ``[*B, n_members]``; ``None``: always."""
+        if self.active is None:
+            if self.steps is None or agent.num_members == 1:
+                return self.steps
+            return self.steps.unsqueeze(-1).expand(*self.steps.shape, agent.num_members)
+        active = self.active[..., agent.position]
+        if active.shape[-1] == 1:
+            active = active.squeeze(-1)
+            return active if self.steps is None else active & self.steps
+        return active if self.steps is None else active & self.steps.unsqueeze(-1)
+
+    def team_decisions(self) -> Tensor | None:
+        """Where any agent's decisions count, ``[*B, n_agents]``; ``None``: always."""
+        if self.active is None:
+            if self.steps is None:
+                return None
+            return self.steps.unsqueeze(-1).expand(*self.steps.shape, self._team.num_agents)
+        return self.active if self.steps is None else self.active & self.steps.unsqueeze(-1)
+
+    def values(self, values: Tensor) -> Tensor | None:
+        """Which of a critic's values count; those of an agent only where it was active.
+
+        Args:
+            values (Tensor): ``[*B, 1]`` for the team or ``[*B, n_agents, 1]`` for each agent. The
+                value of a team of one is that of its agent.
+
+        Returns:
+            booleans of the shape of ``values``; ``None`` if all of them count.
+        """
+        steps, active = self.steps, self.active
+        if active is not None and values.shape[:-1] == active.shape:
+            return (active if steps is None else active & steps.unsqueeze(-1)).unsqueeze(-1)
+        if active is not None and values.shape == active.shape:  # a team of one
+            return active if steps is None else active & steps.unsqueeze(-1)
+        if steps is None:
+            return None
+        return steps.reshape(*steps.shape, *(1,) * (values.ndim - steps.ndim)).expand_as(values)
+
+    def entry(self, key: NestedKey) -> Tensor | None:
+        """Which numbers of an entry count.
+
+        Args:
+            key (NestedKey): an entry, perhaps under ``"next"``.
+
+        Returns:
+            booleans ``[*B]``, or ``[*B, n_agents]`` for an entry of a group whose agents' activity
+            is known; ``None`` if all of them count.
+        """
+        steps, active = self.steps, self._activity_at(key)
+        if active is None or steps is None:
+            return steps if active is None else active
+        return active & steps.reshape(*steps.shape, *(1,) * (active.ndim - steps.ndim))
+
+    def _activity_at(self, key: NestedKey) -> Tensor | None:
+        """Which agents of the entry's group act, at the step that the entry belongs to.
+
+        Rewards belong to the step of the action; observations under ``next`` to the following
+        step.
+        """
+        path = path_of(key)
+        at_next = path[0] == "next"
+        own = path[1:] if at_next else path
+        name = _active_key(self._team, own)
+        mask = None if name is None else self._batch.get(name, None)
+        if name is not None and at_next and own != path_of(self._team.keys.reward):
+            mask = self._batch.get(next_key(name), mask)
+        if mask is None:
+            return None
+        mask = mask.bool()
+        is_column = mask.ndim > self._batch.batch_dims and mask.shape[-1] == 1
+        return mask.squeeze(-1) if is_column else mask
+
+    def fill(self, keys: Iterable[NestedKey]) -> TensorDictBase:
+        """Return a copy of the batch with zeros in place of NaN and infinity where nothing counts.
+
+        A mask alone does not stop them: a centralised critic sees all agents at once, and the
+        gradient of a masked NaN is NaN. All other numbers are left alone.
+
+        Args:
+            keys (iterable of NestedKey): the entries to fill.
+
+        Returns:
+            a tensordict that shares all other entries with the batch.
+        """
+        filled = self._batch.copy()
+        for key in keys:
+            for holder, name, counts in _masked_leaves(filled, key, self.entry(key)):
+                value = holder.get(name)
+                if counts is not None and value.is_floating_point():
+                    holder.set(name, torch.where(counts, value, value.nan_to_num(0.0, 0.0, 0.0)))
+        return filled
+
+    def cut_at_padding(self, batch: TensorDictBase) -> TensorDictBase:
+        """Return a copy of a batch that says ``done`` where padding follows a step that counts.
+
+        The advantage of a step sums over those after it until the trajectory is done. A trajectory
+        that was cut off by the end of a batch is not done, but in a row of padded trajectories
+        padding follows it. Its last step is not terminated and so bootstraps from its true next
+        observation, as before.
+        """
+        if self.steps is None:
+            return batch
+        last = self.steps.clone()
+        last[..., :-1] &= ~self.steps[..., 1:]
+        last[..., -1] = False  # nothing follows it
+        return _done_at(batch, self._team, last)
+
+    def hide_inactive(self, batch: TensorDictBase, keys: Iterable[NestedKey]) -> TensorDictBase:
+        """Return a copy of a batch in which agents that are not active show zeros.
+
+        For a critic that sees all agents at once: what stands where an agent is dead would move
+        the values of those that live (*death masking*, Yu et al., 2022,
+        https://arxiv.org/abs/2103.01955). The agents' own networks see what they saw when they
+        acted.
+
+        Args:
+            batch (TensorDictBase): the batch, perhaps :meth:`filled <fill>`. Not modified.
+            keys (iterable of NestedKey): the entries that the critic reads, also under ``"next"``.
+
+        Returns:
+            a tensordict that shares all other entries with ``batch``, or ``batch`` itself if
+            nothing says who is active.
+        """
+        masks = {key: mask for key in keys if (mask := self._activity_at(key)) is not None}
+        hidden = batch.copy() if masks else batch
+        for key, mask in masks.items():
+            for holder, name, counts in _masked_leaves(hidden, key, mask):
+                if counts is not None:
+                    value = holder.get(name)
+                    holder.set(name, torch.where(counts, value, torch.zeros_like(value)))
+        return hidden
+
+    def finite(self, key: NestedKey) -> Iterator[Tensor]:
+        """Yield for each tensor of an entry whether all of its numbers that count are finite."""
+        for holder, name, counts in _masked_leaves(self._batch, key, self.entry(key)):
+            value = holder.get(name)
+            if value.is_floating_point():
+                finite = value.isfinite()
+                yield (finite if counts is None else finite | ~counts).all()
+
+
+def _done_at(batch: TensorDictBase, team: Team, last: Tensor) -> TensorDictBase:
+    """Return a copy of a batch that also says ``done`` at the steps ``last``, ``[*B]``."""
+    key = next_key(team.keys.done)
+    done = batch.get(key)
+    last = last.reshape(*last.shape, *(1,) * (done.ndim - last.ndim))
+    return batch.copy().set(key, done | last)
+
+
+def _step_mask(team: Team, batch: TensorDictBase) -> Tensor | None:
     valid = None
-    for name in loss._loss_mask_keys():
+    for name in team.mask_keys:
         mask = batch.get(name, None)
         if mask is not None:
             mask = mask.reshape(batch.batch_size)
@@ -41,162 +201,41 @@ def step_mask(loss: SequentialLossMixin, batch: TensorDictBase) -> Tensor | None
     return valid
 
 
-def value_mask(values: Tensor, steps: Tensor | None, active: Tensor | None) -> Tensor | None:
-    """Which of a critic's values count; those of an agent only where it was active.
-
-    Args:
-        values (Tensor): ``[*B, 1]`` for the team or ``[*B, n_agents, 1]`` for each agent. The
-            value of a team of one is that of its agent.
-        steps (Tensor, optional): which steps count, ``[*B]``. ``None``: all.
-        active (Tensor, optional): which agents act, ``[*B, n_agents]``. ``None``: all.
-
-    Returns:
-        booleans of the shape of ``values``; ``None`` if all of them count.
-    """
-    if active is not None and values.shape[:-1] == active.shape:
-        return (active if steps is None else active & steps.unsqueeze(-1)).unsqueeze(-1)
-    if active is not None and values.shape == active.shape:  # a team of one
-        return active if steps is None else active & steps.unsqueeze(-1)
-    if steps is None:
+def _activity(team: Team, batch: TensorDictBase) -> Tensor | None:
+    masks: list[Tensor | None] = []
+    for agent in team.agents:
+        key = team.active_key(agent)
+        mask = agent.view(batch, [key]).get(key, None)
+        if mask is not None:
+            mask = mask.reshape(*batch.batch_size, agent.num_members).bool()
+        masks.append(mask)
+    known = next((mask for mask in masks if mask is not None), None)
+    if known is None:
         return None
-    return steps.reshape(*steps.shape, *(1,) * (values.ndim - steps.ndim)).expand_as(values)
+    always = torch.ones((), dtype=torch.bool, device=known.device)
+    sizes = [agent.num_members for agent in team.agents]
+    return torch.cat(
+        [
+            always.expand(*batch.batch_size, size) if mask is None else mask
+            for mask, size in zip(masks, sizes, strict=True)
+        ],
+        -1,
+    )
 
 
-def entry_mask(loss: SequentialLossMixin, batch: TensorDictBase, key: NestedKey) -> Tensor | None:
-    """Which numbers of an entry count.
-
-    Args:
-        loss (HAPPOLoss or HATRPOLoss): says how masks are called.
-        batch (TensorDictBase): joint data of batch size ``[*B]``.
-        key (NestedKey): an entry, perhaps under ``"next"``.
-
-    Returns:
-        booleans ``[*B]``, or ``[*B, n_agents]`` for an entry of a group whose agents' activity is
-        known; ``None`` if all of them count.
-    """
-    steps = step_mask(loss, batch)
-    active = _active(loss, batch, key)
-    if active is None or steps is None:
-        return steps if active is None else active
-    return active & steps.reshape(*steps.shape, *(1,) * (active.ndim - steps.ndim))
-
-
-def _active(loss: SequentialLossMixin, batch: TensorDictBase, key: NestedKey) -> Tensor | None:
-    """Which agents of the entry's group act, at the step that the entry belongs to.
-
-    What is observed next belongs to the next step, but what an action is paid to its own.
-    """
-    path = _path(key)
-    at_next = path[0] == "next"
-    own = path[1:] if at_next else path
-    name = _active_key(loss, own)
-    mask = None if name is None else batch.get(name, None)
-    if name is not None and at_next and own != _path(loss.tensor_keys.reward):
-        mask = batch.get(("next", *_path(name)), mask)
-    if mask is None:
-        return None
-    mask = mask.bool()
-    return mask.squeeze(-1) if mask.ndim > batch.batch_dims and mask.shape[-1] == 1 else mask
-
-
-def _active_key(loss: SequentialLossMixin, path: tuple[str, ...]) -> NestedKey | None:
-    """Where it says who of an entry's group acts; ``None`` for an entry of nobody's own."""
-    if len(path) > 1:
-        return (path[0], loss.tensor_keys.active)
-    for agent in loss.agents:
-        if agent.group is None and path[0] in loss.agent_keys(agent):
-            return loss.active_key(agent)
-    return None
-
-
-def fill_masked(
-    loss: SequentialLossMixin, batch: TensorDictBase, keys: Iterable[NestedKey]
-) -> TensorDictBase:
-    """A copy of a batch with zeros in place of NaN and infinity, where a mask says that they stand.
-
-    A mask alone does not stop them: a centralised critic sees all agents at once, and the gradient
-    of a masked NaN is NaN. All other numbers are left alone, whether they count or not.
-
-    Args:
-        loss (HAPPOLoss or HATRPOLoss): says how masks are called.
-        batch (TensorDictBase): joint data of batch size ``[*B]``. It is not modified.
-        keys (iterable of NestedKey): the entries to fill.
-
-    Returns:
-        a tensordict that shares all other entries with ``batch``.
-    """
-    filled = batch.copy()
-    for key in keys:
-        for holder, name, counts in _masked_leaves(filled, key, entry_mask(loss, batch, key)):
-            value = holder.get(name)
-            if counts is not None and value.is_floating_point():
-                holder.set(name, torch.where(counts, value, value.nan_to_num(0.0, 0.0, 0.0)))
-    return filled
-
-
-def cut_at_padding(loss: SequentialLossMixin, batch: TensorDictBase) -> TensorDictBase:
-    """A copy of a batch that says ``done`` where a step counts and the one after it does not.
-
-    The advantage of a step takes in those after it until the trajectory is done. One that was cut
-    off by the end of a batch is not, but in a row of padded trajectories padding follows it. Its
-    last step is not terminated and so bootstraps from its true next observation, as before.
-    """
-    valid = step_mask(loss, batch)
-    if valid is None:
-        return batch
-    last = valid.clone()
-    last[..., :-1] &= ~valid[..., 1:]
-    last[..., -1] = False  # nothing follows it
-    key = ("next", *_path(loss.tensor_keys.done))
-    done = batch.get(key)
-    last = last.reshape(*last.shape, *(1,) * (done.ndim - last.ndim))
-    return batch.copy().set(key, done | last)
-
-
-def hide_inactive(
-    loss: SequentialLossMixin, batch: TensorDictBase, keys: Iterable[NestedKey]
-) -> TensorDictBase:
-    """A copy of a batch in which agents that are not active show zeros.
-
-    For a critic that sees all agents at once: what stands where an agent is dead would move the
-    values of those that live (*death masking*, Yu et al., 2022,
-    https://arxiv.org/abs/2103.01955). The agents' own networks see what they saw when they acted.
-
-    Args:
-        loss (HAPPOLoss or HATRPOLoss): says how the mask is called.
-        batch (TensorDictBase): joint data of batch size ``[*B]``. It is not modified.
-        keys (iterable of NestedKey): what the critic reads, also under ``"next"``.
-
-    Returns:
-        a tensordict that shares all other entries with ``batch``, or ``batch`` itself if nothing
-        says who is active.
-    """
-    masks = {key: mask for key in keys if (mask := _active(loss, batch, key)) is not None}
-    hidden = batch.copy() if masks else batch
-    for key, mask in masks.items():
-        for holder, name, counts in _masked_leaves(hidden, key, mask):
-            if counts is not None:
-                value = holder.get(name)
-                holder.set(name, torch.where(counts, value, torch.zeros_like(value)))
-    return hidden
-
-
-def unmasked_finite(
-    loss: SequentialLossMixin, batch: TensorDictBase, key: NestedKey
-) -> Iterator[Tensor]:
-    """Whether the numbers of an entry that count are finite: a boolean for each of its tensors."""
-    mask = entry_mask(loss, batch, key)
-    for holder, name, counts in _masked_leaves(batch, key, mask):
-        value = holder.get(name)
-        if value.is_floating_point():
-            finite = value.isfinite()
-            yield (finite if counts is None else finite | ~counts).all()
+def _active_key(team: Team, path: tuple[str, ...]) -> NestedKey | None:
+    """Return the key that says who of an entry's group acts; ``None`` if nobody owns the entry."""
+    for agent in team.agents:
+        at_root = agent.group is None and len(path) == 1
+        if agent.owns(path) or (at_root and path[0] in agent.update_keys):
+            return team.active_key(agent)
+    return (*path[:1], *path_of(team.keys.active)) if len(path) > 1 else None
 
 
 def _masked_leaves(
     batch: TensorDictBase, key: NestedKey, mask: Tensor | None
 ) -> Iterator[tuple[TensorDictBase, NestedKey, Tensor | None]]:
-    """The tensors under a key, each with its own part of the mask, broadcastable to it."""
+    """Yield the tensors under a key, each with its own part of the mask, broadcastable to it."""
     for agent, holder, name in leaves(batch, key):
         value, counts, dims = holder.get(name), mask, batch.batch_dims
         if counts is None:
@@ -207,35 +246,3 @@ def _masked_leaves(
         if counts.shape != value.shape[: counts.ndim]:
             counts = counts.any(dims)  # what a group shares counts as long as one of it acts
         yield holder, name, counts.reshape(*counts.shape, *(1,) * (value.ndim - counts.ndim))
-
-
-def leaves(
-    batch: TensorDictBase, key: NestedKey
-) -> Iterator[tuple[int | None, TensorDictBase, NestedKey]]:
-    """Where the tensors under a key lie: several where a group stacks agents of unlike shapes.
-
-    Yields:
-        the agent whose tensor it is (``None``: all of them), the tensordict that holds it and its
-        key there.
-    """
-    path = _path(key)
-    for depth in range(1, len(path)):
-        group = batch.get(path[:depth], None)
-        if isinstance(group, LazyStackedTensorDict) and group.stack_dim == batch.batch_dims:
-            for agent, row in enumerate(group.tensordicts):
-                yield from ((agent, row, name) for name in _names(row, path[depth:]))
-            return
-    yield from ((None, batch, name) for name in _names(batch, path))
-
-
-def _names(holder: TensorDictBase, path: tuple[str, ...]) -> list[NestedKey]:
-    """The keys of the tensors under a path: the path's own, or those of a nested tensordict."""
-    value = holder.get(path, None)
-    if isinstance(value, TensorDictBase):
-        return [(*path, *_path(name)) for name in value.keys(True, True)]
-    return [] if value is None else [path]
-
-
-def _path(key: NestedKey) -> tuple[str, ...]:
-    key = unravel_key(key)
-    return (key,) if isinstance(key, str) else key

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -17,59 +16,61 @@ from torchrl.modules.distributions import MaskedOneHotCategorical, OneHotCategor
 
 from torchrl_happo.arguments import first_line
 from torchrl_happo.policy.policy import Parameters
-from torchrl_happo.team.agents import Agent
-from torchrl_happo.team.entries import entries_read, has, next_key, tensors_of
-from torchrl_happo.team.masks import entry_mask, unmasked_finite
-
-if TYPE_CHECKING:
-    from torchrl_happo.objectives.base import SequentialLossMixin
+from torchrl_happo.team.entries import has, next_key, tensors_of
+from torchrl_happo.team.masks import Masks
+from torchrl_happo.team.team import Agent, Team
 
 __all__ = ["check_actions", "check_finite", "explained"]
 
+_NOT_FINITE = "The entry {!r} of the batch holds NaN or infinite numbers; nothing was updated."
+_DIFFERING = (
+    "The rewards {!r} differ between the agents of the team, but HAPPO maximises one shared "
+    'reward; append TeamReward("mean") or TeamReward("sum") to the environment\'s transforms and '
+    'call loss.set_keys(reward="reward").'
+)
 
-def check_finite(loss: SequentialLossMixin, batch: TensorDictBase) -> None:
-    """Refuses non-finite numbers, and rewards that differ between the agents of a team.
+
+def check_finite(team: Team, batch: TensorDictBase, masks: Masks | None) -> None:
+    """Refuse non-finite numbers, and rewards that differ between the agents of a team.
 
     Where a mask says that an agent was not active, or that a step does not count, anything may
     stand. Reads the values, and so synchronises with the device, once.
 
     Args:
-        loss (HAPPOLoss or HATRPOLoss): the loss the batch is for.
+        team (Team): the agents and the keys that the batch holds.
         batch (TensorDictBase): a batch that passed :func:`check_batch`.
+        masks (Masks, optional): the masks of the batch. ``None``: everything counts.
 
     Raises:
         ValueError: naming the entry that is not finite, or the rewards that differ.
     """
-    names, verdicts = [], []
-    for key in entries_read(loss, batch):
-        for verdict in unmasked_finite(loss, batch, key):
-            names.append(key)
+    complaints, verdicts = [], []
+    for key in team.entries_read(batch):
+        for verdict in _finite(batch, key) if masks is None else masks.finite(key):
+            complaints.append(_NOT_FINITE.format(key))
             verdicts.append(verdict)
-    reward_key = next_key(loss.tensor_keys.reward)
-    if not has(batch, loss.tensor_keys.advantage):
-        verdicts.append(_is_shared(loss, batch, reward_key))
-    good = torch.stack(verdicts).tolist()
-    for name, is_good in zip(names, good, strict=False):
+    for critic in team.critics.values():
+        if not has(batch, critic.advantage):
+            complaints.append(_DIFFERING.format(next_key(critic.reward)))
+            verdicts.append(_is_shared(batch, next_key(critic.reward), masks))
+    for complaint, is_good in zip(complaints, torch.stack(verdicts).tolist(), strict=True):
         if not is_good:
-            raise ValueError(
-                f"The entry {name!r} of the batch holds NaN or infinite numbers; nothing was "
-                "updated."
-            )
-    if not all(good):
-        raise ValueError(
-            f"The rewards {reward_key!r} differ between the agents of the team, but HAPPO "
-            'maximises one shared reward; append TeamReward("mean") or TeamReward("sum") to the '
-            'environment\'s transforms and call loss.set_keys(reward="reward").'
-        )
+            raise ValueError(complaint)
 
 
-def _is_shared(loss: SequentialLossMixin, batch: TensorDictBase, key: NestedKey) -> Tensor:
+def _finite(batch: TensorDictBase, key: NestedKey) -> Iterator[Tensor]:
+    for value in tensors_of(batch, key):
+        if value.is_floating_point():
+            yield value.isfinite().all()
+
+
+def _is_shared(batch: TensorDictBase, key: NestedKey, masks: Masks | None) -> Tensor:
     """Whether all agents that act at a step are paid the same for it."""
     reward = batch.get(key)
     if reward.ndim == batch.batch_dims + 1:
         return torch.ones((), dtype=torch.bool, device=reward.device)
     least, most = reward, reward
-    mask = entry_mask(loss, batch, key)
+    mask = None if masks is None else masks.entry(key)
     if mask is not None:
         mask = mask.reshape(*mask.shape, *(1,) * (reward.ndim - mask.ndim))
         least = torch.where(mask, reward, torch.inf)
@@ -85,7 +86,7 @@ def check_actions(
     valid: Tensor | None = None,
     read_values: bool = True,
 ) -> None:
-    """Refuses actions that the agent's distribution cannot have drawn.
+    """Refuse actions that the agent's distribution cannot have drawn.
 
     Args:
         agent (Agent): the agent.

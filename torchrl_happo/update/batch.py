@@ -1,30 +1,29 @@
-"""The joint batch of one update: advantage, validity, and a flat view for each agent."""
+"""The joint batch of one update, made ready once: masks, advantages, and each agent's data.
+
+Data has *items* along the first dimension: single steps, or chunks of ``sequence_length``
+consecutive steps for recurrent networks.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import unravel_key
 from torch import Tensor
 
 from torchrl_happo.distributed import Learners
-from torchrl_happo.masked import masked, moments
-from torchrl_happo.objectives.base import ADVANTAGE, VALID, SequentialLossMixin
-from torchrl_happo.objectives.surrogate import standardize
+from torchrl_happo.masked import VALID, moments, standardize
+from torchrl_happo.objectives.critic import Critic
 from torchrl_happo.policy.memory import has_memory, write_states
-from torchrl_happo.team.agents import Agent
-from torchrl_happo.team.entries import entries_read, has, next_key
-from torchrl_happo.team.masks import (
-    cut_at_padding,
-    fill_masked,
-    hide_inactive,
-    step_mask,
-    value_mask,
-)
-from torchrl_happo.team.values import explained
+from torchrl_happo.team.agreement import check_agreement
+from torchrl_happo.team.checks import check_batch
+from torchrl_happo.team.entries import has, next_key
+from torchrl_happo.team.masks import Masks
+from torchrl_happo.team.team import Agent, Team
+from torchrl_happo.team.values import check_finite, explained
 
 __all__ = ["TeamBatch"]
 
@@ -32,90 +31,112 @@ __all__ = ["TeamBatch"]
 class TeamBatch:
     """A collector's batch, made ready for the sequential update.
 
-    The advantage is estimated if the batch has none, and standardised once over the valid
-    entries, before any factor. Views have *items* along their first dimension: single steps, or
-    chunks of ``sequence_length`` consecutive steps for recurrent networks.
+    The advantage is estimated if the batch has none. It is standardised before any factor: a joint
+    advantage for each agent over the decisions of its own that count, an advantage per agent over
+    those of all agents.
 
     Args:
-        loss (HAPPOLoss or HATRPOLoss): says which keys are read.
+        team (Team): the agents and the keys that are read.
+        critics (mapping of str to Critic): the critics of the team.
         batch (TensorDictBase): joint data of batch size ``[*B]``, time last. Not modified.
 
     Keyword Args:
-        standardize_advantage (bool): whether to standardise the advantage.
+        standardize_advantage (bool): whether to standardise the advantage. Defaults to ``True``.
         sequence_length (int, optional): steps in a chunk. ``None``: the whole length of the batch
             where a network is recurrent (an actor, or the critic), otherwise single steps.
+        read_values (bool): whether to look for numbers that are not finite, which waits for the
+            device. Defaults to ``False``.
         learners (Learners, optional): over whose entries statistics are taken. Defaults to
             ``None``: this batch's alone.
 
     Raises:
-        ValueError: if ``sequence_length`` does not divide the length of the batch.
+        KeyError: if an entry is missing.
+        ValueError: if an entry does not fit, or ``sequence_length`` does not divide the length of
+            the batch.
     """
 
     def __init__(
         self,
-        loss: SequentialLossMixin,
+        team: Team,
+        critics: Mapping[str, Critic],
         batch: TensorDictBase,
         *,
         standardize_advantage: bool = True,
         sequence_length: int | None = None,
+        read_values: bool = False,
         learners: Learners | None = None,
     ) -> None:
-        self.loss = loss
+        self.team = team
+        self.critics = critics
+        self.source = batch
         self.learners = Learners() if learners is None else learners
-        self.batch = fill_masked(loss, batch, entries_read(loss, batch))
         self.standardize_advantage = standardize_advantage
-        critic, length = loss.critic_network, batch.shape[-1]
-        self.sequence_length = self.critic_sequence_length = sequence_length
-        if sequence_length is None and any(has_memory(agent.actor) for agent in loss.agents):
-            self.sequence_length = length
-        if sequence_length is None and has_memory(critic):
-            self.critic_sequence_length = length
-        if sequence_length is not None and batch.batch_size[-1] % sequence_length:
+        networks = [agent.source for agent in team.agents]
+        check_batch(team, batch, [*networks, *(critic.network for critic in critics.values())])
+        if not all(agent.is_checked for agent in team.agents):
+            check_agreement(team.agents, batch)
+        self.masks = Masks(team, batch) if team.is_masked(batch) else None
+        if read_values:
+            check_finite(team, batch, self.masks)
+        # A copy: estimators write into the tensordicts of groups.
+        self.batch = (
+            batch.copy() if self.masks is None else self.masks.fill(team.entries_read(batch))
+        )
+        self._set_lengths(sequence_length)
+        #: The batch as each critic sees it.
+        self.critic_batches = {name: self._estimate(critic) for name, critic in critics.items()}
+        self._kept: dict[str, Tensor | None] = {}
+
+    def _set_lengths(self, length: int | None) -> None:
+        """Choose how many steps make an item, for the agents and for the critics."""
+        steps = self.batch.shape[-1]
+        self.sequence_length = self.critic_sequence_length = length
+        if length is None:
+            if any(has_memory(agent.actor) for agent in self.team.agents):
+                self.sequence_length = steps
+            if any(has_memory(critic.network) for critic in self.critics.values()):
+                self.critic_sequence_length = steps
+        elif steps % length:
             raise ValueError(
-                f"sequence_length={sequence_length} does not divide the {batch.batch_size[-1]} "
+                f"sequence_length={length} does not divide the {steps} "
                 "steps of the batch; choose a divisor of frames_per_batch / num_envs."
             )
-        #: What the critic reads and regresses on.
-        self.critic_batch = self.batch
-        if critic is not None:
-            self.critic_batch = self._values(critic)
-        self._active = loss.active(self.batch)
-        self._valid = step_mask(loss, self.batch)
-        self._kept_items: dict[str, Tensor | None] = {}
-        #: Log of the product of the ratios of the agents updated so far, at each item.
-        self.log_factor = self._as_items(torch.zeros_like(self._advantage_column()))
 
-    def _values(self, critic: TensorDictModuleBase) -> TensorDictBase:
-        """The batch as the critic sees it, with values and advantages; gives these to the agents.
+    def _estimate(self, critic: Critic) -> TensorDictBase:
+        """Return the batch as a critic sees it; add values and advantages to the agents' batch.
 
         States of a critic with memory are made anew. An advantage that is there already stays.
         """
-        keys = self.loss.tensor_keys
-        seen = [place(key) for key in critic.in_keys for place in (unravel_key, next_key)]
-        batch = hide_inactive(self.loss, self.batch, seen)
-        reads = [*critic.in_keys, next_key(keys.reward)]
+        keys, batch = critic.keys, self.batch
+        if self.masks is not None:
+            seen = [place(key) for key in keys.reads for place in (unravel_key, next_key)]
+            batch = self.masks.hide_inactive(batch, seen)
+        reads = [*keys.reads, next_key(keys.reward)]
         with torch.no_grad(), explained("The critic", batch, reads):
-            if has_memory(critic):
+            if keys.states:
                 batch = batch.copy()
-                write_states(critic, batch)
+                write_states(critic.network, batch)
             if not has(batch, keys.advantage):
                 # A policy may have written values, too; those of now are wanted.
-                batch = cut_at_padding(self.loss, batch).exclude(keys.value)
-                self.loss.value_estimator(batch)
+                batch = batch if self.masks is None else self.masks.cut_at_padding(batch)
+                batch = batch.exclude(keys.value)
+                critic.estimate(batch)
                 made = [keys.advantage, keys.value_target, keys.value, "shifted_valid"]
                 self.batch = self.batch.copy().update(batch.select(*made, strict=False))
         return batch
 
-    def _advantage_column(self) -> Tensor:
-        """One number per step, of the advantage's type and device."""
-        advantage = self.batch.get(self.loss.tensor_keys.advantage)
-        return advantage.flatten(self.batch.batch_dims)[..., 0]
+    # -- the agents ----------------------------------------------------------------------------
+
+    def valid(self, agent: Agent) -> Tensor | None:
+        """Where an agent's decisions count: ``[*B]`` or ``[*B, n_members]``; ``None``: always."""
+        return None if self.masks is None else self.masks.decisions(agent)
 
     @cached_property
     def _acting_somewhere(self) -> list[bool]:
-        """Of each agent, whether any of its entries counts with any of the learners."""
-        masks = [self.valid(agent) for agent in self.loss.agents]
-        always = torch.ones((), dtype=torch.int32, device=self.log_factor.device)
+        """Of each agent, whether any of its decisions counts with any of the learners."""
+        masks = [self.valid(agent) for agent in self.team.agents]
+        device = self.batch.get(self.team.keys.advantage).device
+        always = torch.ones((), dtype=torch.int32, device=device)
         acting = [always if mask is None else mask.any().to(always) for mask in masks]
         flags = self.learners.maximum(torch.stack(acting)).tolist()
         return [flag > 0 for flag in flags]
@@ -123,174 +144,129 @@ class TeamBatch:
     def acts(self, agent: Agent) -> bool:
         """Whether there is anything to update an agent with."""
         if self.learners.alone:
-            return self.valid(agent) is None or self._kept(agent) is not None
-        return self._acting_somewhere[self.loss.agents.index(agent)]
-
-    def valid(self, agent: Agent) -> Tensor | None:
-        """Where the agent's decisions count: ``[*B]`` or ``[*B, n_members]``; ``None``: always."""
-        active = self._active
-        if active is None:
-            if self._valid is None or agent.num_members == 1:
-                return self._valid
-            return self._valid.unsqueeze(-1).expand(*self._valid.shape, agent.num_members)
-        active = active[..., agent.position]
-        if active.shape[-1] == 1:
-            active = active.squeeze(-1)
-            return active if self._valid is None else active & self._valid
-        return active if self._valid is None else active & self._valid.unsqueeze(-1)
+            return self.valid(agent) is None or self.kept(agent) is not None
+        return self._acting_somewhere[self.team.agents.index(agent)]
 
     def advantage(self, agent: Agent) -> Tensor:
-        """The (standardised) advantage of an agent, broadcastable to its log-probability.
+        """Return an agent's advantage, of the shape of its log-probability."""
+        dims = self.batch.batch_dims
+        advantage = self._advantage
+        own = agent.share_of(advantage, dims)
+        if self.standardize_advantage and advantage.ndim == dims + 1:
+            own = standardize(own, self.valid(agent), average=self.learners.mean)
+        return own
 
-        One joint advantage is standardised over the entries where the agent is valid; an
-        advantage per agent over the valid entries of all agents together.
-        """
-        advantage = self.batch.get(self.loss.tensor_keys.advantage).squeeze(-1)
-        is_joint = advantage.ndim == self.batch.batch_dims
-        average = self.learners.mean
-        if is_joint:
-            if agent.num_members > 1:
-                advantage = advantage.unsqueeze(-1).expand(*advantage.shape, agent.num_members)
-            if not self.standardize_advantage:
-                return advantage
-            return standardize(advantage, self.valid(agent), average=average)
-        if self.standardize_advantage:
-            team = self._active
-            if self._valid is not None:
-                steps = self._valid.unsqueeze(-1).expand_as(advantage)
-                team = steps if team is None else team & steps
-            advantage = standardize(advantage, team, average=average)
-        own = advantage[..., agent.position]
-        return own.squeeze(-1) if agent.num_members == 1 else own
+    @cached_property
+    def _advantage(self) -> Tensor:
+        """The advantage; one per agent is standardised, once, over the decisions of all."""
+        advantage = self.batch.get(self.team.keys.advantage)
+        if advantage.ndim == self.batch.batch_dims + 1 or not self.standardize_advantage:
+            return advantage
+        valid = None if self.masks is None else self.masks.team_decisions()
+        return standardize(advantage.squeeze(-1), valid, average=self.learners.mean).unsqueeze(-1)
 
-    def agent_view(self, agent: Agent) -> TensorDict:
-        """What the agent's update reads, as items.
+    def agent_data(self, agent: Agent, corrections: Mapping[str, Tensor]) -> TensorDict:
+        """Return the data of an agent's update, as items.
+
+        Args:
+            agent (Agent): the agent.
+            corrections (mapping of str to Tensor): entries that the agents before have changed, as
+                items: the factor, or another advantage.
 
         Returns:
-            the agent's observations, actions and log-probabilities, and ``ADVANTAGE``: the factor
-            times the advantage. Items at which the agent was never valid are left out, so that no
-            minibatch is without a valid entry; in the others, chunks and blocks, ``VALID`` marks
-            the entries that are.
+            the agent's observations, actions and log-probabilities, the advantage, and the
+            corrections. Items without a valid decision are left out, so that no minibatch is
+            without one; in the others, chunks and blocks, ``"valid"`` marks the valid decisions.
         """
-        data = _items(agent.view(self.batch, self.loss.agent_keys(agent)), self.sequence_length)
-        advantage = self._as_items(self.advantage(agent))
-        factor = self.log_factor.exp()
-        if advantage.ndim > factor.ndim:
-            factor = factor.unsqueeze(-1)
-        data.set(ADVANTAGE, factor * advantage)
+        data = agent.view(self.batch, agent.update_keys)
+        length = self.sequence_length
+        data = data.reshape(-1) if length is None else data.reshape(-1, length)
+        own = {self.team.keys.advantage: self.items(self.advantage(agent)), **corrections}
+        ndim = own[self.team.keys.advantage].ndim
+        for key, value in own.items():
+            data.set(key, value.unsqueeze(-1) if value.ndim < ndim else value)
         valid = self.valid(agent)
         if valid is not None:
-            data.set(VALID, self._as_items(valid))
-        kept = self._kept(agent)
+            data.set(VALID, self.items(valid))
+        kept = self.kept(agent)
         data = _compact(data) if kept is None else data[kept]
         # Single steps of a single agent that are left all count.
         return data.exclude(VALID) if kept is not None and data.get(VALID).ndim == 1 else data
 
-    def starts_from(self, agent: Agent) -> tuple[Tensor, Tensor | None]:
-        """The log of the factor when an agent's turn comes, and where the agent acts.
-
-        Returns:
-            two tensors of one shape, items first; the second is ``None`` if the agent acts at
-            every step, or nowhere.
-        """
-        valid = self.valid(agent) if self.acts(agent) else None
-        if valid is None:
-            return self.log_factor, None
-        valid = self._as_items(valid)
-        return self.log_factor, valid.any(-1) if valid.ndim > self.log_factor.ndim else valid
-
-    def include(self, agent: Agent, log_ratio: Tensor) -> None:
-        """Multiplies the factor by an agent's ratio, which is 1 where the agent was not valid.
-
-        Args:
-            agent (Agent): the agent whose update is done.
-            log_ratio (Tensor): log of its new over its old policy, at the items of its view.
-        """
-        valid, kept = self.valid(agent), self._kept(agent)
-        if valid is not None:
-            valid = self._as_items(valid)
-            valid = valid if kept is None else valid[kept]
-            log_ratio = masked(log_ratio, valid)
-        if log_ratio.ndim > self.log_factor.ndim:
-            log_ratio = log_ratio.sum(-1)
-        if kept is None:
-            self.log_factor = self.log_factor + log_ratio
-        else:
-            self.log_factor = self.log_factor.index_add(0, kept, log_ratio)
-
-    def _kept(self, agent: Agent) -> Tensor | None:
-        """Positions of the items with a valid entry; ``None``: all of them."""
-        if agent.name not in self._kept_items:  # counting them waits for the device
+    def kept(self, agent: Agent) -> Tensor | None:
+        """Positions of the items with a valid decision of an agent; ``None``: all of them."""
+        if agent.name not in self._kept:  # counting them waits for the device
             valid = self.valid(agent)
-            kept = None if valid is None else _somewhere(self._as_items(valid))
-            self._kept_items[agent.name] = kept
-        return self._kept_items[agent.name]
+            self._kept[agent.name] = None if valid is None else _somewhere(self.items(valid))
+        return self._kept[agent.name]
 
-    def _as_items(self, tensor: Tensor) -> Tensor:
-        """Lays a tensor of leading shape ``[*B]`` out as items."""
+    def items(self, tensor: Tensor) -> Tensor:
+        """Lay a tensor of leading shape ``[*B]`` out as items."""
         tail = tensor.shape[self.batch.batch_dims :]
         head = (-1,) if self.sequence_length is None else (-1, self.sequence_length)
         return tensor.reshape(*head, *tail)
 
-    def critic_view(self) -> TensorDictBase:
-        """What the critic reads and regresses on, as items."""
-        keys = self.loss.tensor_keys
-        names = [*self.loss.critic_network.in_keys, keys.value_target, keys.value]
-        names += [self.loss.active_key(agent) for agent in self.loss.agents]
-        names += self.loss._loss_mask_keys()
-        names = [unravel_key(name) for name in names]
-        data = self.critic_batch.select(*names, strict=False)
-        data = _items(data, self.critic_sequence_length)
-        valid, kept = self._counted, None
-        if valid is not None:
-            tail = valid.shape[self.batch.batch_dims :]
-            kept = _somewhere(valid.reshape(*data.batch_size, *tail))
+    def zeros(self) -> Tensor:
+        """Return one zero per step, as items, of the advantage's type and device."""
+        advantage = self.batch.get(self.team.keys.advantage)
+        return self.items(torch.zeros_like(advantage.flatten(self.batch.batch_dims)[..., 0]))
+
+    # -- the critics ---------------------------------------------------------------------------
+
+    def critic_data(self, critic: str) -> TensorDictBase:
+        """Return everything that a critic reads and is fitted to, as items."""
+        keys = self.critics[critic].keys
+        names = [*keys.reads, keys.value_target, keys.value]
+        data = self.critic_batches[critic].select(*map(unravel_key, names), strict=False)
+        length = self.critic_sequence_length
+        data = data.reshape(-1) if length is None else data.reshape(-1, length)
+        valid = self._valid_values(critic)
+        if valid is None:
+            return _compact(data)
+        tail = valid.shape[self.batch.batch_dims :]
+        valid = valid.reshape(*data.batch_size, *tail)
+        data.set(VALID, valid)
+        kept = _somewhere(valid)
         return _compact(data) if kept is None else data[kept]
 
-    def has_values(self) -> bool:
-        """Whether there is anything to fit the critic to, here or with another learner."""
-        valid = self._counted
+    def has_values(self, critic: str) -> bool:
+        """Whether there is anything to fit a critic to, here or with another learner."""
+        valid = self._valid_values(critic)
         if self.learners.alone:
             return valid is None or bool(valid.any())
         return self.learners.most(1 if valid is None else int(valid.any())) > 0
 
-    @cached_property
-    def _counted(self) -> Tensor | None:
-        """Which of the critic's values count."""
-        returns = self.batch.get(self.loss.tensor_keys.value_target)
-        return value_mask(returns, self._valid, self._active)
+    def _valid_values(self, critic: str) -> Tensor | None:
+        """Which of a critic's values count."""
+        returns = self.critic_batches[critic].get(self.critics[critic].keys.value_target)
+        return None if self.masks is None else self.masks.values(returns)
 
-    def valid_returns(self) -> Tensor:
-        """The returns of all learners that count, ``[num_returns, 1]``."""
-        returns = self.batch.get(self.loss.tensor_keys.value_target)
-        valid = self._counted
+    def valid_returns(self, critic: str) -> Tensor:
+        """Return the returns of all learners that count, ``[num_returns, 1]``."""
+        returns = self.critic_batches[critic].get(self.critics[critic].keys.value_target)
+        valid = self._valid_values(critic)
         own = returns.reshape(-1, 1) if valid is None else returns[valid].unsqueeze(-1)
         return self.learners.gather(own)
 
-    def explained_variance(self) -> Tensor:
-        """Share of the variance of the returns that the critic's values explain."""
-        keys = self.loss.tensor_keys
-        value, target = self.batch.get(keys.value), self.batch.get(keys.value_target)
+    def explained_variance(self, critic: str) -> Tensor:
+        """Return the share of the variance of the returns that a critic's values explain."""
+        keys, batch = self.critics[critic].keys, self.critic_batches[critic]
+        value, target = batch.get(keys.value, None), batch.get(keys.value_target)
         if value is None:
             return torch.full((), float("nan"), device=target.device)
-        valid = self._counted
+        valid = self._valid_values(critic)
         _, residual = moments(target - value, valid, average=self.learners.mean)
         _, variance = moments(target, valid, average=self.learners.mean)
         return 1 - residual / variance.clamp_min(torch.finfo(variance.dtype).eps)
 
 
-def _items(data: TensorDictBase, sequence_length: int | None) -> TensorDictBase:
-    """Lays data out as items along the first dimension."""
-    return data.reshape(-1) if sequence_length is None else data.reshape(-1, sequence_length)
-
-
 def _compact(data: TensorDictBase) -> TensorDictBase:
-    """A copy in memory of its own: an inner step reads it many times, and minibatches are such."""
+    """Copy data into memory of its own: a step reads it many times, in minibatches or whole."""
     return data.apply(lambda tensor: tensor.clone(memory_format=torch.contiguous_format))
 
 
 def _somewhere(valid: Tensor) -> Tensor | None:
-    """Positions of the items with a valid entry.
+    """Return the positions of the items with a valid entry.
 
     ``None`` if there is none: with nothing to contribute, a learner computes along with others.
     """

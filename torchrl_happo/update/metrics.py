@@ -1,80 +1,144 @@
-"""What an agent's update reports about itself, as tensors that nobody has read yet."""
+"""One agent's policy before and after its step, and what is reported of the move."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torch.distributions import Distribution
 
 from torchrl_happo.distributed import Learners
-from torchrl_happo.masked import count, largest, masked_mean
-from torchrl_happo.objectives.surrogate import effective_sample_size, surrogate
+from torchrl_happo.masked import VALID, masked_mean
+from torchrl_happo.objectives.base import SequentialLoss
 from torchrl_happo.policy.distributions import kl_divergence
+from torchrl_happo.steps.compile.code import Code
+from torchrl_happo.team.team import OLD_LOG_PROB, Agent
+from torchrl_happo.team.values import check_actions, explained
 
-__all__ = ["agent_metrics", "factor_metrics", "ratio_range"]
+__all__ = ["Passes"]
+
+#: Entries of an agent's data that its step does not read: the parameters of the distribution and
+#: the log-probability of the stored actions, both of the policy just before the step.
+OLD_POLICY = "old_policy"
+LOG_PROB_BEFORE = "log_prob_before"
 
 
-def factor_metrics(log_factor: Tensor, valid: Tensor | None, learners: Learners) -> TensorDict:
-    """Mean, largest value and effective sample size of the factor an agent starts from.
+class Passes:
+    """The two passes over an agent's data, between which it takes its step.
 
     Args:
-        log_factor (Tensor): any shape.
-        valid (Tensor, optional): boolean, same shape: where the agent acts. ``None``: everywhere.
-        learners (Learners): over whose entries they are taken.
+        loss (SequentialLoss): the team's loss.
+        agent (Agent): the agent.
+
+    Keyword Args:
+        code (Code, optional): to compile the passes. Defaults to ``None``: they run as they are.
+        learners (Learners): over whose entries metrics are taken.
     """
-    peak = learners.maximum(largest(log_factor, valid))
-    (mean,) = learners.mean([masked_mean(log_factor.exp(), valid)], count(log_factor, valid))
+
+    def __init__(
+        self, loss: SequentialLoss, agent: Agent, *, code: Code | None, learners: Learners
+    ) -> None:
+        self.loss = loss
+        self.agent = agent
+        self.code = code
+        self.learners = learners
+
+    @torch.no_grad()
+    def before(self, data: TensorDictBase, *, read_values: bool) -> None:
+        """Evaluate the policy that the agent starts from; add its log-probabilities to the data.
+
+        Args:
+            data (TensorDictBase): the agent's data; modified in place.
+
+        Keyword Args:
+            read_values (bool): whether to look at the values of the actions.
+
+        Raises:
+            ValueError: if the actor cannot read the data, or its actions cannot be its own.
+        """
+        agent = self.agent
+        with explained(f"The actor of agent {agent.name!r}", data, agent.update_keys):
+            old = self._evaluate(partial(_parameters, agent), data)
+        parameters = dict(old.items())
+        valid = data.get(VALID, None)
+        check_actions(agent, parameters, data, valid=valid, read_values=read_values)
+        agent.policy.prepare(data)
+        log_prob = agent.log_prob(parameters, data)
+        data.set(OLD_LOG_PROB, agent.behaviour_log_prob(data, log_prob))
+        data.set(LOG_PROB_BEFORE, log_prob)
+        data.set(OLD_POLICY, old)
+
+    def step_data(self, data: TensorDictBase) -> TensorDictBase:
+        """Return the entries of the data that the step reads."""
+        policy = self.agent.policy
+        left_out = [*policy.log_prob_keys, *policy.written_keys, OLD_POLICY, LOG_PROB_BEFORE]
+        return data.exclude(*left_out)
+
+    @torch.no_grad()
+    def after(self, data: TensorDictBase) -> tuple[Tensor, TensorDict]:
+        """Compare the policy that the agent arrived at with the one it started from.
+
+        Args:
+            data (TensorDictBase): the data after :meth:`before`.
+
+        Returns:
+            the log of the new over the old policy at the stored actions, as items, and metrics of
+            all learners.
+        """
+        result = self._evaluate(partial(_compare, self.loss, self.agent), data)
+        log_ratio = result.pop("log_ratio")
+        most, least = self.learners.maximum(result.pop("ratio_range"))
+        weight = 1.0 if self.learners.alone else self.loss.agent_weight(self.agent, data)
+        means = self.learners.mean(list(result.values()), weight)
+        report = dict(zip(result.keys(), means, strict=True))
+        return log_ratio, TensorDict({**report, "ratio_max": most, "ratio_min": -least})
+
+    def _evaluate(self, function: partial[TensorDict], data: TensorDictBase) -> TensorDictBase:
+        return function(data) if self.code is None else self.code.run(function, data)
+
+
+def _parameters(agent: Agent, data: TensorDictBase) -> TensorDict:
+    """Return the parameters of an agent's distribution at the items of its data."""
+    return TensorDict(agent.policy.parameters(data), batch_size=data.batch_size)
+
+
+def _compare(loss: SequentialLoss, agent: Agent, data: TensorDictBase) -> TensorDict:
+    r"""Return the log-ratio of the policies after and before the step, and means of metrics.
+
+    The means over the valid decisions are: ``surrogate_before`` and ``surrogate`` (of the corrected
+    advantage :math:`M` and :math:`r M`), ``ratio_mean``, ``kl`` (exact, old to new; estimated by
+    :math:`r - 1 - \log r` where the distribution has no known divergence), and ``entropy`` of the
+    new policy.
+    """
+    policy, valid = agent.policy, data.get(VALID, None)
+    old = dict(data.get(OLD_POLICY).items())
+    new = policy.parameters(data)
+    log_prob = agent.log_prob(new, data)
+    log_ratio = log_prob - data.get(LOG_PROB_BEFORE)
+    ratio, corrected = log_ratio.exp(), loss.corrected_advantage(data)
+    try:
+        dists = policy.scored(old, data), policy.scored(new, data)
+        kl = kl_divergence(*dists, batch_ndim=log_ratio.ndim)
+    except NotImplementedError:
+        kl = ratio - 1 - log_ratio
+    means = {
+        "surrogate_before": corrected,
+        "surrogate": ratio * corrected,
+        "ratio_mean": ratio,
+        "kl": kl,
+        "entropy": policy.entropy(new, data, log_prob, log_ratio),
+    }
     return TensorDict(
         {
-            "factor_mean": mean,
-            "factor_max": peak.exp(),
-            "factor_ess": effective_sample_size(
-                log_factor, valid, peak=peak, average=learners.mean
-            ),
+            **{name: masked_mean(value, valid) for name, value in means.items()},
+            **loss.agent_report(agent, log_ratio, valid),
+            "log_ratio": log_ratio,
+            "ratio_range": _range(ratio, valid),
         }
     )
 
 
-def ratio_range(log_ratio: Tensor, valid: Tensor | None) -> Tensor:
-    """The largest ratio, and the negative of the smallest one."""
-    ratio = log_ratio.exp()
+def _range(ratio: Tensor, valid: Tensor | None) -> Tensor:
     kept = ratio if valid is None else torch.where(valid, ratio, torch.ones_like(ratio))
     return torch.stack([kept.max(), -kept.min()])
-
-
-def agent_metrics(
-    old_dist: Distribution,
-    new_dist: Distribution,
-    log_ratio: Tensor,
-    advantage: Tensor,
-    entropy: Tensor,
-    valid: Tensor | None,
-) -> dict[str, Tensor]:
-    r"""How far one agent's policy went, and what it gained.
-
-    Args:
-        old_dist (Distribution): the policy before the agent's update.
-        new_dist (Distribution): the policy after it.
-        log_ratio (Tensor): :math:`\log \pi_\text{new} / \pi_\text{old}` of the stored actions.
-        advantage (Tensor): the factor times the advantage, same shape.
-        entropy (Tensor): of the new policy, same shape.
-        valid (Tensor, optional): which entries count.
-
-    Returns:
-        means over the valid entries: ``surrogate_before`` and ``surrogate`` (of :math:`M` and
-        :math:`r M`), ``ratio_mean``, ``kl`` (exact, old to new; estimated by
-        :math:`r - 1 - \log r` where the distribution has no known divergence) and ``entropy``.
-    """
-    ratio = log_ratio.exp()
-    try:
-        kl = kl_divergence(old_dist, new_dist, batch_ndim=log_ratio.ndim)
-    except NotImplementedError:
-        kl = ratio - 1 - log_ratio
-    return {
-        "surrogate_before": masked_mean(advantage, valid),
-        "surrogate": masked_mean(surrogate(log_ratio, advantage), valid),
-        "ratio_mean": masked_mean(ratio, valid),
-        "kl": masked_mean(kl, valid),
-        "entropy": masked_mean(entropy, valid),
-    }

@@ -1,4 +1,4 @@
-"""The ordered multi-agent update: order, factor, critic, metrics, state."""
+"""The sequential update, read from top to bottom: batch, agents in order, critics."""
 
 from __future__ import annotations
 
@@ -18,17 +18,15 @@ from torchrl.modules import set_recurrent_mode
 
 from torchrl_happo.arguments import check_callables, check_counts, check_seed, first_line
 from torchrl_happo.distributed import Learners
-from torchrl_happo.objectives.base import SequentialLossMixin
+from torchrl_happo.objectives.base import SequentialLoss
 from torchrl_happo.objectives.value_norm import last_linear
 from torchrl_happo.steps.autocast import uncached_autocast
-from torchrl_happo.steps.compile.code import make_compiler
+from torchrl_happo.steps.compile.code import Code, make_compiler
 from torchrl_happo.steps.first_order import FirstOrder
 from torchrl_happo.steps.optimizers import OptimizerFactory, SchedulerFactory
-from torchrl_happo.steps.step import ByName, Problem, Step
-from torchrl_happo.team.agents import Agent
-from torchrl_happo.team.checks import check_batch
+from torchrl_happo.steps.step import ByName, Problem, Step, StepFactory
 from torchrl_happo.team.construction import check_loss
-from torchrl_happo.team.values import check_finite
+from torchrl_happo.team.team import Agent
 from torchrl_happo.transaction import (
     Transaction,
     global_generators,
@@ -36,10 +34,10 @@ from torchrl_happo.transaction import (
     load_generator_state,
 )
 from torchrl_happo.update.batch import TeamBatch
-from torchrl_happo.update.metrics import factor_metrics
-from torchrl_happo.update.order import LineUp, Order
+from torchrl_happo.update.correction import Correction, CorrectionFactory, RatioFactor
+from torchrl_happo.update.metrics import Passes
+from torchrl_happo.update.order import OrderLike, Turns
 from torchrl_happo.update.state import check_state
-from torchrl_happo.update.turn import Turn
 
 __all__ = ["SequentialUpdater"]
 
@@ -48,16 +46,17 @@ STATE_VERSION = 1
 
 
 class SequentialUpdater:
-    r"""Updates the agents of a team one after the other, then the critic.
+    r"""Updates the agents of a team one after the other, then the critics.
 
     For each batch (algorithm 4 of Kuba et al., 2022, https://arxiv.org/abs/2109.11251):
 
-    1. the joint advantage :math:`A` is estimated, if the batch has none, and standardised once;
-    2. the agents are lined up, in a new random order by default, and the factor is set to 1;
-    3. each agent in turn maximises its surrogate of the factor times :math:`A` with its own
-       optimiser; then the factor takes in its ratio :math:`\pi_\text{new} / \pi_\text{old}` at
-       the stored actions, policy just after against policy just before its own update;
-    4. the critic is fitted.
+    1. the joint advantage :math:`A` is estimated, if the batch has none, and standardised, for
+       each agent over its own valid decisions;
+    2. the order gives the next agent, at random by default, and the factor starts at 1;
+    3. the agent maximises its surrogate of the factor times :math:`A` with its own optimiser; then
+       the factor is multiplied by its ratio :math:`\pi_\text{new} / \pi_\text{old}` at the stored
+       actions, policy just after against policy just before its own update;
+    4. when all agents have moved, the critics are fitted.
 
     The factor lives in log space. A step at which an agent was not active contributes ratio 1.
     The ratios of a recurrent actor, those of its loss and those of the factor, come from the same
@@ -72,11 +71,21 @@ class SequentialUpdater:
             agent's step is.
 
     Keyword Args:
+        step (callable, optional): builds the step of each agent, such as
+            :class:`~torchrl_happo.steps.FirstOrder`; see
+            :class:`~torchrl_happo.steps.step.StepFactory`. Defaults to ``None``: the loss's own,
+            with the settings of first-order steps below.
+        critic_step (callable, optional): builds the step of each critic. Defaults to ``None``:
+            first order, with the settings below.
+        correction (callable): builds what the agents that have moved change for the next one.
+            Defaults to :class:`~torchrl_happo.update.correction.RatioFactor`.
+        order (str, sequence, callable or Order): ``"random"``, ``"fixed"``, a sequence of
+            positions or names, a callable from the joint batch to such a sequence, or an
+            :class:`~torchrl_happo.update.order.Order`. Defaults to ``"random"``.
         optimizer (callable): from parameters to an optimiser; called once per agent, so that no
-            agent's momentum moves another. Defaults to ``partial(torch.optim.Adam, lr=3e-4)``.
-            This and ``num_epochs``, ``minibatch_size``, ``max_grad_norm``, ``scheduler`` and
-            ``target_kl`` may be mappings by name of agent or group
-            (see :class:`~torchrl_happo.steps.FirstOrder`).
+            agent's momentum moves another. This setting and those of the agents' steps below may
+            be mappings from names of agents, or of groups, to values. Defaults to
+            ``partial(torch.optim.Adam, lr=3e-4)``.
         critic_optimizer (callable, optional): the critic's. Defaults to ``optimizer``.
         num_epochs (int): passes over the batch for each agent. Defaults to ``10``.
         critic_epochs (int, optional): the critic's. Defaults to ``num_epochs``.
@@ -85,8 +94,6 @@ class SequentialUpdater:
         critic_minibatch_size (int, optional): the critic's. Defaults to ``minibatch_size``.
         max_grad_norm (float, optional): the gradient of each agent, and of the critic, is scaled
             down to this norm. Defaults to ``None``: no clipping.
-        order (str, sequence or callable): ``"random"``, ``"fixed"``, a sequence of positions or
-            names, or a callable that is handed the batch. Defaults to ``"random"``.
         scheduler (callable, optional): from an optimiser to its learning-rate scheduler, which
             steps once per batch, also of an agent that does not act in it. Defaults to ``None``.
         target_kl (float, optional): an agent stops after the epoch in which its mean KL
@@ -97,8 +104,9 @@ class SequentialUpdater:
             agents if an actor is recurrent, and for the critic if it is.
         replay_buffer (ReplayBuffer, optional): draws the minibatches with its own sampler, in
             place of ``minibatch_size``; its generator is not in the state. Defaults to ``None``.
-        standardize_advantage (bool): whether to standardise the advantage over the batch.
-            Defaults to ``True``.
+        standardize_advantage (bool, optional): whether to standardise the advantage over the
+            batch. Defaults to ``None``: as the loss's ``normalize_advantage``, ``True`` if it says
+            nothing.
         check_finite (bool, optional): whether to look for NaN, infinite numbers and unlike rewards
             in each batch (``False``: the first), and for a non-finite gradient, at the price of
             synchronising with the device. Defaults to ``None``: ``True`` on the CPU alone.
@@ -139,21 +147,24 @@ class SequentialUpdater:
 
     def __init__(
         self,
-        loss: SequentialLossMixin,
+        loss: SequentialLoss,
         *,
+        step: StepFactory | None = None,
+        critic_step: StepFactory | None = None,
+        correction: CorrectionFactory = RatioFactor,
+        order: OrderLike = "random",
         optimizer: ByName[OptimizerFactory] = FirstOrder.optimizer,
         critic_optimizer: OptimizerFactory | None = None,
         num_epochs: ByName[int] = FirstOrder.num_epochs,
         critic_epochs: int | None = None,
-        minibatch_size: ByName[int | None] = None,
+        minibatch_size: ByName[int | None] = FirstOrder.minibatch_size,
         critic_minibatch_size: int | None = None,
-        max_grad_norm: ByName[float | None] = None,
-        order: str | Sequence[int | str] | Order = "random",
-        scheduler: ByName[SchedulerFactory | None] = None,
-        target_kl: ByName[float | None] = None,
+        max_grad_norm: ByName[float | None] = FirstOrder.max_grad_norm,
+        scheduler: ByName[SchedulerFactory | None] = FirstOrder.scheduler,
+        target_kl: ByName[float | None] = FirstOrder.target_kl,
         sequence_length: int | None = None,
         replay_buffer: ReplayBuffer | None = None,
-        standardize_advantage: bool = True,
+        standardize_advantage: bool | None = None,
         check_finite: bool | None = None,
         compile: bool | Mapping[str, Any] = False,
         cudagraphs: bool = False,
@@ -161,13 +172,34 @@ class SequentialUpdater:
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         check_loss(loss)
+        check_callables(optional=True, critic_optimizer=critic_optimizer)
         check_counts(
             optional=True,
             critic_epochs=critic_epochs,
             critic_minibatch_size=critic_minibatch_size,
             sequence_length=sequence_length,
         )
-        check_callables(optional=True, critic_optimizer=critic_optimizer)
+        check_seed(seed)
+        self.loss = loss
+        self.correction = correction
+        self.sequence_length = sequence_length
+        if standardize_advantage is None:
+            standardize_advantage = loss.standardizes
+        self.standardize_advantage = standardize_advantage
+        self.num_updates = 0
+        self.learners = Learners(process_group)
+        self.learners.follow_first(self._loss_state().values())
+        device = loss.agents[0].parameters()[0].device
+        self.check_finite = device.type == "cpu" if check_finite is None else check_finite
+        self._order_generator = torch.Generator().manual_seed(seed)
+        self._minibatch_generator = torch.Generator(device).manual_seed(seed)
+        self._turns = Turns(order, loss.agents, self._order_generator, self.learners)
+        for critic in loss.critics.values():
+            if critic.estimator is not None:
+                critic.estimator()  # its coefficients are part of the state from the start
+            if critic.popart and critic.is_fitted:
+                last_linear(critic.network, most_outputs=loss.num_agents)
+
         first_order = FirstOrder(
             optimizer=optimizer,
             num_epochs=num_epochs,
@@ -177,78 +209,72 @@ class SequentialUpdater:
             target_kl=target_kl,
             replay_buffer=replay_buffer,
         )
-        own: dict[str, Any] = {
+        changes: dict[str, Any] = {
             "optimizer": critic_optimizer,
             "num_epochs": critic_epochs,
             "minibatch_size": critic_minibatch_size,
         }
-        critics = replace(first_order, **{k: v for k, v in own.items() if v is not None})
-        check_seed(seed)
-        self.loss = loss
-        self.sequence_length = sequence_length
-        self.standardize_advantage = standardize_advantage
-        self.num_updates = 0
-        self.learners = Learners(process_group)
-        self.learners.follow_first(self._loss_state().values())
-        device = loss.agents[0].parameters()[0].device
-        self.check_finite = device.type == "cpu" if check_finite is None else check_finite
-        self._order_generator = torch.Generator().manual_seed(seed)
-        self._minibatch_generator = torch.Generator(device).manual_seed(seed)
-        self._line_up = LineUp(order, loss.agents, self._order_generator, self.learners)
-
-        if loss.critic_network is not None:
-            _ = loss.value_estimator  # its coefficients are part of the state from the start
-            if loss.popart and loss.fits_critic:
-                last_linear(loss.critic_network, most_outputs=loss.num_agents)
-
         compiler = make_compiler(compile, cudagraphs, device)
-
-        groups = [agent.group for agent in loss.agents if agent.group is not None]
-        common: dict[str, Any] = {
-            "names": (*dict.fromkeys([*(a.name for a in loss.agents), *groups]), "critic"),
-            "learners": self.learners,
-        }
-        generator = self._minibatch_generator
-        self._agent_steps: dict[str, Step] = {}
-        self._turns = {}
+        self._passes: dict[str, Passes] = {}
+        self._steps: dict[str, Step] = {}
+        agent_step = loss.step_factory(first_order) if step is None else step
         for agent in loss.agents:
-            # Two: what cannot be compiled of the one may yet be of the other.
-            code, passes = (loss.agent_code(agent, compiler) for _ in range(2))
-            self._turns[agent.name] = Turn(loss, agent, code=passes, learners=self.learners)
-            problem = loss.agent_problem(agent, generator=generator, code=code, **common)
-            self._agent_steps[agent.name] = loss.agent_factory(agent, first_order)(problem)
-        self._critic_step = None
-        if loss.fits_critic:
-            self._critic_step = critics(
-                Problem(
-                    "critic",
-                    loss=loss.critic_objective,
-                    named_parameters=loss.critic_network.named_parameters,
-                    weight=loss.critic_weight,
-                    generator=generator,
-                    code=loss.critic_code(compiler),
-                    **common,
-                )
-            )
+            # Two: a step that cannot be compiled leaves the passes compiled.
+            code, passes = (self._code(compiler, agent) for _ in range(2))
+            self._passes[agent.name] = Passes(loss, agent, code=passes, learners=self.learners)
+            problem = loss.agent_problem(agent, **self._shared(code))
+            self._steps[agent.name] = self._build(agent_step, problem)
+        if critic_step is None:
+            given = {name: value for name, value in changes.items() if value is not None}
+            critic_step = replace(first_order, **given)
+        for name, critic in loss.critics.items():
+            if critic.is_fitted:
+                code = None
+                if compiler is not None:
+                    modules = [m for m in (critic.network, critic.value_norm) if m is not None]
+                    code = Code(compiler, modules, owner=loss)
+                problem = loss.critic_problem(name, **self._shared(code))
+                self._steps[name] = self._build(critic_step, problem)
 
-    @property
-    def _steps(self) -> dict[str, Any]:
-        critic = {} if self._critic_step is None else {"critic": self._critic_step}
-        return {**self._agent_steps, **critic}
+    def _code(self, compiler: Any, agent: Agent) -> Code | None:
+        if compiler is None:
+            return None
+        return Code(compiler, [agent.actor], owner=self.loss, template=agent.template)
+
+    def _shared(self, code: Code | None) -> dict[str, Any]:
+        """Return the updater's part of a problem."""
+        agents = self.loss.agents
+        names = [*(a.name for a in agents), *(a.group_name for a in agents), *self.loss.critics]
+        return {
+            "names": tuple(dict.fromkeys(names)),
+            "learners": self.learners,
+            "generator": self._minibatch_generator,
+            "code": code,
+        }
+
+    @staticmethod
+    def _build(factory: StepFactory, problem: Problem) -> Step:
+        step = factory(problem)
+        if not isinstance(step, Step):
+            raise TypeError(
+                f"The step factory returned {step!r} for {problem.name!r}; it must return a Step, "
+                "with the methods of torchrl_happo.steps.Step."
+            )
+        return step
 
     def __call__(self, batch: TensorDictBase) -> TensorDict:
-        """Updates every agent in turn, and the critic, with one batch.
+        """Update every agent in turn, then the critics, with one batch.
 
         Args:
-            batch (TensorDictBase): what a collector yields: joint data of batch size ``[*B]``,
-                time last. It is not modified.
+            batch (TensorDictBase): joint data of batch size ``[*B]``, time last, as a collector
+                yields it. It is not modified.
 
         Returns:
             scalars that have not been read back from the device. Under each agent's name:
             ``surrogate_before``, ``surrogate``, ``ratio_mean``, ``ratio_max``, ``ratio_min``,
             ``kl``, ``entropy`` (both estimated where they have no closed form), ``factor_mean``,
             ``factor_max``, ``factor_ess`` (of the factor it starts from, where it acts),
-            ``position`` (its place in the order) and what its step reports (``loss``,
+            ``position`` (its place in the order) and the report of its step (``loss``,
             ``grad_norm``, ``epochs``, ``clip_fraction``; a trust region's own); of one that acts
             nowhere ``factor_*`` and ``position``. Under ``"critic"``: ``loss``, ``grad_norm``,
             ``epochs``, ``explained_variance`` (before the fit).
@@ -258,85 +284,104 @@ class SequentialUpdater:
             ValueError: if an entry has the wrong shape or device, or is not finite, or the agents'
                 rewards differ.
         """
-        with self.learners.agreement():
-            check_batch(self.loss, batch)
-            if self.check_finite or self.num_updates == 0:
-                check_finite(self.loss, batch)
-        self._tie()
+        self._follow()
         # Entropies without a closed form are estimated by draws from torch's global generators.
+        generators = [*self._generators, *global_generators()]
+        networks = [self.loss, *(agent.actor for agent in self.loss.agents)]
         with (
-            Transaction([*self._generators, *global_generators()]) as undo,
+            Transaction(generators) as transaction,
             uncached_autocast(),
-            kept_slots([self.loss, *(agent.actor for agent in self.loss.agents)]),
+            kept_slots(networks),
             set_exploration_type(ExplorationType.DETERMINISTIC),
             set_recurrent_mode(True),
         ):
-            metrics = self._update(batch, undo)
+            metrics = self._update(batch, transaction)
         self.num_updates += 1
         return metrics
 
-    def _tie(self) -> None:
-        """Follows networks that were moved, copied or reloaded since the last update."""
+    def _follow(self) -> None:
+        """Follow networks that were moved, copied or reloaded since the last update."""
         for agent in self.loss.agents:
             agent.tie()
         for step in self._steps.values():
             step.follow()
 
-    def _update(self, batch: TensorDictBase, undo: Transaction) -> TensorDict:
+    def _update(self, batch: TensorDictBase, transaction: Transaction) -> TensorDict:
+        team, critics = self.loss.team, self.loss.critics
         with self.learners.agreement():
-            team = TeamBatch(
-                self.loss,
+            data = TeamBatch(
+                team,
+                critics,
                 batch,
                 standardize_advantage=self.standardize_advantage,
                 sequence_length=self.sequence_length,
+                read_values=self.check_finite or self.num_updates == 0,
                 learners=self.learners,
             )
+        self._draw_alike()
         metrics = TensorDict()
-        own = [getattr(step, "generator", None) for step in self._steps.values()]
-        self.learners.draw_as_first([*self._generators, *filter(None, own)])
-        for position, agent in enumerate(self._line_up(batch)):
-            report = self._update_agent(agent, team, undo)
-            report["position"] = torch.tensor(float(position))
-            metrics[agent.name] = report
-        if self._critic_step is not None:
-            metrics["critic"] = self._update_critic(self._critic_step, team, undo)
+        correction = self.correction(data)
+        remaining = list(team.agents)
+        while remaining:
+            agents = self._turns.next(remaining, data, correction)
+            place = float(len(team.agents) - len(remaining))
+            for name, report in self._take_turn(agents, data, correction, transaction).items():
+                metrics[name] = report.set("position", torch.tensor(place))
+            remaining = [agent for agent in remaining if agent.name not in metrics.keys()]
+        for name in critics:
+            if name in self._steps:
+                metrics[name] = self._fit(name, data, transaction)
         for step in self._steps.values():
-            # A schedule goes on whether or not its agent has moved.
-            undo.remember_once(step)
+            transaction.remember_once(step)
             step.end_batch()
         return metrics
 
-    def _update_critic(self, step: Step, team: TeamBatch, undo: Transaction) -> TensorDict:
-        """The fit of the critic, and of the statistics of its values."""
-        report = TensorDict()
-        if team.has_values():
-            data = team.critic_view()
-            if self.loss.value_norm is not None:
-                undo.add(self.loss.update_value_norm(team.valid_returns(), data))
-            report = self._run("critic", step, data, undo)
-        return report.set("explained_variance", team.explained_variance())
+    def _take_turn(
+        self,
+        agents: Sequence[Agent],
+        data: TeamBatch,
+        correction: Correction,
+        transaction: Transaction,
+    ) -> dict[str, TensorDict]:
+        """Move the agents whose turn it is; then include their ratios in the correction.
 
-    def _update_agent(self, agent: Agent, team: TeamBatch, undo: Transaction) -> TensorDict:
-        """One agent's turn; the factor takes in its ratio."""
-        report = factor_metrics(*team.starts_from(agent), self.learners)
-        if not team.acts(agent):
-            return report
-        turn, step = self._turns[agent.name], self._agent_steps[agent.name]
-        with self.learners.agreement():
-            data = turn.before(team.agent_view(agent), read_values=self.check_finite)
-        report.update(self._run(agent.name, step, turn.step_view(data), undo))
-        log_ratio, metrics = turn.after(data)
-        team.include(agent, log_ratio)
-        return report.update(metrics)
+        Several agents that move together see the same correction and the same old policies.
+        """
+        reports = {agent.name: correction.report(agent) for agent in agents}
+        moving: list[tuple[Agent, TensorDictBase]] = []
+        for agent in agents:
+            if data.acts(agent):
+                with self.learners.agreement():
+                    own = data.agent_data(agent, correction.entries(agent))
+                    self._passes[agent.name].before(own, read_values=self.check_finite)
+                    moving.append((agent, own))
+        for agent, own in moving:
+            seen = self._passes[agent.name].step_data(own)
+            reports[agent.name].update(self._move(agent.name, seen, transaction))
+        for agent, own in moving:
+            log_ratio, report = self._passes[agent.name].after(own)
+            correction.include(agent, log_ratio)
+            reports[agent.name].update(report)
+        return reports
 
-    def _run(self, name: str, step: Step, data: TensorDictBase, undo: Transaction) -> TensorDict:
-        """Runs an inner step, and takes it back if its gradient was not finite."""
-        take_back = undo.remember(step)
+    def _move(self, name: str, data: TensorDictBase, transaction: Transaction) -> TensorDict:
+        """Let a step move its parameters; roll it back if its gradient is not finite."""
+        step = self._steps[name]
+        rollback = transaction.remember(step)
         report = step.propose(data).apply()
         if self.check_finite and not report["grad_norm"].isfinite():
-            take_back()
+            rollback()
             logger.warning("The gradient of %s was not finite; its update was taken back.", name)
         return report
+
+    def _fit(self, name: str, data: TeamBatch, transaction: Transaction) -> TensorDict:
+        """Fit a critic, and the statistics of its values."""
+        report = TensorDict()
+        if data.has_values(name):
+            own = data.critic_data(name)
+            transaction.add(data.critics[name].update_norm(data.valid_returns(name), own))
+            report = self._move(name, own, transaction)
+        return report.set("explained_variance", data.explained_variance(name))
 
     # -- state ---------------------------------------------------------------------------------
 
@@ -344,8 +389,13 @@ class SequentialUpdater:
     def _generators(self) -> list[torch.Generator]:
         return [self._order_generator, self._minibatch_generator]
 
+    def _draw_alike(self) -> None:
+        """Give every learner the first one's generators."""
+        own = [getattr(step, "generator", None) for step in self._steps.values()]
+        self.learners.draw_as_first([*self._generators, *filter(None, own)])
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything the next update depends on, but the batch and generators not its own.
+        """Return everything the next update depends on, but the batch and global generators.
 
         TorchRL estimates entropies without a closed form by draws from torch's global one.
 
@@ -367,7 +417,7 @@ class SequentialUpdater:
         return {k: v for k, v in state.items() if not k.startswith("_value_estimator.value_net")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a :meth:`state_dict`, bit for bit on the same kind of device.
+        """Go on from a :meth:`state_dict`, bit for bit on the same kind of device.
 
         Args:
             state (dict): what :meth:`state_dict` returned, for the same team and networks.
@@ -375,7 +425,7 @@ class SequentialUpdater:
         Raises:
             ValueError: if the state is from another version or architecture; nothing is changed.
         """
-        self._tie()
+        self._follow()
         before = copy.deepcopy(self.state_dict())
         check_state(state, before)
         try:

@@ -1,0 +1,1 @@
+"""Examples that one reads and runs."""
