@@ -11,7 +11,7 @@ from __future__ import annotations
 import abc
 import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -198,7 +198,7 @@ class SequentialLoss(WithCritics):
             log-probabilities, and per decision ``"old_log_prob"``, the advantage, the factor and,
             if there are masks, ``"valid"``.
         """
-        return self._agent_data(agent, tensordict, Masks(self.team, tensordict))
+        return self._agent_data(agent, tensordict, Masks(self.team.seen_in(tensordict), tensordict))
 
     def _agent_data(self, agent: Agent, tensordict: TensorDictBase, masks: Masks) -> TensorDict:
         check_agent_keys(agent, tensordict)
@@ -308,7 +308,8 @@ class SequentialLoss(WithCritics):
             tensordict.get(keys.advantage), tensordict, update_norm=estimates
         )
         tensordict.set(keys.advantage, advantage)
-        masks = Masks(self.team, tensordict)
+        masks = Masks(self.team.seen_in(tensordict), tensordict)
+        replace(self.team, agents=self._units).seen_in(tensordict)
         terms = JointTerms(
             [
                 self.agent_terms(unit, self._agent_data(unit, tensordict, masks))

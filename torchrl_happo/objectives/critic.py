@@ -80,6 +80,11 @@ class Critic:
         """Whether the critic's loss has a weight."""
         return self.coeff is not None
 
+    def values_the_team(self, batch: TensorDictBase) -> bool:
+        """Whether the critic has one value for the team, and not one for each agent."""
+        one = batch.select(*self.keys.reads, strict=False)[..., :1]
+        return self.network(one.copy()).get(self.keys.value).ndim == batch.batch_dims + 1
+
     def estimate(self, batch: TensorDictBase) -> None:
         """Write advantage, returns and values into a batch, in place."""
         with torch.no_grad():
@@ -236,7 +241,12 @@ class WithCritics(_Base):
         return {
             "critic": Critic(
                 self.critic_network,
-                critic_keys(self.critic_network, **{name: getattr(keys, name) for name in names}),
+                replace(
+                    critic_keys(
+                        self.critic_network, **{name: getattr(keys, name) for name in names}
+                    ),
+                    needs_next=not getattr(self._value_estimator, "shifted", False),
+                ),
                 coeff=self.critic_coeff,
                 loss_type=self.loss_critic_type,
                 clip_value=self.clip_value,
@@ -267,7 +277,21 @@ class WithCritics(_Base):
     def make_value_estimator(
         self, value_type: ValueEstimators | None = None, **hyperparams: Any
     ) -> WithCritics:
-        """Choose the value estimator (see :meth:`LossModule.make_value_estimator`)."""
+        """Choose the value estimator (see :meth:`LossModule.make_value_estimator`).
+
+        ``ValueEstimators.GAE`` makes the multi-agent one, which gives the same numbers for a value
+        of the team and reads the team's reward for a value of each agent.
+
+        Raises:
+            ValueError: for V-trace, whose ratio would have to be that of the joint action.
+        """
+        if value_type == ValueEstimators.VTrace:
+            raise ValueError(
+                "V-trace takes the ratio of one actor's action, but the value is that of the joint "
+                "action of all agents; call make_value_estimator(ValueEstimators.GAE)."
+            )
+        if value_type == ValueEstimators.GAE:
+            value_type = ValueEstimators.MAGAE
         super().make_value_estimator(value_type, **hyperparams)
         self._forward_value_estimator_keys()
         return self

@@ -42,10 +42,13 @@ def check_agreement(agents: Sequence[Agent], batch: TensorDictBase) -> None:
     for agent in agents:
         _check_modes(agent)
     cut = [agent for agent in agents if agent.index is not None and agent.source is not agent.actor]
-    for _, group in groupby(cut, key=lambda agent: id(agent.source)):
-        members = list(group)
-        if not has_memory(members[0].source):
-            _check_group(members, batch.reshape(-1)[:_ROWS])
+    # In full precision, whatever the user's autocast is: what is compared are functions.
+    device = agents[0].parameters()[0].device.type
+    with torch.autocast(device, enabled=False):
+        for _, group in groupby(cut, key=lambda agent: id(agent.source)):
+            members = list(group)
+            if not has_memory(members[0].source):
+                _check_group(members, batch.reshape(-1)[:_ROWS])
     for agent in agents:
         agent.is_checked = True
 

@@ -180,7 +180,7 @@ def _check_estimable(team: Team, batch: TensorDictBase, critic: CriticKeys) -> N
                 "it as torch.bool."
             )
         check_team_shape(team, batch, key)
-    for key in critic.observations:
+    for key in critic.observations if critic.needs_next else ():
         _require(batch, next_key(key), "the value of the next state", "collect it")
         pairs = zip(tensors_of(batch, key), tensors_of(batch, next_key(key)), strict=False)
         for now, after in pairs:
@@ -223,6 +223,12 @@ def _check_masks(team: Team, batch: TensorDictBase) -> None:
                 f"The mask {key!r} is of {mask.dtype}, but it must say yes or no: write it as "
                 "torch.bool."
             )
+    places = [team.active_key(agent) for agent in team.agents]
+    if team.keys.active not in ("active", "mask") and not any(has(batch, key) for key in places):
+        raise KeyError(
+            f"The batch has no entry {places[0]!r}, where set_keys(active={team.keys.active!r}) says "
+            "who is active; name the entry as it is in each group, or leave active out."
+        )
     for agent in team.agents:
         key = team.active_key(agent)
         mask = agent.view(batch, [key]).get(key, None)

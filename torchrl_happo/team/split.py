@@ -102,7 +102,9 @@ def split_actor(
     shared = None if n_agents is None else shared_part(actor, n_agents)
     if as_block or n_agents is None or (n_agents == 1 and shared is not None):
         size = n_agents or 1
-        return [Agent(name, actor, group=key_group, position=slice(start, start + size))]
+        agent = Agent(name, actor, group=key_group, position=slice(start, start + size))
+        agent.takes_size_of_group = as_block and n_agents is None and key_group is not None
+        return [agent]
     if shared is not None:
         raise ValueError(
             f"The actor of group {name!r} has {shared}, but HAPPO updates one agent after the "

@@ -6,8 +6,9 @@ keys of everything that an update reads. Both stand below every loss and know no
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -72,6 +73,8 @@ class Agent:
         self._joint_actor = joint_actor
         self.template = actor if template is None else template
         self._signature = signature(self.source)
+        #: Whether the number of members is that of the group in the batch.
+        self.takes_size_of_group = False
         #: Whether the agent's policy was compared with the joint actor, in its present modes.
         self.is_checked = False
 
@@ -302,6 +305,8 @@ class CriticKeys:
         terminated (NestedKey): whether an episode ends, under ``"next"``.
         states (frozenset of NestedKey): states of its memory, which the update makes anew.
         init (NestedKey, optional): where its memory reads that an episode begins.
+        needs_next (bool): whether the next observations are read; an estimator with
+            ``shifted=True`` takes them from the following steps.
     """
 
     reads: tuple[NestedKey, ...]
@@ -313,6 +318,7 @@ class CriticKeys:
     terminated: NestedKey
     states: frozenset[NestedKey] = frozenset()
     init: NestedKey | None = None
+    needs_next: bool = True
 
     @property
     def observations(self) -> list[NestedKey]:
@@ -323,7 +329,8 @@ class CriticKeys:
         """Return the keys whose numbers enter an update with this batch."""
         if has(batch, self.advantage):
             return [*self.reads, self.advantage, self.value_target]
-        return [*self.reads, *(next_key(key) for key in (self.reward, *self.reads))]
+        after = (self.reward, *self.reads) if self.needs_next else (self.reward,)
+        return [*self.reads, *(next_key(key) for key in after)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -350,7 +357,26 @@ class Team:
     def active_key(self, agent: Agent) -> NestedKey:
         """Return the key under which a batch may say at which steps an agent acts."""
         name = path_of(self.keys.active)
-        return unravel_key(name if agent.group is None else (*path_of(agent.group), *name))
+        group = () if agent.group is None else path_of(agent.group)
+        return unravel_key(name if name[: len(group)] == group else (*group, *name))
+
+    def seen_in(self, batch: TensorDictBase) -> Team:
+        """Return the team as a batch shows it.
+
+        The size of a block whose network does not say it is that of its group. Where nothing is
+        under the key ``active``, TorchRL's mask of dead agents, ``(group, "mask")``, is taken.
+        """
+        _settle(self.agents, batch)
+        if self.keys.active != "active" or any(
+            has(batch, self.active_key(agent)) for agent in self.agents
+        ):
+            return self
+        keys = copy.copy(self.keys)
+        keys.active = "mask"
+        other = replace(self, keys=keys)
+        places = [other.active_key(agent) for agent in self.agents if agent.group is not None]
+        is_mask = (has(batch, key) and batch.get(key).dtype == torch.bool for key in places)
+        return other if any(is_mask) else self
 
     def is_masked(self, batch: TensorDictBase) -> bool:
         """Whether a batch holds any mask: of steps, or of agents."""
@@ -371,3 +397,15 @@ class Team:
         if not self.critics:
             read.append(self.keys.advantage)
         return list(dict.fromkeys(unravel_key(key) for key in read))
+
+
+def _settle(agents: Iterable[Agent], batch: TensorDictBase) -> None:
+    """Set the positions of agents behind blocks whose size only the batch says."""
+    start = 0
+    for agent in agents:
+        size = agent.num_members
+        if agent.takes_size_of_group:
+            log_prob = batch.get(agent.policy.log_prob_keys[0])
+            size = log_prob.shape[batch.batch_dims] if log_prob.ndim > batch.batch_dims else 1
+        agent.position = slice(start, start + size)
+        start += size

@@ -15,12 +15,13 @@ from torchrl.modules import TanhNormal
 from torchrl.modules.distributions import MaskedOneHotCategorical, OneHotCategorical
 
 from torchrl_happo.arguments import first_line
+from torchrl_happo.masked import VALID
 from torchrl_happo.policy.policy import Parameters
 from torchrl_happo.team.entries import has, next_key, tensors_of
 from torchrl_happo.team.masks import Masks
 from torchrl_happo.team.team import Agent, Team
 
-__all__ = ["check_actions", "check_finite", "explained"]
+__all__ = ["check_actions", "check_finite", "check_log_prob", "explained"]
 
 _NOT_FINITE = "The entry {!r} of the batch holds NaN or infinite numbers; nothing was updated."
 _DIFFERING = (
@@ -128,6 +129,33 @@ def check_actions(
                 f"The action {key!r} leaves the range of the {drawn}; collect with the loss's own "
                 "actor, and let the environment rescale what it takes."
             )
+
+
+def check_log_prob(agent: Agent, log_prob: Tensor, data: TensorDictBase) -> None:
+    """Refuse actions that the agent's own policy gives no finite density, such as forbidden ones.
+
+    Args:
+        agent (Agent): the agent.
+        log_prob (Tensor): log-probability of its stored actions, as items.
+        data (TensorDictBase): its data, perhaps with ``"valid"``.
+
+    Raises:
+        ValueError: naming the action and its position among the agent's items.
+    """
+    bad = ~log_prob.isfinite()
+    valid = data.get(VALID, None)
+    if valid is not None:
+        bad &= valid
+    if bool(bad.any()):
+        policy = agent.policy
+        masks = [key for key in policy.parameter_keys if key not in policy.written_keys]
+        why = f"the mask {masks[0]!r} forbids it" if masks else "it lies at a bound of its density"
+        raise ValueError(
+            f"The action {policy.action_keys[0]!r} of agent {agent.name!r} at item "
+            f"{bad.nonzero()[0].tolist()} has log-probability {float(log_prob[bad][0])} under the "
+            f"agent's policy: {why}; store the mask that the action was drawn with, or mark the "
+            "step as inactive."
+        )
 
 
 def _bounds(dist: Distribution, one_hot: bool) -> tuple[Tensor | float, Tensor | float] | None:

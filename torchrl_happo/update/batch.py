@@ -19,7 +19,7 @@ from torchrl_happo.masked import VALID, moments, standardize
 from torchrl_happo.objectives.critic import Critic
 from torchrl_happo.policy.memory import has_memory, write_states
 from torchrl_happo.team.agreement import check_agreement
-from torchrl_happo.team.checks import check_batch
+from torchrl_happo.team.checks import check_batch, check_team_shape
 from torchrl_happo.team.entries import has, next_key
 from torchrl_happo.team.masks import Masks
 from torchrl_happo.team.team import Agent, Team
@@ -66,7 +66,7 @@ class TeamBatch:
         read_values: bool = False,
         learners: Learners | None = None,
     ) -> None:
-        self.team = team
+        self.team = team = team.seen_in(batch) if isinstance(batch, TensorDictBase) else team
         self.critics = critics
         self.source = batch
         self.learners = Learners() if learners is None else learners
@@ -117,12 +117,33 @@ class TeamBatch:
                 batch = batch.copy()
                 write_states(critic.network, batch)
             if not has(batch, keys.advantage):
-                # A policy may have written values, too; those of now are wanted.
-                batch = batch if self.masks is None else self.masks.cut_at_padding(batch)
-                batch = batch.exclude(keys.value)
+                # A policy may have written values before; the present ones are wanted.
+                batch = self._with_ends(critic, batch).exclude(keys.value)
                 critic.estimate(batch)
                 made = [keys.advantage, keys.value_target, keys.value, "shifted_valid"]
                 self.batch = self.batch.copy().update(batch.select(*made, strict=False))
+        check_team_shape(self.team, self.batch, keys.advantage, self.team.num_agents)
+        return batch
+
+    def _with_ends(self, critic: Critic, batch: TensorDictBase) -> TensorDictBase:
+        """Return a copy of a batch that says ``done`` wherever a trajectory ends.
+
+        In a row, other trajectories may follow without a ``done``: of other workers, or of other
+        environments. A cut is no termination: the last step bootstraps from its next observation.
+        """
+        keys, dims = critic.keys, batch.batch_dims
+        batch = batch.copy() if self.masks is None else self.masks.cut_at_padding(batch).copy()
+        places = [next_key(key) for key in (keys.done, keys.terminated)]
+        if batch.get(places[0]).ndim > dims + 1 and critic.values_the_team(batch):
+            for place in places:  # the team is done when all of its agents are
+                batch.set(place, batch.get(place).all(dims))
+        ids = batch.get(("collector", "traj_ids"), None)
+        if ids is not None and batch.shape[-1] > 1:
+            ids = ids.reshape(batch.shape)
+            done = batch.get(places[0])
+            last = torch.zeros_like(ids, dtype=torch.bool)
+            last[..., :-1] = ids[..., 1:] != ids[..., :-1]
+            batch.set(places[0], done | last.reshape(*last.shape, *(1,) * (done.ndim - dims)))
         return batch
 
     # -- the agents ----------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Protocol, TypeAlias, runtime_checkable
 
+import torch
 from tensordict import NestedKey, TensorDict
 from torch import Tensor
 
@@ -81,6 +82,8 @@ class RatioFactor:
             log_ratio = masked(log_ratio, valid if kept is None else valid[kept])
         if log_ratio.ndim > self.log_factor.ndim:
             log_ratio = log_ratio.sum(-1)  # a block's ratio is the product over its members
+        # An impossible action (log-probability minus infinity) must not spoil the others' factor.
+        log_ratio = torch.where(log_ratio.isfinite(), log_ratio, 0.0)
         if kept is None:
             self.log_factor = self.log_factor + log_ratio
         else:

@@ -14,7 +14,7 @@ from torchrl_happo.objectives.base import SequentialLoss
 from torchrl_happo.policy.distributions import kl_divergence
 from torchrl_happo.steps.compile.code import Code
 from torchrl_happo.team.team import OLD_LOG_PROB, Agent
-from torchrl_happo.team.values import check_actions, explained
+from torchrl_happo.team.values import check_actions, check_log_prob, explained
 
 __all__ = ["Passes"]
 
@@ -65,6 +65,8 @@ class Passes:
         check_actions(agent, parameters, data, valid=valid, read_values=read_values)
         agent.policy.prepare(data)
         log_prob = agent.log_prob(parameters, data)
+        if read_values:
+            check_log_prob(agent, log_prob, data)
         data.set(OLD_LOG_PROB, agent.behaviour_log_prob(data, log_prob))
         data.set(LOG_PROB_BEFORE, log_prob)
         data.set(OLD_POLICY, old)

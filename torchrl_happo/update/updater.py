@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -13,13 +14,13 @@ import torch.distributed as dist
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import ReplayBuffer
-from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import set_recurrent_mode
 
 from torchrl_happo.arguments import check_callables, check_counts, check_seed, first_line
 from torchrl_happo.distributed import Learners
 from torchrl_happo.objectives.base import SequentialLoss
 from torchrl_happo.objectives.value_norm import last_linear
+from torchrl_happo.policy.memory import has_memory
 from torchrl_happo.steps.autocast import uncached_autocast
 from torchrl_happo.steps.compile.code import Code, make_compiler
 from torchrl_happo.steps.first_order import FirstOrder
@@ -214,6 +215,9 @@ class SequentialUpdater:
             "num_epochs": critic_epochs,
             "minibatch_size": critic_minibatch_size,
         }
+        networks = [agent.actor for agent in loss.agents]
+        networks += [critic.network for critic in loss.critics.values()]
+        self._has_memory = any(map(has_memory, networks))
         compiler = make_compiler(compile, cudagraphs, device)
         self._passes: dict[str, Passes] = {}
         self._steps: dict[str, Step] = {}
@@ -292,8 +296,8 @@ class SequentialUpdater:
             Transaction(generators) as transaction,
             uncached_autocast(),
             kept_slots(networks),
-            set_exploration_type(ExplorationType.DETERMINISTIC),
-            set_recurrent_mode(True),
+            # TorchRL's mode belongs to the whole process: a collector in a thread would see it.
+            set_recurrent_mode(True) if self._has_memory else nullcontext(),
         ):
             metrics = self._update(batch, transaction)
         self.num_updates += 1
