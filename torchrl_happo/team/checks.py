@@ -226,8 +226,8 @@ def _check_masks(team: Team, batch: TensorDictBase) -> None:
     places = [team.active_key(agent) for agent in team.agents]
     if team.keys.active not in ("active", "mask") and not any(has(batch, key) for key in places):
         raise KeyError(
-            f"The batch has no entry {places[0]!r}, where set_keys(active={team.keys.active!r}) says "
-            "who is active; name the entry as it is in each group, or leave active out."
+            f"The batch has no entry {places[0]!r}, as set_keys(active={team.keys.active!r}) says, "
+            "that tells who is active; name the entry of each group, or leave active out."
         )
     for agent in team.agents:
         key = team.active_key(agent)
