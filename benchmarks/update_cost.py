@@ -296,7 +296,7 @@ def double_backward(updater: SequentialUpdater, batch: TensorDict) -> Update:
         matvec(torch.ones(sum(p.numel() for p in parameters.values()), device=batch.device))
         return matvec
 
-    for inner in updater._steps.values():
+    for inner in updater.steps.values():
         inner.distribution = partial(remember, inner.distribution)
     linearised = trust_region.fisher_vector_product
 

@@ -167,7 +167,7 @@ def test_no_recompilation(loss_class, graphs):
         if number < 30:
             assert_equal(eager, compiled, tolerance=1e-9)
     assert backend.graphs == graphs
-    compiler = compiled._steps["critic"]._compiled.code.compiler
+    compiler = compiled.steps["critic"]._compiled.code.compiler
     assert compiler.num_graphs == graphs
     assert len(compiler._made) == 4  # nothing was traced twice, either
 

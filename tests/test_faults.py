@@ -119,7 +119,7 @@ def test_a_gradient_of_the_critic_that_is_not_finite(spoil, caplog):
     """In the third minibatch: the critic keeps its values, the agents keep their new policies."""
     team = Team(num_epochs=2).used()
     before = copy.deepcopy(team.updater.state_dict())
-    step = team.updater._steps["critic"]
+    step = team.updater.steps["critic"]
     objective, calls = step.objective, []
 
     def spoiled(data):
@@ -143,7 +143,7 @@ def test_a_surrogate_that_is_not_finite_is_not_followed():
     """HATRPO: the agent whose surrogate is NaN keeps its policy, the others take their steps."""
     team = Team(loss=HATRPOLoss)
     before = {key: value.clone() for key, value in team.actor.state_dict().items()}
-    step = team.updater._steps["agents_1"]
+    step = team.updater.steps["agents_1"]
     surrogate = step.surrogate
     step.surrogate = lambda dist, data: surrogate(dist, data) * NAN
     metrics = team.updater(team.batch)

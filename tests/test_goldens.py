@@ -77,7 +77,7 @@ def test_happo_matches_the_reference(case, monkeypatch):
     )
     steps = {}
     for agent, golden_agent in zip(loss.agents, golden["agents"], strict=True):
-        step = updater._steps[agent.name]
+        step = updater.steps[agent.name]
         step.minibatches = RecordedMinibatches(golden_agent, config["actor_num_mini_batch"])
         steps[agent.name] = RecordedSteps(step)
 

@@ -140,7 +140,7 @@ def test_both_line_searches_take_the_same_step(distribution):
         twin = copy.deepcopy(actor)
         loss = HATRPOLoss(twin, None, max_kl=0.05, line_search=line_search)
         updater = SequentialUpdater(loss)
-        assert updater._steps[NAMES[0]].settings.line_search == line_search
+        assert updater.steps[NAMES[0]].settings.line_search == line_search
         updater(batch)
         states.append(state_of(twin))
         assert all(p.requires_grad for p in twin.parameters())
@@ -150,7 +150,7 @@ def test_both_line_searches_take_the_same_step(distribution):
 
 def radii(loss):
     """The bound that each agent's step keeps to."""
-    steps = SequentialUpdater(loss)._steps
+    steps = SequentialUpdater(loss).steps
     return {name: steps[name].settings.radius(steps[name].problem) for name in NAMES[: len(steps)]}
 
 
@@ -202,10 +202,10 @@ def test_the_settings_of_the_step_are_the_losses(chosen):
     loss = HATRPOLoss(make_actor(), None, **settings)
     assert list(radii(loss).values()) == [0.02] * 3
     own = TrustRegion(**settings)
-    steps = SequentialUpdater(loss)._steps.values()
+    steps = SequentialUpdater(loss).steps.values()
     assert [replace(step.settings, max_kl=0.02) for step in steps] == [own] * 3
     block = HATRPOLoss(make_actor(share_params=True), None, blocks=["agents"], **settings)
-    (step,) = SequentialUpdater(block)._steps.values()
+    (step,) = SequentialUpdater(block).steps.values()
     assert replace(step.settings, max_kl=0.02) == replace(own, line_search="sequential")
 
 
@@ -236,7 +236,7 @@ def test_never_breaks(fault, caplog):
         batch["advantage"] = torch.randn(*batch.shape, 1)
     batch["value_target"] = torch.zeros(*batch.shape, N_AGENTS, 1)
     if fault == "nan":
-        step = updater._steps[NAMES[1]]
+        step = updater.steps[NAMES[1]]
         surrogate = step.surrogate
         step.surrogate = lambda dist, data: surrogate(dist, data) * float("nan")
     before = state_of(actor)

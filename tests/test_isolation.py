@@ -50,7 +50,7 @@ def belongings(updater):
     loss = updater.loss
     owned = {agent.name: [p.detach() for p in agent.parameters()] for agent in loss.agents}
     owned["critic"] = [p.detach() for p in loss.critic_network.parameters()]
-    for name, step in updater._steps.items():
+    for name, step in updater.steps.items():
         owned[name].append(step.state_dict())
     owned["statistics"] = loss.value_norm.state_dict()
     statistics = {id(buffer) for buffer in loss.value_norm.buffers()}
@@ -91,6 +91,6 @@ def test_a_turn_moves_the_one_whose_turn_it_is(team, loss_class, monkeypatch):
 
     monkeypatch.setattr(SequentialUpdater, "_run", checked)
     updater(scenario.batch())
-    scheduled = {n for n, step in updater._steps.items() if isinstance(step, FirstOrderStep)}
+    scheduled = {n for n, step in updater.steps.items() if isinstance(step, FirstOrderStep)}
     assert moved(last)[0] == scheduled
     assert sorted(turns) == sorted([*(agent.name for agent in updater.loss.agents), "critic"])

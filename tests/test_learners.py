@@ -239,7 +239,7 @@ def train_half(rank, group, case):
 def train_whole(case):
     updater = case.team(None)
     if case.settings.get("minibatch_size"):
-        for step in updater._steps.values():
+        for step in updater.steps.values():
             if hasattr(step, "minibatches"):
                 own = step.minibatches
                 step.minibatches = HalvesTogether(own.size, own.generator)
@@ -306,7 +306,7 @@ def train_apart(rank, group, case):
     """An update of batches that make unlike numbers of minibatches, and these numbers."""
     updater = case.team(group)
     counts = {}
-    for name, step in updater._steps.items():
+    for name, step in updater.steps.items():
         step.minibatches = Counted(step.minibatches, counts, name)
     metrics = updater(case.batch().split(N_ENVS // 2)[rank])
     return numbers(updater, metrics), counts
@@ -388,7 +388,7 @@ def test_what_one_refuses_all_refuse(ranks, spoil):
 
 def lose_a_gradient(rank, group):
     updater = Case("happo").team(group)
-    step = updater._steps["agents_1"]
+    step = updater.steps["agents_1"]
     objective = step.objective
     if rank == 1:
         step.objective = lambda data: objective(data) * float("nan")

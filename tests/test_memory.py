@@ -130,7 +130,7 @@ def test_minibatches_hold_whole_sequences():
     updater = SequentialUpdater(
         HAPPOLoss(actor, critic), num_epochs=1, minibatch_size=12, sequence_length=5
     )
-    step = updater._steps["agents_0"]
+    step = updater.steps["agents_0"]
     objective, shapes = step.objective, []
 
     def spy(data):

@@ -156,7 +156,7 @@ def test_settings_reach_loss_and_updater(algorithm):
         updater = learner_of(*chosen, f"algorithm.value_norm={name}").updater
         assert type(updater.loss.value_norm) is kind
         assert updater.loss.popart
-        assert updater._steps["critic"].num_epochs == 7
+        assert updater.steps["critic"].num_epochs == 7
 
 
 def test_settings_of_the_clipped_surrogate():
@@ -164,8 +164,8 @@ def test_settings_of_the_clipped_surrogate():
     updater = learner_of("algorithm.clip_epsilon_high=0.28", "algorithm.target_kl=0.01").updater
     low, high = updater.loss._clip_bounds
     torch.testing.assert_close(torch.stack([low, high]).exp(), torch.tensor([0.8, 1.28]))
-    assert all(step.target_kl == 0.01 for step in updater._steps.values())
-    assert all(step.target_kl is None for step in learner_of().updater._steps.values())
+    assert all(step.target_kl == 0.01 for step in updater.steps.values())
+    assert all(step.target_kl is None for step in learner_of().updater.steps.values())
 
 
 @pytest.mark.parametrize("algorithm", ["happo", "hatrpo", "mappo", "ippo"])
@@ -174,7 +174,7 @@ def test_the_references_settings_reach_every_algorithm(algorithm):
     learner = learner_of(*REFERENCE, f"algorithm={algorithm}")
     updater = learner.updater
     if algorithm in ("happo", "hatrpo"):
-        loss, step = updater.loss, updater._steps["critic"]
+        loss, step = updater.loss, updater.steps["critic"]
         optimizer, scheduler = step.optimizer, step.scheduler
     else:
         loss = updater.losses["agents"]

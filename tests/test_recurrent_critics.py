@@ -220,13 +220,13 @@ def test_minibatches_hold_whole_sequences():
     updater = SequentialUpdater(
         HAPPOLoss(team.actors, team.critic), num_epochs=1, minibatch_size=12, sequence_length=5
     )
-    objective, shapes = updater._steps["critic"].objective, []
+    objective, shapes = updater.steps["critic"].objective, []
 
     def spy(data):
         shapes.append(tuple(data.shape))
         return objective(data)
 
-    updater._steps["critic"].objective = spy
+    updater.steps["critic"].objective = spy
     updater(batch)
     assert shapes == [(2, 5)] * 3
 

@@ -74,7 +74,7 @@ def test_settings_by_name_of_agent_and_of_group():
         scheduler={"agents": partial(torch.optim.lr_scheduler.StepLR, step_size=1)},
         target_kl={"agents": 0.1, NAMES[0]: None},
     )
-    steps = updater._steps
+    steps = updater.steps
     kinds = [type(step.optimizer) for step in steps.values()]
     assert kinds == [ADAM, torch.optim.SGD, ADAM, ADAM]
     assert [s.optimizer.param_groups[0]["lr"] for s in steps.values()] == [1e-3, 0.1, 1e-3, 3e-4]
@@ -105,7 +105,7 @@ def test_a_proposal_may_be_given_another_radius():
     batch = make_batch(actor)
     batch["advantage"] = torch.randn(*batch.shape, 1, dtype=torch.double)
     updater = SequentialUpdater(loss, num_epochs=1)
-    step, seen = updater._steps[NAMES[0]], []
+    step, seen = updater.steps[NAMES[0]], []
     propose = step.propose
     step.propose = lambda data: seen.append(data) or propose(data)
     updater(batch)
@@ -204,7 +204,7 @@ def test_a_learning_rate_that_is_a_tensor_belongs_to_one_agent():
     batch = make_batch(updater.loss.actor_network)
     for _ in range(3):
         updater(batch)
-    rates = [step.optimizer.param_groups[0]["lr"] for step in updater._steps.values()]
+    rates = [step.optimizer.param_groups[0]["lr"] for step in updater.steps.values()]
     assert [r.item() for r in rates] == pytest.approx([1e-3 / 8] * 4)
     assert rate.item() == pytest.approx(1e-3)
 

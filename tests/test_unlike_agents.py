@@ -41,8 +41,8 @@ from torchrl.modules import (
 from torchrl_happo import ActorList, HAPPOLoss, HATRPOLoss, SequentialUpdater, joint_policy
 from torchrl_happo.networks.recurrent import CELLS
 from torchrl_happo.policy.memory import state_specs
+from torchrl_happo.team.agent import OLD_LOG_PROB
 from torchrl_happo.team.split import split_actor
-from torchrl_happo.team.team import OLD_LOG_PROB
 
 OBS_DIM, N_AGENTS, BATCH = 4, 2, torch.Size([6, 5])
 

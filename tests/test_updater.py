@@ -58,7 +58,7 @@ def make_updater(actor=None, critic=None, *, loss_kwargs=None, **kwargs):
 
 def optimizer_states(updater):
     """A copy of every optimiser's state, by the agent's name."""
-    return {name: copy.deepcopy(step.state_dict()) for name, step in updater._steps.items()}
+    return {name: copy.deepcopy(step.state_dict()) for name, step in updater.steps.items()}
 
 
 def flat(state):
@@ -204,8 +204,8 @@ def test_random_order_is_seeded_and_changes():
 def test_number_of_epochs_and_of_steps(size, minibatches):
     """As many epochs as asked for, and minibatches, of the agents and of the critic."""
     updater = make_updater(num_epochs=3, critic_epochs=2, critic_minibatch_size=size)
-    steps = dict.fromkeys(updater._steps, 0)
-    for name, step in updater._steps.items():
+    steps = dict.fromkeys(updater.steps, 0)
+    for name, step in updater.steps.items():
 
         def counted(*_, name=name):
             steps[name] += 1
@@ -231,7 +231,7 @@ def test_every_sample_is_used_each_epoch():
     updater = make_updater(minibatch_size=7, num_epochs=1)
     batch = make_batch(updater.loss.actor_network)
     seen = []
-    step = updater._steps[NAMES[0]]
+    step = updater.steps[NAMES[0]]
     objective = step.objective
 
     def spy(data):
@@ -333,7 +333,7 @@ def test_scheduler_steps_once_per_batch():
     batch = make_batch(updater.loss.actor_network)
     for _ in range(2):
         updater(batch)
-    rates = {step.optimizer.param_groups[0]["lr"] for step in updater._steps.values()}
+    rates = {step.optimizer.param_groups[0]["lr"] for step in updater.steps.values()}
     assert rates == {1e-2 / 4}
 
 
@@ -345,10 +345,10 @@ def test_an_agent_that_does_not_act_follows_its_schedule(recwarn):
     batch = make_batch(updater.loss.actor_network)
     batch["agents", "active"] = torch.ones(*batch.shape, N_AGENTS, dtype=torch.bool)
     batch["agents", "active"][..., 2] = False
-    objective = updater._steps[NAMES[0]].objective
-    updater._steps[NAMES[0]].objective = lambda data: objective(data) * float("nan")
+    objective = updater.steps[NAMES[0]].objective
+    updater.steps[NAMES[0]].objective = lambda data: objective(data) * float("nan")
     updater(batch)
-    rates = {name: step.optimizer.param_groups[0]["lr"] for name, step in updater._steps.items()}
+    rates = {name: step.optimizer.param_groups[0]["lr"] for name, step in updater.steps.items()}
     assert rates == dict.fromkeys([*NAMES, "critic"], 1e-2 / 2)
     assert not [warning for warning in recwarn if "lr_scheduler" in str(warning.message)]
 
@@ -366,7 +366,7 @@ def test_a_schedule_that_fails_leaves_no_trace():
     def fails():
         raise RuntimeError("no rate for this step")
 
-    schedule = updater._steps[NAMES[1]].scheduler
+    schedule = updater.steps[NAMES[1]].scheduler
     schedule.step = fails
     with pytest.raises(RuntimeError, match="no rate"):
         updater(batch)
@@ -418,7 +418,7 @@ def test_what_thaws_is_trained_and_what_freezes_keeps_its_momentum():
     updater(batch)
     updater(batch)
     own = list(updater.loss.agents[0].named_parameters())
-    state = updater._steps[NAMES[0]].optimizer.state
+    state = updater.steps[NAMES[0]].optimizer.state
     assert [state[p]["step"].item() for _, p in own[:3]] == [2, 1, 3]
     networks = copy.deepcopy((actor, updater.loss.critic_network))
     twin = SequentialUpdater(HAPPOLoss(*networks, entropy_coeff=0.0), num_epochs=1)
@@ -661,12 +661,12 @@ def test_deepcopied_updater_gives_the_same_numbers():
 def test_the_default_optimiser():
     """Adam at 3e-4, for each agent and for the critic, which may have one of its own."""
     updater = SequentialUpdater(HAPPOLoss(make_actor(), make_critic()))
-    for step in updater._steps.values():
+    for step in updater.steps.values():
         assert type(step.optimizer) is torch.optim.Adam
         assert step.optimizer.param_groups[0]["lr"] == 3e-4
     loss = HAPPOLoss(make_actor(), make_critic())
     own = SequentialUpdater(loss, critic_optimizer=partial(torch.optim.SGD, lr=0.1))
-    kinds = {name: type(step.optimizer) for name, step in own._steps.items()}
+    kinds = {name: type(step.optimizer) for name, step in own.steps.items()}
     assert kinds == {**dict.fromkeys(NAMES, torch.optim.Adam), "critic": torch.optim.SGD}
 
 
@@ -682,7 +682,7 @@ def test_the_default_optimiser():
 def test_adam_is_fused_unless_the_user_chose(kwargs, fused):
     """Torch's fused kernel is the fastest for small networks; a choice of the user's stands."""
     updater = make_updater(optimizer=partial(torch.optim.Adam, **{"lr": 1e-2, **kwargs}))
-    for step in updater._steps.values():
+    for step in updater.steps.values():
         assert step.optimizer.param_groups[0]["fused"] is fused
     updater(make_batch(updater.loss.actor_network))
 
@@ -825,7 +825,7 @@ def test_an_interrupted_update_leaves_no_trace(where, error):
     updater(batch)
     twin = copy.deepcopy(updater)
     before = copy.deepcopy(updater.state_dict())
-    step = updater._steps["critic"] if where == "critic" else updater._steps[NAMES[1]]
+    step = updater.steps["critic"] if where == "critic" else updater.steps[NAMES[1]]
     objective, calls = step.objective, []
 
     def fails(data):
@@ -849,15 +849,15 @@ def test_an_interrupted_update_gives_back_the_draws_of_fisher_matrices():
     updater = SequentialUpdater(loss, num_epochs=1)
     batch = make_batch(loss.actor_network)
     before = copy.deepcopy(updater.state_dict())
-    objective = updater._steps["critic"].objective
+    objective = updater.steps["critic"].objective
 
     def fails(data):
         raise Interrupted
 
-    updater._steps["critic"].objective = fails
+    updater.steps["critic"].objective = fails
     with pytest.raises(Interrupted):
         updater(batch)
-    updater._steps["critic"].objective = objective
+    updater.steps["critic"].objective = objective
     assert same(updater.state_dict(), before)
 
 
@@ -872,7 +872,7 @@ def test_gradients_are_there_for_the_length_of_a_step():
     def fails(*args, **kwargs):
         raise RuntimeError("in the middle")
 
-    updater._steps[NAMES[1]].optimizer.step = fails
+    updater.steps[NAMES[1]].optimizer.step = fails
     with pytest.raises(RuntimeError, match="in the middle"):
         updater(make_batch(updater.loss.actor_network))
     assert all(parameter.grad is None for parameter in parameters)
@@ -886,7 +886,7 @@ def test_a_non_finite_gradient_takes_the_agents_step_back(spoil, caplog):
     updater(batch)
     before = state_of(updater.loss.actor_network)
     optimizer_before = optimizer_states(updater)[NAMES[1]]
-    step = updater._steps[NAMES[1]]
+    step = updater.steps[NAMES[1]]
     objective, calls = step.objective, []
 
     def spoiled(data):
@@ -1071,7 +1071,7 @@ def test_an_optimiser_follows_its_network_to_another_device():
     updater = make_updater()
     updater(make_batch(updater.loss.actor_network))
     updater.loss.critic_network.to("meta")
-    step = updater._steps["critic"]
+    step = updater.steps["critic"]
     step.follow()
     assert step.optimizer.state
     for state in step.optimizer.state.values():

@@ -120,7 +120,7 @@ def test_clipping_starts_from_the_old_predictions(norm, popart):
     """
     updater = make_updater(norm(shape=1), popart=popart, clip_value=0.05)
     loss = updater.loss
-    objective, differences = updater._steps["critic"].objective, []
+    objective, differences = updater.steps["critic"].objective, []
 
     def record(data):
         prediction = loss.critic_network(data.copy())["agents", "state_value"]
@@ -128,7 +128,7 @@ def test_clipping_starts_from_the_old_predictions(norm, popart):
         differences.append((prediction - old).abs().max().item())
         return objective(data)
 
-    updater._steps["critic"].objective = record
+    updater.steps["critic"].objective = record
     batch = make_batch(loss.actor_network)
     for offset in (-100, 300, 0):
         batch["next", "reward"] = batch["next", "reward"] * 10 + offset
@@ -178,7 +178,7 @@ def test_an_error_in_the_critics_fit_takes_the_statistics_back():
     def fails(data):
         raise RuntimeError("in the middle")
 
-    updater._steps["critic"].objective = fails
+    updater.steps["critic"].objective = fails
     with pytest.raises(RuntimeError):
         updater(batch)
     assert same_state(before["loss"], updater.state_dict()["loss"])
@@ -228,7 +228,7 @@ def test_critic_steps_match_the_reference():
     )
     for epoch in golden["epochs"]:
         loss.critics["critic"].update_norm(golden["returns"], data)
-        value, norm = updater._steps["critic"].step(data)
+        value, norm = updater.steps["critic"].step(data)
         assert relative_error(value, torch.as_tensor(epoch["value_loss"])) < 1e-9
         assert relative_error(norm, torch.as_tensor(epoch["grad_norm"])) < 1e-9
         for key, parameter in net.named_parameters():

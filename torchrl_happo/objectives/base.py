@@ -26,10 +26,12 @@ from torchrl.objectives.utils import ValueEstimators
 
 from torchrl_happo.arguments import check_keys
 from torchrl_happo.masked import VALID, masked, masked_mean
-from torchrl_happo.objectives.critic import WithCritics
+from torchrl_happo.objectives.critic import WithCritics, critic_keys
 from torchrl_happo.objectives.joint import JointTerms
+from torchrl_happo.objectives.surrogate import corrected_advantage
 from torchrl_happo.steps.first_order import FirstOrder
 from torchrl_happo.steps.step import Problem, StepFactory
+from torchrl_happo.team.agent import OLD_LOG_PROB, Agent
 from torchrl_happo.team.checks import check_agent_keys, check_team_shape
 from torchrl_happo.team.construction import (
     check_policy_keys,
@@ -39,7 +41,7 @@ from torchrl_happo.team.construction import (
 )
 from torchrl_happo.team.masks import Masks
 from torchrl_happo.team.split import split_actor, split_team
-from torchrl_happo.team.team import OLD_LOG_PROB, Agent, Team
+from torchrl_happo.team.team import Team
 
 __all__ = ["Actors", "SequentialLoss"]
 
@@ -93,6 +95,8 @@ class SequentialLoss(WithCritics):
         self.popart = popart
         self._agents = tuple(split_team(actors, blocks))
         self._units = tuple(_units(actors))
+        if self.critic_network is not None:
+            self._own_keys = critic_keys(self.critic_network)
         if isinstance(actors, Mapping):
             self.set_keys(**{name: self._written(name) for name in ("action", "sample_log_prob")})
         critic = self.critic_network
@@ -219,17 +223,6 @@ class SequentialLoss(WithCritics):
         valid = masks.decisions(agent)
         return data if valid is None else data.set(VALID, valid)
 
-    def log_ratio(self, agent: Agent, parameters: Any, data: TensorDictBase) -> Tensor:
-        """Return the log of an agent's importance ratio, 0 where its decision does not count."""
-        log_ratio = agent.log_prob(parameters, data) - data.get(OLD_LOG_PROB)
-        return masked(log_ratio, data.get(VALID, None))
-
-    def corrected_advantage(self, data: TensorDictBase) -> Tensor:
-        """Return the factor times the advantage of an agent's data."""
-        advantage = data.get(self.tensor_keys.advantage)
-        factor = data.get(self.tensor_keys.factor, None)
-        return advantage if factor is None else factor * advantage
-
     def agent_weight(self, agent: Agent, data: TensorDictBase) -> Tensor | float:
         """Return the number of decisions that an agent's loss is a mean over."""
         valid = data.get(VALID, None)
@@ -259,7 +252,7 @@ class SequentialLoss(WithCritics):
         log_prob = agent.joint_log_prob(agent.policy.scored_log_prob(dist, data), data)
         valid = data.get(VALID, None)
         log_ratio = masked(log_prob - data.get(OLD_LOG_PROB), valid)
-        return masked_mean(log_ratio.exp() * self.corrected_advantage(data), valid)
+        return masked_mean(log_ratio.exp() * corrected_advantage(data, self.tensor_keys), valid)
 
     def agent_report(
         self, agent: Agent, log_ratio: Tensor, valid: Tensor | None

@@ -242,9 +242,8 @@ class WithCritics(_Base):
             "critic": Critic(
                 self.critic_network,
                 replace(
-                    critic_keys(
-                        self.critic_network, **{name: getattr(keys, name) for name in names}
-                    ),
+                    self._own_keys,
+                    **{name: getattr(keys, name) for name in names},
                     needs_next=not getattr(self._value_estimator, "shifted", False),
                 ),
                 coeff=self.critic_coeff,

@@ -25,12 +25,12 @@ from torchrl_happo.arguments import (
 from torchrl_happo.masked import masked_mean
 from torchrl_happo.objectives.base import Actors, SequentialLoss
 from torchrl_happo.objectives.joint import JointTerms
-from torchrl_happo.objectives.surrogate import clipped_surrogate
+from torchrl_happo.objectives.surrogate import clipped_surrogate, corrected_advantage
 from torchrl_happo.policy.policy import Policy
 from torchrl_happo.steps.first_order import FirstOrder
 from torchrl_happo.steps.step import StepFactory
+from torchrl_happo.team.agent import Agent
 from torchrl_happo.team.construction import check_networks
-from torchrl_happo.team.team import Agent
 
 __all__ = ["HAPPOLoss"]
 
@@ -253,8 +253,9 @@ class HAPPOLoss(SequentialLoss, ClipPPOLoss):
     def agent_terms(self, agent: Agent, data: TensorDictBase) -> dict[str, Any]:
         """Return the clipped surrogate and the entropy bonus, element by element."""
         parameters = agent.policy.parameters(data)
-        log_ratio = self.log_ratio(agent, parameters, data)
-        gain = clipped_surrogate(log_ratio, self.corrected_advantage(data), *self._clip_bounds)
+        log_ratio = agent.log_ratio(parameters, data)
+        advantage = corrected_advantage(data, self.tensor_keys)
+        gain = clipped_surrogate(log_ratio, advantage, *self._clip_bounds)
         terms: dict[str, Any] = {"loss_objective": -gain, "log_ratio": log_ratio}
         if self.entropy_bonus:
             dist = agent.policy.distribution(parameters)

@@ -15,13 +15,13 @@ from torchrl.objectives import PPOLoss
 from torchrl_happo.arguments import check_counts, check_critic, check_numbers, check_positive
 from torchrl_happo.objectives.base import Actors, SequentialLoss
 from torchrl_happo.objectives.joint import JointTerms
-from torchrl_happo.objectives.surrogate import surrogate
+from torchrl_happo.objectives.surrogate import corrected_advantage, surrogate
 from torchrl_happo.policy.distributions import kl_divergence
 from torchrl_happo.steps.first_order import FirstOrder
 from torchrl_happo.steps.step import Problem, Step, StepFactory
 from torchrl_happo.steps.trust_region.step import TrustRegion
+from torchrl_happo.team.agent import Agent
 from torchrl_happo.team.construction import check_networks
-from torchrl_happo.team.team import Agent
 
 __all__ = ["HATRPOLoss"]
 
@@ -202,8 +202,8 @@ class HATRPOLoss(SequentialLoss, PPOLoss):
         """Return the surrogate and, where the old parameters are stored, the divergence."""
         policy = agent.policy
         parameters = policy.parameters(data)
-        log_ratio = self.log_ratio(agent, parameters, data)
-        gain = surrogate(log_ratio, self.corrected_advantage(data))
+        log_ratio = agent.log_ratio(parameters, data)
+        gain = surrogate(log_ratio, corrected_advantage(data, self.tensor_keys))
         terms: dict[str, Any] = {"loss_objective": -gain, "log_ratio": log_ratio}
         stored = policy.stored_parameters(data)
         if stored is not None:

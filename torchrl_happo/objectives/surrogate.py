@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from tensordict import TensorDictBase
 from torch import Tensor
 
-__all__ = ["clipped_surrogate", "surrogate"]
+__all__ = ["clipped_surrogate", "corrected_advantage", "surrogate"]
 
 
 def surrogate(log_ratio: Tensor, advantage: Tensor) -> Tensor:
@@ -52,3 +55,23 @@ def clipped_surrogate(
     """
     clipped = torch.maximum(torch.minimum(log_ratio, log_high), log_low)
     return torch.minimum(log_ratio.exp() * advantage, clipped.exp() * advantage)
+
+
+def corrected_advantage(data: TensorDictBase, keys: Any) -> Tensor:
+    """Return :math:`M`, the factor times the advantage; without a factor, the advantage.
+
+    Args:
+        data (TensorDictBase): an agent's data.
+        keys (Any): names the entries ``advantage`` and ``factor``.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> from tensordict import TensorDict
+        >>> keys = SimpleNamespace(advantage="advantage", factor="factor")
+        >>> data = TensorDict({"advantage": torch.ones(1), "factor": torch.tensor([0.5])}, [1])
+        >>> corrected_advantage(data, keys)
+        tensor([0.5000])
+    """
+    advantage = data.get(keys.advantage)
+    factor = data.get(keys.factor, None)
+    return advantage if factor is None else factor * advantage

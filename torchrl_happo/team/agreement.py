@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from torchrl_happo.policy.memory import has_memory
 from torchrl_happo.policy.policy import Parameters, Policy
-from torchrl_happo.team.team import Agent
+from torchrl_happo.team.agent import Agent
 from torchrl_happo.team.values import explained
 
 __all__ = ["check_agreement"]

@@ -8,8 +8,9 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import nn
 
+from torchrl_happo.team.agent import Agent
 from torchrl_happo.team.entries import has, next_key, tensors_of
-from torchrl_happo.team.team import Agent, CriticKeys, Team
+from torchrl_happo.team.team import CriticKeys, Team
 
 __all__ = ["check_agent_keys", "check_batch", "check_team_shape"]
 

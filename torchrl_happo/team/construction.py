@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from torchrl_happo.arguments import kind_of
-from torchrl_happo.team.team import Agent
+from torchrl_happo.team.agent import Agent
 
 __all__ = [
     "check_initialized",

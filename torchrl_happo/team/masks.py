@@ -13,8 +13,9 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
+from torchrl_happo.team.agent import Agent
 from torchrl_happo.team.entries import leaves, next_key, path_of
-from torchrl_happo.team.team import Agent, Team
+from torchrl_happo.team.team import Team
 
 __all__ = ["Masks"]
 

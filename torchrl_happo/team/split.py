@@ -3,7 +3,7 @@
 A team is rolled out as one *joint actor* per group, whose networks stack the parameters of all
 agents along the first dimension (:class:`~torchrl.modules.MultiAgentMLP` with
 ``share_params=False``). It is trained agent by agent: :func:`split_actor` makes one
-:class:`~torchrl_happo.team.team.Agent` per row of the stack, whose parameters are *views into the
+:class:`~torchrl_happo.team.agent.Agent` per row of the stack, whose parameters are *views into the
 stack*. An optimiser step on an agent moves the joint actor in place and leaves every other agent's
 row alone, bit for bit.
 """
@@ -19,8 +19,8 @@ from tensordict.utils import unravel_key
 
 from torchrl_happo.policy.actor_list import ActorList
 from torchrl_happo.policy.rows import cut_actor, num_agents, same_distribution, shared_part
+from torchrl_happo.team.agent import Agent
 from torchrl_happo.team.entries import path_of
-from torchrl_happo.team.team import Agent
 
 __all__ = ["split_actor", "split_team"]
 

@@ -17,9 +17,10 @@ from torchrl.modules.distributions import MaskedOneHotCategorical, OneHotCategor
 from torchrl_happo.arguments import first_line
 from torchrl_happo.masked import VALID
 from torchrl_happo.policy.policy import Parameters
+from torchrl_happo.team.agent import Agent
 from torchrl_happo.team.entries import has, next_key, tensors_of
 from torchrl_happo.team.masks import Masks
-from torchrl_happo.team.team import Agent, Team
+from torchrl_happo.team.team import Team
 
 __all__ = ["check_actions", "check_finite", "check_log_prob", "explained"]
 

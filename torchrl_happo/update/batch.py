@@ -17,12 +17,13 @@ from torch import Tensor
 from torchrl_happo.distributed import Learners
 from torchrl_happo.masked import VALID, moments, standardize
 from torchrl_happo.objectives.critic import Critic
-from torchrl_happo.policy.memory import has_memory, write_states
+from torchrl_happo.policy.memory import write_states
+from torchrl_happo.team.agent import Agent
 from torchrl_happo.team.agreement import check_agreement
 from torchrl_happo.team.checks import check_batch, check_team_shape
 from torchrl_happo.team.entries import has, next_key
 from torchrl_happo.team.masks import Masks
-from torchrl_happo.team.team import Agent, Team
+from torchrl_happo.team.team import Team
 from torchrl_happo.team.values import check_finite, explained
 
 __all__ = ["TeamBatch"]
@@ -92,9 +93,9 @@ class TeamBatch:
         steps = self.batch.shape[-1]
         self.sequence_length = self.critic_sequence_length = length
         if length is None:
-            if any(has_memory(agent.actor) for agent in self.team.agents):
+            if any(agent.has_memory for agent in self.team.agents):
                 self.sequence_length = steps
-            if any(has_memory(critic.network) for critic in self.critics.values()):
+            if any(critic.keys.states for critic in self.critics.values()):
                 self.critic_sequence_length = steps
         elif steps % length:
             raise ValueError(

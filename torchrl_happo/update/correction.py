@@ -15,7 +15,7 @@ from tensordict import NestedKey, TensorDict
 from torch import Tensor
 
 from torchrl_happo.masked import count, effective_sample_size, largest, masked, masked_mean
-from torchrl_happo.team.team import Agent
+from torchrl_happo.team.agent import Agent
 from torchrl_happo.update.batch import TeamBatch
 
 __all__ = ["Correction", "CorrectionFactory", "RatioFactor"]

@@ -11,9 +11,10 @@ from torch import Tensor
 from torchrl_happo.distributed import Learners
 from torchrl_happo.masked import VALID, masked_mean
 from torchrl_happo.objectives.base import SequentialLoss
+from torchrl_happo.objectives.surrogate import corrected_advantage
 from torchrl_happo.policy.distributions import kl_divergence
 from torchrl_happo.steps.compile.code import Code
-from torchrl_happo.team.team import OLD_LOG_PROB, Agent
+from torchrl_happo.team.agent import OLD_LOG_PROB, Agent
 from torchrl_happo.team.values import check_actions, check_log_prob, explained
 
 __all__ = ["Passes"]
@@ -118,7 +119,7 @@ def _compare(loss: SequentialLoss, agent: Agent, data: TensorDictBase) -> Tensor
     new = policy.parameters(data)
     log_prob = agent.log_prob(new, data)
     log_ratio = log_prob - data.get(LOG_PROB_BEFORE)
-    ratio, corrected = log_ratio.exp(), loss.corrected_advantage(data)
+    ratio, corrected = log_ratio.exp(), corrected_advantage(data, loss.tensor_keys)
     try:
         dists = policy.scored(old, data), policy.scored(new, data)
         kl = kl_divergence(*dists, batch_ndim=log_ratio.ndim)

@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDictBase
 
 from torchrl_happo.distributed import Learners
-from torchrl_happo.team.team import Agent
+from torchrl_happo.team.agent import Agent
 from torchrl_happo.update.batch import TeamBatch
 from torchrl_happo.update.correction import Correction
 

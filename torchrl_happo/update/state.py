@@ -1,14 +1,20 @@
-"""What a stored state must be before any of it is loaded."""
+"""The state of an updater: collected, checked before any of it is loaded, and restored."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["check_state"]
+from torchrl_happo.arguments import first_line
+from torchrl_happo.transaction import load_generator_state
+
+__all__ = ["check_state", "loss_state", "restore", "state_of"]
+
+STATE_VERSION = 1
 
 
 def check_state(state: object, own: Mapping[str, Any]) -> None:
@@ -84,3 +90,47 @@ def _check_generators(state: Any, own: list[Tensor]) -> None:
             f"The state must hold the states of {len(own)} random generators; it is damaged, load "
             "another one."
         )
+
+
+def loss_state(loss: nn.Module) -> dict[str, Tensor]:
+    """Return networks and coefficients of a loss."""
+    # The value estimator holds the critic a second time.
+    state = loss.state_dict()
+    return {k: v for k, v in state.items() if not k.startswith("_value_estimator.value_net")}
+
+
+def state_of(updater: Any) -> dict[str, Any]:
+    """Return everything that the next update of an updater depends on."""
+    return {
+        "version": STATE_VERSION,
+        "num_updates": updater.num_updates,
+        "loss": loss_state(updater.loss),
+        "steps": {name: step.state_dict() for name, step in updater.steps.items()},
+        "generators": [generator.get_state() for generator in updater.generators],
+    }
+
+
+def restore(updater: Any, state: dict[str, Any]) -> None:
+    """Load a state into an updater, or leave the updater as it is.
+
+    Raises:
+        ValueError: if the state is from another version or architecture.
+    """
+    before = copy.deepcopy(state_of(updater))
+    check_state(state, before)
+    try:
+        _load(updater, state)
+    except Exception as error:
+        _load(updater, before)
+        raise ValueError(
+            f"The state does not fit this updater, which is unchanged: {first_line(error)}."
+        ) from error
+
+
+def _load(updater: Any, state: dict[str, Any]) -> None:
+    updater.loss.load_state_dict(state["loss"], strict=False)
+    for name, step in updater.steps.items():
+        step.load_state_dict(state["steps"][name])
+    for generator, value in zip(updater.generators, state["generators"], strict=True):
+        load_generator_state(generator, value)
+    updater.num_updates = state["num_updates"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -12,38 +11,34 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from tensordict import TensorDict, TensorDictBase
-from torch import Tensor
 from torchrl.data import ReplayBuffer
 from torchrl.modules import set_recurrent_mode
 
-from torchrl_happo.arguments import check_callables, check_counts, check_seed, first_line
+from torchrl_happo.arguments import check_callables, check_counts, check_seed
 from torchrl_happo.distributed import Learners
 from torchrl_happo.objectives.base import SequentialLoss
 from torchrl_happo.objectives.value_norm import last_linear
 from torchrl_happo.policy.memory import has_memory
 from torchrl_happo.steps.autocast import uncached_autocast
-from torchrl_happo.steps.compile.code import Code, make_compiler
 from torchrl_happo.steps.first_order import FirstOrder
 from torchrl_happo.steps.optimizers import OptimizerFactory, SchedulerFactory
-from torchrl_happo.steps.step import ByName, Problem, Step, StepFactory
+from torchrl_happo.steps.step import ByName, Step, StepFactory
+from torchrl_happo.team.agent import Agent
 from torchrl_happo.team.construction import check_loss
-from torchrl_happo.team.team import Agent
 from torchrl_happo.transaction import (
     Transaction,
     global_generators,
     kept_slots,
-    load_generator_state,
 )
+from torchrl_happo.update.assembly import Assembly
 from torchrl_happo.update.batch import TeamBatch
 from torchrl_happo.update.correction import Correction, CorrectionFactory, RatioFactor
-from torchrl_happo.update.metrics import Passes
 from torchrl_happo.update.order import OrderLike, Turns
-from torchrl_happo.update.state import check_state
+from torchrl_happo.update.state import loss_state, restore, state_of
 
 __all__ = ["SequentialUpdater"]
 
 logger = logging.getLogger(__name__)
-STATE_VERSION = 1
 
 
 class SequentialUpdater:
@@ -60,9 +55,8 @@ class SequentialUpdater:
     4. when all agents have moved, the critics are fitted.
 
     The factor lives in log space. A step at which an agent was not active contributes ratio 1.
-    The ratios of a recurrent actor, those of its loss and those of the factor, come from the same
-    evaluation: over chunks of the batch (``sequence_length``), each from the state that the
-    collector stored at its first step, with resets where ``"is_init"`` says so.
+    The ratios of a recurrent actor come from one evaluation over chunks of the batch
+    (``sequence_length``), each from the state that the collector stored at its first step.
 
     An update is all or nothing: a batch that is refused changes nothing, and an error or an
     interrupt in the middle of an update puts parameters and optimisers back to where they were.
@@ -189,7 +183,7 @@ class SequentialUpdater:
         self.standardize_advantage = standardize_advantage
         self.num_updates = 0
         self.learners = Learners(process_group)
-        self.learners.follow_first(self._loss_state().values())
+        self.learners.follow_first(loss_state(loss).values())
         device = loss.agents[0].parameters()[0].device
         self.check_finite = device.type == "cpu" if check_finite is None else check_finite
         self._order_generator = torch.Generator().manual_seed(seed)
@@ -218,53 +212,20 @@ class SequentialUpdater:
         networks = [agent.actor for agent in loss.agents]
         networks += [critic.network for critic in loss.critics.values()]
         self._has_memory = any(map(has_memory, networks))
-        compiler = make_compiler(compile, cudagraphs, device)
-        self._passes: dict[str, Passes] = {}
-        self._steps: dict[str, Step] = {}
+        workshop = Assembly(loss, compile, cudagraphs, self.learners, self._minibatch_generator)
         agent_step = loss.step_factory(first_order) if step is None else step
-        for agent in loss.agents:
-            # Two: a step that cannot be compiled leaves the passes compiled.
-            code, passes = (self._code(compiler, agent) for _ in range(2))
-            self._passes[agent.name] = Passes(loss, agent, code=passes, learners=self.learners)
-            problem = loss.agent_problem(agent, **self._shared(code))
-            self._steps[agent.name] = self._build(agent_step, problem)
         if critic_step is None:
             given = {name: value for name, value in changes.items() if value is not None}
             critic_step = replace(first_order, **given)
-        for name, critic in loss.critics.items():
-            if critic.is_fitted:
-                code = None
-                if compiler is not None:
-                    modules = [m for m in (critic.network, critic.value_norm) if m is not None]
-                    code = Code(compiler, modules, owner=loss)
-                problem = loss.critic_problem(name, **self._shared(code))
-                self._steps[name] = self._build(critic_step, problem)
-
-    def _code(self, compiler: Any, agent: Agent) -> Code | None:
-        if compiler is None:
-            return None
-        return Code(compiler, [agent.actor], owner=self.loss, template=agent.template)
-
-    def _shared(self, code: Code | None) -> dict[str, Any]:
-        """Return the updater's part of a problem."""
-        agents = self.loss.agents
-        names = [*(a.name for a in agents), *(a.group_name for a in agents), *self.loss.critics]
-        return {
-            "names": tuple(dict.fromkeys(names)),
-            "learners": self.learners,
-            "generator": self._minibatch_generator,
-            "code": code,
+        self._passes = {agent.name: workshop.passes(agent) for agent in loss.agents}
+        self.steps: dict[str, Step] = {
+            **{agent.name: workshop.agent_step(agent, agent_step) for agent in loss.agents},
+            **{
+                name: workshop.critic_step(name, critic_step)
+                for name, critic in loss.critics.items()
+                if critic.is_fitted
+            },
         }
-
-    @staticmethod
-    def _build(factory: StepFactory, problem: Problem) -> Step:
-        step = factory(problem)
-        if not isinstance(step, Step):
-            raise TypeError(
-                f"The step factory returned {step!r} for {problem.name!r}; it must return a Step, "
-                "with the methods of torchrl_happo.steps.Step."
-            )
-        return step
 
     def __call__(self, batch: TensorDictBase) -> TensorDict:
         """Update every agent in turn, then the critics, with one batch.
@@ -290,7 +251,7 @@ class SequentialUpdater:
         """
         self._follow()
         # Entropies without a closed form are estimated by draws from torch's global generators.
-        generators = [*self._generators, *global_generators()]
+        generators = [*self.generators, *global_generators()]
         networks = [self.loss, *(agent.actor for agent in self.loss.agents)]
         with (
             Transaction(generators) as transaction,
@@ -307,7 +268,7 @@ class SequentialUpdater:
         """Follow networks that were moved, copied or reloaded since the last update."""
         for agent in self.loss.agents:
             agent.tie()
-        for step in self._steps.values():
+        for step in self.steps.values():
             step.follow()
 
     def _update(self, batch: TensorDictBase, transaction: Transaction) -> TensorDict:
@@ -333,9 +294,9 @@ class SequentialUpdater:
                 metrics[name] = report.set("position", torch.tensor(place))
             remaining = [agent for agent in remaining if agent.name not in metrics.keys()]
         for name in critics:
-            if name in self._steps:
+            if name in self.steps:
                 metrics[name] = self._fit(name, data, transaction)
-        for step in self._steps.values():
+        for step in self.steps.values():
             transaction.remember_once(step)
             step.end_batch()
         return metrics
@@ -370,7 +331,7 @@ class SequentialUpdater:
 
     def _move(self, name: str, data: TensorDictBase, transaction: Transaction) -> TensorDict:
         """Let a step move its parameters; roll it back if its gradient is not finite."""
-        step = self._steps[name]
+        step = self.steps[name]
         rollback = transaction.remember(step)
         report = step.propose(data).apply()
         if self.check_finite and not report["grad_norm"].isfinite():
@@ -390,13 +351,14 @@ class SequentialUpdater:
     # -- state ---------------------------------------------------------------------------------
 
     @property
-    def _generators(self) -> list[torch.Generator]:
+    def generators(self) -> list[torch.Generator]:
+        """The generators of the order and of the minibatches."""
         return [self._order_generator, self._minibatch_generator]
 
     def _draw_alike(self) -> None:
         """Give every learner the first one's generators."""
-        own = [getattr(step, "generator", None) for step in self._steps.values()]
-        self.learners.draw_as_first([*self._generators, *filter(None, own)])
+        own = [getattr(step, "generator", None) for step in self.steps.values()]
+        self.learners.draw_as_first([*self.generators, *filter(None, own)])
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything the next update depends on, but the batch and global generators.
@@ -407,18 +369,7 @@ class SequentialUpdater:
             networks and coefficients of the loss, optimisers, schedulers, generators and counters;
             a file that holds it loads with ``torch.load(path, weights_only=True)``.
         """
-        return {
-            "version": STATE_VERSION,
-            "num_updates": self.num_updates,
-            "loss": self._loss_state(),
-            "steps": {name: step.state_dict() for name, step in self._steps.items()},
-            "generators": [generator.get_state() for generator in self._generators],
-        }
-
-    def _loss_state(self) -> dict[str, Tensor]:
-        # The value estimator holds the critic a second time.
-        state = self.loss.state_dict()
-        return {k: v for k, v in state.items() if not k.startswith("_value_estimator.value_net")}
+        return state_of(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a :meth:`state_dict`, bit for bit on the same kind of device.
@@ -430,20 +381,4 @@ class SequentialUpdater:
             ValueError: if the state is from another version or architecture; nothing is changed.
         """
         self._follow()
-        before = copy.deepcopy(self.state_dict())
-        check_state(state, before)
-        try:
-            self._load(state)
-        except Exception as error:
-            self._load(before)
-            raise ValueError(
-                f"The state does not fit this updater, which is unchanged: {first_line(error)}."
-            ) from error
-
-    def _load(self, state: dict[str, Any]) -> None:
-        self.loss.load_state_dict(state["loss"], strict=False)
-        for name, step in self._steps.items():
-            step.load_state_dict(state["steps"][name])
-        for generator, value in zip(self._generators, state["generators"], strict=True):
-            load_generator_state(generator, value)
-        self.num_updates = state["num_updates"]
+        restore(self, state)
