@@ -178,11 +178,11 @@ def plain(updater: SequentialUpdater) -> SequentialUpdater:
     """Put plainly compiled steps and passes in the place of the library's."""
     functions: dict = {}
     for agent in updater.loss.agents:
-        step = updater._agent_steps[agent.name]
+        step = updater.steps[agent.name]
         step._compiled = PlainStep(step, agent.actor, ("step", id(agent.template)), functions)
         passes = PlainPasses(agent.actor, id(agent.template), functions)
         updater._turns[agent.name].code = passes
-    critic = updater._critic_step
+    critic = updater.steps["critic"]
     critic._compiled = PlainStep(critic, updater.loss.critic_network, None, functions)
     return updater
 
@@ -203,7 +203,7 @@ def cell(n_agents: int, samples: int, repetitions: int) -> dict[str, Any]:
         for _ in range(3):
             updater(batch)
         first, graphs = time.process_time() - start, counters["stats"]["unique_graphs"]
-        for step in updater._steps.values():
+        for step in updater.steps.values():
             step.optimizer.param_groups[0]["lr"] *= 0.9
         for _ in range(2):
             updater(other)
