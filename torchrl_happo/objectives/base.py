@@ -40,7 +40,7 @@ from torchrl_happo.team.construction import (
     check_value_norm,
 )
 from torchrl_happo.team.masks import Masks
-from torchrl_happo.team.split import split_actor, split_team
+from torchrl_happo.team.split import split_team, split_units
 from torchrl_happo.team.team import Team
 
 __all__ = ["Actors", "SequentialLoss"]
@@ -75,6 +75,8 @@ class SequentialLoss(WithCritics):
     default_keys = _AcceptedKeys
     value_norm: ValueNorm | None
     default_value_estimator = ValueEstimators.MAGAE
+    #: Whether an updater standardises the advantage, unless it is told otherwise.
+    standardizes: bool = True
     _warned = False
 
     def _init_team(
@@ -94,7 +96,7 @@ class SequentialLoss(WithCritics):
         self.value_norm = value_norm
         self.popart = popart
         self._agents = tuple(split_team(actors, blocks))
-        self._units = tuple(_units(actors))
+        self._units = tuple(split_units(actors))
         if self.critic_network is not None:
             self._own_keys = critic_keys(self.critic_network)
         if isinstance(actors, Mapping):
@@ -113,11 +115,6 @@ class SequentialLoss(WithCritics):
         return actors
 
     # -- the team and its entries --------------------------------------------------------------
-
-    @property
-    def standardizes(self) -> bool:
-        """Whether an updater standardises the advantage, unless it is told otherwise."""
-        return True
 
     @property
     def agents(self) -> tuple[Agent, ...]:
@@ -167,11 +164,7 @@ class SequentialLoss(WithCritics):
 
     @abc.abstractmethod
     def step_factory(self, first_order: FirstOrder) -> StepFactory:
-        """Return the factory of the agents' steps.
-
-        Args:
-            first_order (FirstOrder): the updater's settings of first-order steps.
-        """
+        """Return the factory of the agents' steps; ``first_order`` has the updater's settings."""
 
     def agent_loss(self, agent: Agent, data: TensorDictBase) -> Tensor:
         """Return the loss of one agent: the mean of its terms over the valid decisions.
@@ -303,11 +296,9 @@ class SequentialLoss(WithCritics):
         tensordict.set(keys.advantage, advantage)
         masks = Masks(self.team.seen_in(tensordict), tensordict)
         replace(self.team, agents=self._units).seen_in(tensordict)
+        own = [self._agent_data(unit, tensordict, masks) for unit in self._units]
         terms = JointTerms(
-            [
-                self.agent_terms(unit, self._agent_data(unit, tensordict, masks))
-                for unit in self._units
-            ],
+            [self.agent_terms(*pair) for pair in zip(self._units, own, strict=True)],
             masks.team_decisions(),
             tensordict.batch_dims,
             # One agent, one advantage: the shapes of ClipPPOLoss.
@@ -351,15 +342,6 @@ class SequentialLoss(WithCritics):
 
         if loss.requires_grad:
             loss.register_hook(warn)
-
-
-def _units(actors: Actors) -> list[Agent]:
-    """Return the units that ``forward`` evaluates: a stack at once, an ``ActorList`` one by one."""
-    units: list[Agent] = []
-    for name, actor in actors.items() if isinstance(actors, Mapping) else [(None, actors)]:
-        start = units[-1].position.stop if units else 0
-        units += split_actor(actor, group=name, start=start, as_block=True)
-    return units
 
 
 def _squeezed(mask: Tensor | None) -> Tensor | None:

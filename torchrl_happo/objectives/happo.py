@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, is_tensor_collection
 from tensordict.nn import CompositeDistribution, TensorDictModule, dispatch
-from tensordict.utils import unravel_key
 from torch import Tensor
 from torch.distributions import Distribution
 from torchrl.modules import ValueNorm
 from torchrl.modules.distributions import has_analytic_entropy
 from torchrl.objectives import ClipPPOLoss
-from torchrl.objectives.utils import _sum_td_features
 
 from torchrl_happo.arguments import (
     check_clip_epsilon,
@@ -24,9 +22,9 @@ from torchrl_happo.arguments import (
 )
 from torchrl_happo.masked import masked_mean
 from torchrl_happo.objectives.base import Actors, SequentialLoss
+from torchrl_happo.objectives.entropy import mean_entropies, weights_of_heads
 from torchrl_happo.objectives.joint import JointTerms
 from torchrl_happo.objectives.surrogate import clipped_surrogate, corrected_advantage
-from torchrl_happo.policy.policy import Policy
 from torchrl_happo.steps.first_order import FirstOrder
 from torchrl_happo.steps.step import StepFactory
 from torchrl_happo.team.agent import Agent
@@ -88,9 +86,9 @@ class HAPPOLoss(SequentialLoss, ClipPPOLoss):
         clip_value (bool or float, optional): bounds how far a fit may move the value from the one
             in the data, or with a ``value_norm`` the critic's prediction from the one of then.
             ``True`` takes ``clip_epsilon``. Defaults to ``None``.
-        normalize_advantage (bool): whether ``forward`` standardises the advantage of the
-            tensordict it is given, before the factor. The updater does so once per batch, whatever
-            is said here. Defaults to ``False``.
+        normalize_advantage (bool, optional): whether to standardise the advantage, before the
+            factor: ``forward`` of the tensordict it is given, the updater once per batch. Defaults
+            to ``None``: only the updater.
         normalize_advantage_exclude_dims (tuple of int): dimensions left out of it. Defaults to
             ``()``: the advantage is a joint one.
         reduction (str): ``"mean"``, ``"sum"`` or ``"none"``. Defaults to ``"mean"``.
@@ -192,7 +190,7 @@ class HAPPOLoss(SequentialLoss, ClipPPOLoss):
         critic_coeff: float | None = None,
         loss_critic_type: str = "smooth_l1",
         clip_value: bool | float | None = None,
-        normalize_advantage: bool = False,
+        normalize_advantage: bool | None = None,
         normalize_advantage_exclude_dims: tuple[int, ...] = (),
         reduction: str = "mean",
         log_explained_variance: bool = True,
@@ -219,7 +217,7 @@ class HAPPOLoss(SequentialLoss, ClipPPOLoss):
             critic_coeff=critic_coeff,
             loss_critic_type=loss_critic_type,
             clip_value=clip_value,
-            normalize_advantage=normalize_advantage,
+            normalize_advantage=bool(normalize_advantage),
             normalize_advantage_exclude_dims=normalize_advantage_exclude_dims,
             reduction=reduction,
             log_explained_variance=log_explained_variance,
@@ -227,8 +225,9 @@ class HAPPOLoss(SequentialLoss, ClipPPOLoss):
             functional=False,
         )
         self._init_team(actor_network, blocks, value_norm, popart)
+        self.standardizes = normalize_advantage is not False
         if isinstance(entropy_coeff, Mapping):
-            self._entropy_coeff_map = _weights_of_heads(
+            self._entropy_coeff_map = weights_of_heads(
                 entropy_coeff, [unit.policy for unit in self._units]
             )
         self._bonus_follows_coefficient = follows_coefficient
@@ -317,45 +316,4 @@ class HAPPOLoss(SequentialLoss, ClipPPOLoss):
             }
         )
         entropies = terms.of_each("entropy")
-        return output.update(_entropies(entropies)) if entropies else output
-
-
-def _entropies(entropies: list[Tensor | TensorDictBase]) -> dict[str, Any]:
-    """Return the mean entropy of the team and, where a group has several heads, of each."""
-    report: dict[str, Any] = {}
-    sums = []
-    for entropy in entropies:
-        if is_tensor_collection(entropy):
-            report["composite_entropy"] = entropy.detach()
-            entropy = _sum_td_features(entropy)
-        sums.append(entropy.detach())
-    total = sum(entropy.sum() for entropy in sums)
-    return {**report, "entropy": total / sum(entropy.numel() for entropy in sums)}
-
-
-def _weights_of_heads(
-    weights: Mapping[NestedKey, float], policies: Iterable[Policy]
-) -> dict[NestedKey, float]:
-    """The weight of each head's entropy, by the key of its log-probability and TorchRL's own name.
-
-    Args:
-        weights (mapping of NestedKey to float): by either.
-        policies (iterable of Policy): all of the team.
-
-    Raises:
-        ValueError: if a head has no weight, or a weight no head.
-    """
-    names: dict[NestedKey, NestedKey] = {}
-    for policy in policies:
-        for action, log_prob in zip(policy.action_keys, policy.log_prob_keys, strict=False):
-            # What composite_entropy of TorchRL calls it.
-            *group, name = (action,) if isinstance(action, str) else action
-            names[unravel_key((*group, f"{name}_entropy"))] = log_prob
-    given = {names.get(key, key): weight for key, weight in weights.items()}
-    heads = list(dict.fromkeys(names.values()))
-    if given.keys() != set(heads):
-        raise ValueError(
-            f"entropy_coeff has weights for {list(weights)}, but the heads of the actors are "
-            f"{heads}; name a weight for each of them, or one number for all."
-        )
-    return {**given, **{name: given[head] for name, head in names.items()}}
+        return output.update(mean_entropies(entropies)) if entropies else output

@@ -113,7 +113,7 @@ class HATRPOLoss(SequentialLoss, PPOLoss):
         critic_coeff: float | None = None,
         loss_critic_type: str = "smooth_l1",
         clip_value: float | None = None,
-        normalize_advantage: bool = False,
+        normalize_advantage: bool | None = None,
         normalize_advantage_exclude_dims: tuple[int, ...] = (),
         reduction: str = "mean",
         log_explained_variance: bool = True,
@@ -139,7 +139,7 @@ class HATRPOLoss(SequentialLoss, PPOLoss):
             critic_coeff=critic_coeff,
             loss_critic_type=loss_critic_type,
             clip_value=clip_value,
-            normalize_advantage=normalize_advantage,
+            normalize_advantage=bool(normalize_advantage),
             normalize_advantage_exclude_dims=normalize_advantage_exclude_dims,
             reduction=reduction,
             log_explained_variance=log_explained_variance,
@@ -147,6 +147,7 @@ class HATRPOLoss(SequentialLoss, PPOLoss):
             functional=False,
         )
         self._init_team(actor_network, blocks, value_norm, popart)
+        self.standardizes = normalize_advantage is not False
         self.max_kl = max_kl
         self._shares = dict(
             zip([agent.name for agent in self.agents], _shares(kl_split, self.agents), strict=True)

@@ -1,19 +1,12 @@
-"""What the objectives and the trust region need to know of a policy's distribution.
+"""Divergences, Fisher matrices and entropies of a policy's distribution, as pure functions.
 
-Pure functions: the exact Kullback-Leibler divergence, the Fisher information matrix in the
-distribution's own parameters, the entropy, and whether stored actions can be scored faithfully.
-
-A policy's distribution is a product of *components*: :class:`~tensordict.nn.CompositeDistribution`
+A distribution is a product of *components*: :class:`~tensordict.nn.CompositeDistribution`
 multiplies distributions of several actions, :class:`~torch.distributions.Independent` those of
-several dimensions of one action, and a squashing such as that of
-:class:`~torchrl.modules.TanhNormal` is a fixed bijection, which leaves divergences and Fisher
-matrices as they are. Divergences, entropies and Fisher products of a product distribution are sums
-(or tuples) over the components, so each rule below is written for one component only.
+several dimensions, and the squashing of :class:`~torchrl.modules.TanhNormal` is a fixed bijection,
+which leaves divergences and Fisher matrices as they are. Each rule is written for one component.
 
 Functions that return one number per sample sum over the action's dimensions. ``batch_ndim`` says
-how many leading dimensions count samples; it defaults to those of ``batch_shape``. It is needed
-only for distributions that leave the action in their batch shape, as a bare
-:class:`~torch.distributions.Normal` does.
+how many leading dimensions count samples, where the action is in the batch shape as well.
 """
 
 from __future__ import annotations

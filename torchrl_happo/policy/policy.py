@@ -109,7 +109,7 @@ class Policy:
     def parameters(
         self, data: TensorDictBase, weights: Mapping[str, Tensor] | None = None
     ) -> Parameters:
-        """Runs the networks on the observations of ``data``.
+        """Run the networks on the observations of ``data``.
 
         Args:
             data (TensorDictBase): a view of the batch; not modified.
@@ -160,7 +160,7 @@ class Policy:
     def _run_modules(
         self, modules: Iterable[TensorDictModuleBase], data: TensorDictBase
     ) -> Parameters:
-        """The same with a tensordict around every network, as the collector calls them."""
+        """Do the same with a tensordict around every network, as the collector calls them."""
         scratch = data.copy()
         for module in modules:
             scratch = module(scratch)
@@ -215,7 +215,7 @@ class Policy:
             return _normal_log_prob(data.get(PREIMAGE), **parameters) - data.get(LOG_DET)
         if self._is_normal():
             return _normal_log_prob(data.get(self.action_keys[0]), **parameters)
-        return self._log_prob(self.distribution(parameters), data)
+        return self.distribution(parameters).log_prob(self.action(data))
 
     def scored(self, parameters: Parameters, data: TensorDictBase) -> Distribution:
         """The distribution under which :meth:`scored_log_prob` scores the actions of ``data``.
@@ -231,9 +231,6 @@ class Policy:
         """Log-probability of the actions in ``data`` under a :meth:`scored` distribution."""
         if PREIMAGE in data.keys():
             return dist.log_prob(data.get(PREIMAGE)) - data.get(LOG_DET)
-        return self._log_prob(dist, data)
-
-    def _log_prob(self, dist: Distribution, data: TensorDictBase) -> Tensor | TensorDictBase:
         return dist.log_prob(self.action(data))
 
     def action(self, data: TensorDictBase) -> Tensor | TensorDictBase:
@@ -247,15 +244,9 @@ class Policy:
     ) -> Tensor:
         r"""Entropy of the policy at each sample, for the metrics.
 
-        Exact where a closed form is known. A squashed normal has none: there the expected
-        log-determinant of the squashing is estimated from the stored actions, and of any other
-        distribution the whole,
-
-        .. math::
-            H(\pi) = H(\mathcal{N}) + \mathbb{E}_{a \sim \pi_\text{old}}[r J], \qquad
-            H(\pi) = -\mathbb{E}_{a \sim \pi_\text{old}}[r \log \pi(a)],
-
-        which costs nothing and draws no random number.
+        Exact where a closed form is known. Otherwise it is estimated from the stored actions,
+        :math:`H = -\mathbb{E}_\text{old}[r \log \pi(a)]`, of a squashed normal only the expected
+        log-determinant of the squashing.
 
         Args:
             parameters (dict of str to Tensor): of the policy's distribution.

@@ -22,7 +22,7 @@ from torchrl_happo.policy.rows import cut_actor, num_agents, same_distribution, 
 from torchrl_happo.team.agent import Agent
 from torchrl_happo.team.entries import path_of
 
-__all__ = ["split_actor", "split_team"]
+__all__ = ["group_of_actor", "split_actor", "split_team", "split_units"]
 
 
 def split_actor(
@@ -176,6 +176,17 @@ def split_team(
             "number; rename a group."
         )
     return agents
+
+
+def split_units(
+    actors: TensorDictModuleBase | Mapping[str, ProbabilisticTensorDictSequential],
+) -> list[Agent]:
+    """Return the units that are evaluated at once: a stack, or each actor of an ``ActorList``."""
+    units: list[Agent] = []
+    for name, actor in actors.items() if isinstance(actors, Mapping) else [(None, actors)]:
+        start = units[-1].position.stop if units else 0
+        units += split_actor(actor, group=name, start=start, as_block=True)
+    return units
 
 
 def group_of_actor(actor: TensorDictModuleBase) -> NestedKey | None:

@@ -9,6 +9,7 @@ import torch
 
 from torchrl_happo.distributed import Learners
 from torchrl_happo.objectives.base import SequentialLoss
+from torchrl_happo.objectives.value_norm import last_linear
 from torchrl_happo.steps.compile.code import Code, make_compiler
 from torchrl_happo.steps.step import Problem, Step, StepFactory
 from torchrl_happo.team.agent import Agent
@@ -53,6 +54,18 @@ class Assembly:
         Their code is not that of the step: where one cannot be compiled, the other may be.
         """
         return Passes(self.loss, agent, code=self._code(agent), learners=self.learners)
+
+    def steps(self, agent_step: StepFactory, critic_step: StepFactory) -> dict[str, Step]:
+        """Return the steps of all agents and of the critics that are fitted, by name."""
+        steps = {agent.name: self.agent_step(agent, agent_step) for agent in self.loss.agents}
+        for name, critic in self.loss.critics.items():
+            if critic.estimator is not None:
+                critic.estimator()  # its coefficients are part of the state from the start
+            if critic.is_fitted:
+                if critic.popart:
+                    last_linear(critic.network, most_outputs=self.loss.num_agents)
+                steps[name] = self.critic_step(name, critic_step)
+        return steps
 
     def agent_step(self, agent: Agent, factory: StepFactory) -> Step:
         """Return the step of an agent."""

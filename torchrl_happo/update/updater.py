@@ -17,7 +17,6 @@ from torchrl.modules import set_recurrent_mode
 from torchrl_happo.arguments import check_callables, check_counts, check_seed
 from torchrl_happo.distributed import Learners
 from torchrl_happo.objectives.base import SequentialLoss
-from torchrl_happo.objectives.value_norm import last_linear
 from torchrl_happo.policy.memory import has_memory
 from torchrl_happo.steps.autocast import uncached_autocast
 from torchrl_happo.steps.first_order import FirstOrder
@@ -54,46 +53,40 @@ class SequentialUpdater:
        actions, policy just after against policy just before its own update;
     4. when all agents have moved, the critics are fitted.
 
-    The factor lives in log space. A step at which an agent was not active contributes ratio 1.
-    The ratios of a recurrent actor come from one evaluation over chunks of the batch
-    (``sequence_length``), each from the state that the collector stored at its first step.
+    A step at which an agent was not active contributes ratio 1 to the factor. The ratios of a
+    recurrent actor come from one evaluation over chunks of the batch (``sequence_length``).
 
-    An update is all or nothing: a batch that is refused changes nothing, and an error or an
-    interrupt in the middle of an update puts parameters and optimisers back to where they were.
+    An update is all or nothing: a refused batch, an error or an interrupt leaves parameters and
+    optimisers as they were.
 
     Args:
-        loss (HAPPOLoss or HATRPOLoss): the team's loss. It owns the networks and says what one
-            agent's step is.
+        loss (HAPPOLoss or HATRPOLoss): the team's loss, which owns the networks.
 
     Keyword Args:
-        step (callable, optional): builds the step of each agent, such as
-            :class:`~torchrl_happo.steps.FirstOrder`; see
-            :class:`~torchrl_happo.steps.step.StepFactory`. Defaults to ``None``: the loss's own,
+        step (callable, optional): builds the step of each agent
+            (:class:`~torchrl_happo.steps.step.StepFactory`). Defaults to ``None``: the loss's own,
             with the settings of first-order steps below.
-        critic_step (callable, optional): builds the step of each critic. Defaults to ``None``:
-            first order, with the settings below.
+        critic_step (callable, optional): that of each critic. Defaults to ``None``: first order.
         correction (callable): builds what the agents that have moved change for the next one.
             Defaults to :class:`~torchrl_happo.update.correction.RatioFactor`.
-        order (str, sequence, callable or Order): ``"random"``, ``"fixed"``, a sequence of
-            positions or names, a callable from the joint batch to such a sequence, or an
-            :class:`~torchrl_happo.update.order.Order`. Defaults to ``"random"``.
+        order (str, sequence, callable or Order): ``"random"``, ``"fixed"``, positions or names, a
+            callable from the joint batch to these, or an Order. Defaults to ``"random"``.
         optimizer (callable): from parameters to an optimiser; called once per agent, so that no
             agent's momentum moves another. This setting and those of the agents' steps below may
             be mappings from names of agents, or of groups, to values. Defaults to
             ``partial(torch.optim.Adam, lr=3e-4)``.
-        critic_optimizer (callable, optional): the critic's. Defaults to ``optimizer``.
         num_epochs (int): passes over the batch for each agent. Defaults to ``10``.
-        critic_epochs (int, optional): the critic's. Defaults to ``num_epochs``.
         minibatch_size (int, optional): environment steps in a minibatch. ``None``: the whole
             batch. Defaults to ``None``.
-        critic_minibatch_size (int, optional): the critic's. Defaults to ``minibatch_size``.
+        critic_optimizer, critic_epochs, critic_minibatch_size (optional): the critic's. Default to
+            ``optimizer``, ``num_epochs`` and ``minibatch_size``.
         max_grad_norm (float, optional): the gradient of each agent, and of the critic, is scaled
             down to this norm. Defaults to ``None``: no clipping.
         scheduler (callable, optional): from an optimiser to its learning-rate scheduler, which
             steps once per batch, also of an agent that does not act in it. Defaults to ``None``.
-        target_kl (float, optional): an agent stops after the epoch in which its mean KL
-            divergence from the policy that acted, estimated by :math:`r - 1 - \log r`, passes
-            this. Reads a number back after each epoch. Defaults to ``None``: no early stop.
+        target_kl (float, optional): an agent stops after the epoch in which its mean divergence
+            from the policy that acted passes this. Reads a number back after each epoch.
+            Defaults to ``None``: no early stopping.
         sequence_length (int, optional): minibatches hold whole chunks of this many consecutive
             steps. Defaults to ``None``: single steps, but the whole length of the batch for the
             agents if an actor is recurrent, and for the critic if it is.
@@ -103,8 +96,8 @@ class SequentialUpdater:
             batch. Defaults to ``None``: as the loss's ``normalize_advantage``, ``True`` if it says
             nothing.
         check_finite (bool, optional): whether to look for NaN, infinite numbers and unlike rewards
-            in each batch (``False``: the first), and for a non-finite gradient, at the price of
-            synchronising with the device. Defaults to ``None``: ``True`` on the CPU alone.
+            in each batch (``False``: the first), and for a non-finite gradient, which waits for
+            the device. Defaults to ``None``: ``True`` on the CPU alone.
         compile (bool or mapping): whether to compile the agents' steps and passes and the critic's
             steps, once for all agents of one architecture; or keyword arguments of
             :func:`torch.compile`. Defaults to ``False``.
@@ -112,10 +105,9 @@ class SequentialUpdater:
             Without a CUDA device they run as they are, with one warning. Defaults to ``False``.
         seed (int): seed of the order and of the minibatches. Defaults to ``0``.
         process_group (ProcessGroup, optional): the processes that train this team together, each
-            on batches of its own, e.g. ``torch.distributed.group.WORLD``. They begin with the first
-            one's networks and take each step on the data of all: the result is that of one process
-            with the whole batch. ``minibatch_size`` is each one's own. Whether all accept a batch
-            is read back from the device twice an agent. Defaults to ``None``: this process alone.
+            on batches of its own, such as ``torch.distributed.group.WORLD``: the result is that of
+            one process with the whole batch. ``minibatch_size`` is that of each process. Reads two
+            numbers back for each agent. Defaults to ``None``: this process alone.
 
     Raises:
         ValueError: if an argument is out of range, the optimiser is not over the parameters it was
@@ -178,9 +170,8 @@ class SequentialUpdater:
         self.loss = loss
         self.correction = correction
         self.sequence_length = sequence_length
-        if standardize_advantage is None:
-            standardize_advantage = loss.standardizes
-        self.standardize_advantage = standardize_advantage
+        given = standardize_advantage
+        self.standardize_advantage = loss.standardizes if given is None else given
         self.num_updates = 0
         self.learners = Learners(process_group)
         self.learners.follow_first(loss_state(loss).values())
@@ -189,12 +180,6 @@ class SequentialUpdater:
         self._order_generator = torch.Generator().manual_seed(seed)
         self._minibatch_generator = torch.Generator(device).manual_seed(seed)
         self._turns = Turns(order, loss.agents, self._order_generator, self.learners)
-        for critic in loss.critics.values():
-            if critic.estimator is not None:
-                critic.estimator()  # its coefficients are part of the state from the start
-            if critic.popart and critic.is_fitted:
-                last_linear(critic.network, most_outputs=loss.num_agents)
-
         first_order = FirstOrder(
             optimizer=optimizer,
             num_epochs=num_epochs,
@@ -209,23 +194,15 @@ class SequentialUpdater:
             "num_epochs": critic_epochs,
             "minibatch_size": critic_minibatch_size,
         }
-        networks = [agent.actor for agent in loss.agents]
-        networks += [critic.network for critic in loss.critics.values()]
+        networks = [loss.actor_network, *(critic.network for critic in loss.critics.values())]
         self._has_memory = any(map(has_memory, networks))
         workshop = Assembly(loss, compile, cudagraphs, self.learners, self._minibatch_generator)
         agent_step = loss.step_factory(first_order) if step is None else step
         if critic_step is None:
-            given = {name: value for name, value in changes.items() if value is not None}
-            critic_step = replace(first_order, **given)
+            changed = {name: value for name, value in changes.items() if value is not None}
+            critic_step = replace(first_order, **changed)
         self._passes = {agent.name: workshop.passes(agent) for agent in loss.agents}
-        self.steps: dict[str, Step] = {
-            **{agent.name: workshop.agent_step(agent, agent_step) for agent in loss.agents},
-            **{
-                name: workshop.critic_step(name, critic_step)
-                for name, critic in loss.critics.items()
-                if critic.is_fitted
-            },
-        }
+        self.steps: dict[str, Step] = workshop.steps(agent_step, critic_step)
 
     def __call__(self, batch: TensorDictBase) -> TensorDict:
         """Update every agent in turn, then the critics, with one batch.
@@ -238,11 +215,9 @@ class SequentialUpdater:
             scalars that have not been read back from the device. Under each agent's name:
             ``surrogate_before``, ``surrogate``, ``ratio_mean``, ``ratio_max``, ``ratio_min``,
             ``kl``, ``entropy`` (both estimated where they have no closed form), ``factor_mean``,
-            ``factor_max``, ``factor_ess`` (of the factor it starts from, where it acts),
-            ``position`` (its place in the order) and the report of its step (``loss``,
-            ``grad_norm``, ``epochs``, ``clip_fraction``; a trust region's own); of one that acts
-            nowhere ``factor_*`` and ``position``. Under ``"critic"``: ``loss``, ``grad_norm``,
-            ``epochs``, ``explained_variance`` (before the fit).
+            ``factor_max``, ``factor_ess`` (where the agent acts), ``position`` in the order, and
+            the report of its step; of an agent that acts nowhere ``factor_*`` and ``position``.
+            Under ``"critic"``: the report of its step and ``explained_variance`` before the fit.
 
         Raises:
             KeyError: if an entry is missing.
@@ -308,10 +283,7 @@ class SequentialUpdater:
         correction: Correction,
         transaction: Transaction,
     ) -> dict[str, TensorDict]:
-        """Move the agents whose turn it is; then include their ratios in the correction.
-
-        Several agents that move together see the same correction and the same old policies.
-        """
+        """Move the agents whose turn it is, all by one correction; then correct by their ratios."""
         reports = {agent.name: correction.report(agent) for agent in agents}
         moving: list[tuple[Agent, TensorDictBase]] = []
         for agent in agents:
@@ -363,11 +335,7 @@ class SequentialUpdater:
     def state_dict(self) -> dict[str, Any]:
         """Return everything the next update depends on, but the batch and global generators.
 
-        TorchRL estimates entropies without a closed form by draws from torch's global one.
-
-        Returns:
-            networks and coefficients of the loss, optimisers, schedulers, generators and counters;
-            a file that holds it loads with ``torch.load(path, weights_only=True)``.
+        A file that holds it loads with ``torch.load(path, weights_only=True)``.
         """
         return state_of(self)
 

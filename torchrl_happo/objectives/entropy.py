@@ -1,0 +1,56 @@
+"""The entropy bonus of policies with several heads: weights by head, and what is reported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from tensordict import NestedKey, TensorDictBase, is_tensor_collection
+from tensordict.utils import unravel_key
+from torch import Tensor
+from torchrl.objectives.utils import _sum_td_features
+
+from torchrl_happo.policy.policy import Policy
+
+__all__ = ["mean_entropies", "weights_of_heads"]
+
+
+def mean_entropies(entropies: list[Tensor | TensorDictBase]) -> dict[str, Any]:
+    """Return the mean entropy of the team and, where a group has several heads, of each."""
+    report: dict[str, Any] = {}
+    sums = []
+    for entropy in entropies:
+        if is_tensor_collection(entropy):
+            report["composite_entropy"] = entropy.detach()
+            entropy = _sum_td_features(entropy)
+        sums.append(entropy.detach())
+    total = sum(entropy.sum() for entropy in sums)
+    return {**report, "entropy": total / sum(entropy.numel() for entropy in sums)}
+
+
+def weights_of_heads(
+    weights: Mapping[NestedKey, float], policies: Iterable[Policy]
+) -> dict[NestedKey, float]:
+    """The weight of each head's entropy, by the key of its log-probability and TorchRL's own name.
+
+    Args:
+        weights (mapping of NestedKey to float): by either.
+        policies (iterable of Policy): all of the team.
+
+    Raises:
+        ValueError: if a head has no weight, or a weight no head.
+    """
+    names: dict[NestedKey, NestedKey] = {}
+    for policy in policies:
+        for action, log_prob in zip(policy.action_keys, policy.log_prob_keys, strict=False):
+            # What composite_entropy of TorchRL calls it.
+            *group, name = (action,) if isinstance(action, str) else action
+            names[unravel_key((*group, f"{name}_entropy"))] = log_prob
+    given = {names.get(key, key): weight for key, weight in weights.items()}
+    heads = list(dict.fromkeys(names.values()))
+    if given.keys() != set(heads):
+        raise ValueError(
+            f"entropy_coeff has weights for {list(weights)}, but the heads of the actors are "
+            f"{heads}; name a weight for each of them, or one number for all."
+        )
+    return {**given, **{name: given[head] for name, head in names.items()}}
