@@ -32,8 +32,8 @@ class Order(Protocol):
             correction (Correction): what the agents that have moved have changed.
 
         Returns:
-            one of the remaining agents, or several that move together: each of them is corrected
-            by those before, and by none of its companions.
+            one of the remaining agents (or its name), or several that move together: each of them
+            is corrected by those before, and by none of its companions.
         """
 
 
@@ -137,14 +137,15 @@ class Turns:
     ) -> list[Agent]:
         """Return the agents whose turn it is, at least one of the remaining."""
         chosen = self.order.next_agents(tuple(remaining), batch, correction)
-        listed = list(chosen) if isinstance(chosen, Sequence) else []
-        names = [str(getattr(agent, "name", agent)) for agent in listed]
-        known = {agent.name for agent in remaining}
-        if not listed or len(set(names)) < len(names) or not known.issuperset(names):
+        by_name = {agent.name: agent for agent in remaining}
+        is_list = isinstance(chosen, Sequence) and not isinstance(chosen, str)
+        names = [str(getattr(who, "name", who)) for who in chosen] if is_list else []
+        if not names or len(set(names)) < len(names) or not by_name.keys() >= set(names):
             raise ValueError(
                 f"{type(self.order).__name__}.next_agents returned {chosen!r}; it must return one "
-                f"or several of the agents {[agent.name for agent in remaining]}, each once."
+                f"or several of the agents {list(by_name)}, each once."
             )
+        listed = [by_name[name] for name in names]
         if self.learners.alone:
             return listed
         flags = torch.zeros(len(self.agents), dtype=torch.int64)
