@@ -73,23 +73,23 @@ def test_a_turn_moves_the_one_whose_turn_it_is(team, loss_class, monkeypatch):
     updater = scenario.updater
     updater(scenario.batch())  # gives every optimiser momentum
     last, turns = belongings(updater), []
-    run = SequentialUpdater._run
+    move = SequentialUpdater._move
 
     def moved(since):
         now = belongings(updater)
         return {name for name, owned in now.items() if not same(owned, since[name])}, now
 
-    def checked(self, name, step, data, undo):
+    def checked(self, name, data, transaction):
         nonlocal last
         between, before = moved(last)
         assert between <= ({"statistics", "critic"} if name == "critic" else set())
-        report = run(self, name, step, data, undo)
+        report = move(self, name, data, transaction)
         during, last = moved(before)
         assert during == {name}
         turns.append(name)
         return report
 
-    monkeypatch.setattr(SequentialUpdater, "_run", checked)
+    monkeypatch.setattr(SequentialUpdater, "_move", checked)
     updater(scenario.batch())
     scheduled = {n for n, step in updater.steps.items() if isinstance(step, FirstOrderStep)}
     assert moved(last)[0] == scheduled

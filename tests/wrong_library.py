@@ -296,10 +296,7 @@ TEAMS = trained([
         Team, lambda: categorical(stack(), return_log_prob=False)), KeyError,
      "log_prob.*return_log_prob=True"),
     ("one network for a whole group", partial(Team, lambda: categorical(nn.Linear(5, 3))),
-     ValueError, "one network that all of them share"),
-    ("a block that does not say how many it is", partial(
-        Team, lambda: categorical(nn.Linear(5, 3)), loss=partial(HAPPOLoss, blocks=["agents"])),
-     ValueError, r"MultiAgentMLP, .*share_params=False, or with share_params=True and blocks=\["),
+     ValueError, r"pass an ActorList, or .*MultiAgentMLP, .*share_params=True and blocks=\["),
     ("a trust region without a divergence", partial(
         Team, lambda: make_actor(distribution=Truncated), loss=HATRPOLoss),
      NotImplementedError, "No Fisher matrix of TruncatedNormal .*; choose another distribution"),

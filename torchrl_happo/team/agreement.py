@@ -68,7 +68,7 @@ def _check_modes(agent: Agent) -> None:
 def _check_group(members: list[Agent], rows: TensorDictBase) -> None:
     joint = Policy(members[0].source)
     keys = members[0].update_keys
-    with explained(f"The actor of agent {members[0].name!r}", rows, keys):
+    with explained(f"The actor of agent {members[0].name!r}", rows, joint.network_keys):
         whole = joint.parameters(rows.select(*keys, strict=False))
     for agent in members:
         if _same(_parameters(agent, rows), _row(whole, agent, rows)):
