@@ -8,9 +8,45 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torch import Tensor, nn
+from torch.distributions import Distribution
+from torchrl.objectives.utils import _sum_td_features
 
-__all__ = ["set_time_limit", "simulator", "single_network"]
+__all__ = [
+    "entropy_of",
+    "mask_keys",
+    "set_time_limit",
+    "simulator",
+    "single_network",
+    "standardized",
+    "sum_features",
+    "weighted_entropy",
+]
+
+#: Sum the entries of a tensordict over their features (TorchRL 0.14.1).
+sum_features = _sum_td_features
+
+
+def mask_keys(loss: Any) -> tuple[NestedKey, ...]:
+    """Return the keys of the validity masks that a loss reads (TorchRL 0.14.1)."""
+    return tuple(loss._loss_mask_keys())
+
+
+def standardized(loss: Any, advantage: Tensor, data: TensorDictBase, *, is_fresh: bool) -> Tensor:
+    """Return the advantage as a PPO loss was told to normalise it (TorchRL 0.14.1)."""
+    return loss._maybe_normalize_advantage(advantage, data, update_norm=is_fresh)
+
+
+def entropy_of(loss: Any, dist: Distribution, shape: torch.Size) -> Tensor | TensorDictBase:
+    """Return the entropy by a PPO loss, sampled where it has no closed form (TorchRL 0.14.1)."""
+    return loss._get_entropy(dist, shape)
+
+
+def weighted_entropy(loss: Any, entropy: Tensor | TensorDictBase) -> Tensor:
+    """Return minus the entropy times the coefficients of a PPO loss (TorchRL 0.14.1)."""
+    return loss._weighted_loss_entropy(entropy)
 
 
 def simulator(env: Any) -> Any:

@@ -42,6 +42,7 @@ from torchrl_happo.team.construction import (
 from torchrl_happo.team.masks import Masks
 from torchrl_happo.team.split import split_team, split_units
 from torchrl_happo.team.team import Team
+from torchrl_happo.versions import mask_keys, standardized
 
 __all__ = ["Actors", "SequentialLoss"]
 
@@ -130,7 +131,7 @@ class SequentialLoss(WithCritics):
     def team(self) -> Team:
         """The agents and the keys of everything that an update reads."""
         critics = {name: critic.keys for name, critic in self.critics.items()}
-        return Team(self._agents, self.tensor_keys, critics, tuple(self._loss_mask_keys()))
+        return Team(self._agents, self.tensor_keys, critics, mask_keys(self))
 
     def set_keys(self, **keys: Any) -> None:
         """Set where entries lie (see :meth:`LossModule.set_keys`)."""
@@ -290,8 +291,8 @@ class SequentialLoss(WithCritics):
         estimates = tensordict.get(keys.advantage, None) is None
         if estimates:
             self.value_estimator(tensordict)
-        advantage = self._maybe_normalize_advantage(
-            tensordict.get(keys.advantage), tensordict, update_norm=estimates
+        advantage = standardized(
+            self, tensordict.get(keys.advantage), tensordict, is_fresh=estimates
         )
         tensordict.set(keys.advantage, advantage)
         masks = Masks(self.team.seen_in(tensordict), tensordict)

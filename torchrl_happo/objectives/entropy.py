@@ -8,9 +8,9 @@ from typing import Any
 from tensordict import NestedKey, TensorDictBase, is_tensor_collection
 from tensordict.utils import unravel_key
 from torch import Tensor
-from torchrl.objectives.utils import _sum_td_features
 
 from torchrl_happo.policy.policy import Policy
+from torchrl_happo.versions import sum_features
 
 __all__ = ["mean_entropies", "weights_of_heads"]
 
@@ -22,7 +22,7 @@ def mean_entropies(entropies: list[Tensor | TensorDictBase]) -> dict[str, Any]:
     for entropy in entropies:
         if is_tensor_collection(entropy):
             report["composite_entropy"] = entropy.detach()
-            entropy = _sum_td_features(entropy)
+            entropy = sum_features(entropy)
         sums.append(entropy.detach())
     total = sum(entropy.sum() for entropy in sums)
     return {**report, "entropy": total / sum(entropy.numel() for entropy in sums)}

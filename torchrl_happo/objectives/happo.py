@@ -29,6 +29,7 @@ from torchrl_happo.steps.first_order import FirstOrder
 from torchrl_happo.steps.step import StepFactory
 from torchrl_happo.team.agent import Agent
 from torchrl_happo.team.construction import check_networks
+from torchrl_happo.versions import entropy_of, weighted_entropy
 
 __all__ = ["HAPPOLoss"]
 
@@ -259,7 +260,7 @@ class HAPPOLoss(SequentialLoss, ClipPPOLoss):
         if self.entropy_bonus:
             dist = agent.policy.distribution(parameters)
             terms["entropy"] = self._by_head(agent, self._agent_entropy(dist, data.batch_size))
-            loss_entropy = self._weighted_loss_entropy(terms["entropy"])
+            loss_entropy = weighted_entropy(self, terms["entropy"])
             terms["loss_entropy"] = agent.joint_log_prob(loss_entropy.squeeze(-1), data)
         return terms
 
@@ -270,7 +271,7 @@ class HAPPOLoss(SequentialLoss, ClipPPOLoss):
         """
         if not isinstance(dist, CompositeDistribution) and has_analytic_entropy(dist):
             return dist.entropy().unsqueeze(-1)
-        return self._get_entropy(dist, batch_size)
+        return entropy_of(self, dist, batch_size)
 
     def _by_head(self, unit: Agent, entropy: Tensor | TensorDictBase) -> Tensor | TensorDictBase:
         """Files the entropy of a single head under its name, if each head has a weight."""

@@ -27,6 +27,8 @@ from tensordict.nn import (
 from torch import Tensor, nn
 from torchrl.modules.models.multiagent import MultiAgentNetBase
 
+from torchrl_happo.versions import single_network
+
 __all__ = [
     "JointRow",
     "Tie",
@@ -99,7 +101,7 @@ def _set_tensor(module: nn.Module, name: str, stack: Tensor, index: int | None) 
 
 def _cut_multi_agent_net(net: MultiAgentNetBase, index: int) -> tuple[nn.Module, list[Tie]]:
     """The network of one agent, with the row ``index`` of each tensor of the stack."""
-    single = copy.deepcopy(net._empty_net)
+    single = copy.deepcopy(single_network(net))
     ties = []
     row = None if net.share_params else index
     for key, stack in net.params.items(include_nested=True, leaves_only=True):
