@@ -1,6 +1,7 @@
 """Loss modules of the sequential update."""
 
+from torchrl_happo.objectives.haa2c import HAA2CLoss
 from torchrl_happo.objectives.happo import HAPPOLoss
 from torchrl_happo.objectives.hatrpo import HATRPOLoss
 
-__all__ = ["HAPPOLoss", "HATRPOLoss"]
+__all__ = ["HAA2CLoss", "HAPPOLoss", "HATRPOLoss"]

@@ -254,8 +254,7 @@ class HAPPOLoss(SequentialLoss, ClipPPOLoss):
         """Return the clipped surrogate and the entropy bonus, element by element."""
         parameters = agent.policy.parameters(data)
         log_ratio = agent.log_ratio(parameters, data)
-        advantage = corrected_advantage(data, self.tensor_keys)
-        gain = clipped_surrogate(log_ratio, advantage, *self._clip_bounds)
+        gain = self.agent_gain(agent, log_ratio, data)
         terms: dict[str, Any] = {"loss_objective": -gain, "log_ratio": log_ratio}
         if self.entropy_bonus:
             dist = agent.policy.distribution(parameters)
@@ -263,6 +262,11 @@ class HAPPOLoss(SequentialLoss, ClipPPOLoss):
             loss_entropy = weighted_entropy(self, terms["entropy"])
             terms["loss_entropy"] = agent.joint_log_prob(loss_entropy.squeeze(-1), data)
         return terms
+
+    def agent_gain(self, agent: Agent, log_ratio: Tensor, data: TensorDictBase) -> Tensor:
+        """Return the surrogate that the agent maximises, element by element."""
+        advantage = corrected_advantage(data, self.tensor_keys)
+        return clipped_surrogate(log_ratio, advantage, *self._clip_bounds)
 
     def _agent_entropy(self, dist: Distribution, batch_size: torch.Size) -> Tensor | TensorDictBase:
         """Return TorchRL's entropy, but read one in closed form not back from the device.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.distributed as dist
 from torchrl.envs import EnvBase
 
+from torchrl_happo.recipe.algorithms.haa2c import Haa2c
 from torchrl_happo.recipe.algorithms.happo import Happo
 from torchrl_happo.recipe.algorithms.hatrpo import Hatrpo
 from torchrl_happo.recipe.algorithms.ippo import Ippo
@@ -13,6 +14,7 @@ from torchrl_happo.recipe.config import AlgorithmConfig, TrainConfig
 from torchrl_happo.recipe.learner import Learner
 
 ALGORITHMS: dict[str, type[AlgorithmConfig]] = {
+    "haa2c": Haa2c,
     "happo": Happo,
     "hatrpo": Hatrpo,
     "ippo": Ippo,
