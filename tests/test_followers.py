@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import pytest
@@ -10,8 +11,12 @@ from recipe_helpers import table, tiny_config
 from team import N_AGENTS, make_actor, make_batch, make_critic, perturb, same_state, state_of
 from torchrl.modules import IndependentNormal
 
-from torchrl_happo import HAA2CLoss, HAPPOLoss, SequentialUpdater
+from torchrl_happo import HAA2CLoss, HAPPOLoss, HATRPOLoss, SequentialUpdater
 from torchrl_happo.recipe import training
+from torchrl_happo.steps import FirstOrder
+from torchrl_happo.update.batch import TeamBatch
+from torchrl_happo.update.budget import weighted_shares
+from torchrl_happo.update.correction import RatioFactor
 
 NAMES = [f"agents_{i}" for i in range(N_AGENTS)]
 KEYS = {"value": ("agents", "state_value"), "action": ("agents", "action")}
@@ -83,9 +88,171 @@ def test_haa2c_reports_no_clipping_and_refuses_a_threshold(start):
         loss.clip_epsilon = 0.1
 
 
-@pytest.mark.parametrize("words", [("algorithm=haa2c",)], ids=" ".join)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("algorithm=haa2c",),
+        ("algorithm=hatrpo", "algorithm.kl_split=weighted"),
+        ("algorithm=hatrpo", "algorithm.kl_split=greedy"),
+    ],
+    ids=" ".join,
+)
 def test_the_recipe_trains_them(tmp_path, words):
     """By their name, for some iterations."""
     config = tiny_config("task=vmas/wheel", *words)
     rows = table(training.run(config, tmp_path / "run") / "metrics.csv")
     assert len(rows) == 3
+
+
+SPLITS = ["weighted", "greedy"]
+
+
+def hatrpo(actor=None, critic=None, **kwargs):
+    """An updater of a team with one divergence for all."""
+    actor = make_actor() if actor is None else actor
+    loss = HATRPOLoss(actor, make_critic() if critic is None else critic, **kwargs)
+    return SequentialUpdater(loss, num_epochs=1)
+
+
+def test_weighted_shares():
+    """In proportion to q, of which a gain is the square root; nobody's gain is no share."""
+    gains = [math.sqrt(2 * 0.05 * q) for q in (4.0, 1.0)]
+    assert [0.05 * share for share in weighted_shares(gains)] == pytest.approx([0.04, 0.01])
+    assert weighted_shares([0.3, 0.3, 0.3]) == pytest.approx([1 / 3] * 3)
+    assert weighted_shares([2.0, 0.0, -1.0]) == [1.0, 0.0, 0.0]
+    assert weighted_shares([0.0, 0.0]) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("kl_split", SPLITS)
+@pytest.mark.parametrize("max_kl", [1e-3, 0.03, 0.3])
+def test_the_team_never_spends_more_than_its_budget(kl_split, max_kl):
+    """By the measured divergences, batch after batch, and the team moves."""
+    updater = hatrpo(max_kl=max_kl, kl_split=kl_split, damping=1e-3)
+    batch = make_batch(updater.loss.actor_network)
+    for _ in range(4):
+        metrics = updater(batch)
+        spent = sum(metrics[name, "kl"].item() for name in NAMES)
+        assert 0 < spent <= max_kl
+        assert updater.budget.left == pytest.approx(max_kl - spent)
+        batch = make_batch(updater.loss.actor_network)
+
+
+def test_weighted_with_frozen_factors_is_one_step_of_the_stacked_parameters():
+    """The natural gradient of all agents together, of radius max_kl, with a Fisher of blocks."""
+    actor = make_actor(distribution=IndependentNormal, depth=0).double()
+    critic = make_critic().double()
+    batch, delta = make_batch(actor), 1e-6
+    loss = HATRPOLoss(
+        actor,
+        critic,
+        max_kl=delta,
+        kl_split="weighted",
+        damping=0.0,
+        cg_iterations=200,
+        cg_tolerance=1e-24,
+        max_backtracks=1,
+        accept_ratio=0.0,
+    )
+    before = [[p.detach().clone() for p in agent.parameters()] for agent in loss.agents]
+    # All move at once: no factor, and the budget is divided once.
+    updater = SequentialUpdater(loss, num_epochs=1, order=AllAtOnce())
+    data = TeamBatch(loss.team, loss.critics, batch)
+    gradients, directions = [], []
+    for agent in loss.agents:
+        passes = updater._passes[agent.name]
+        own = passes.ready(data, RatioFactor(data), read_values=True)
+        direction = updater.steps[agent.name].propose(passes.step_data(own)).direction
+        gradients.append(direction.target)
+        directions.append(direction.x)
+    g, x = torch.cat(gradients), torch.cat(directions)
+    wanted = (2 * delta / g.dot(x)).sqrt() * x
+    metrics = updater(batch)
+    moved = torch.cat(
+        [
+            (new - old).flatten()
+            for agent, olds in zip(loss.agents, before, strict=True)
+            for new, old in zip(agent.parameters(), olds, strict=True)
+        ]
+    )
+    for name, part, step in zip(NAMES, moved.chunk(3), wanted.chunk(3), strict=True):
+        if metrics[name, "line_search_success"]:
+            torch.testing.assert_close(part, step, rtol=1e-6, atol=1e-9)
+    assert any(metrics[name, "line_search_success"] for name in NAMES)
+
+
+class AllAtOnce:
+    """One turn of all agents."""
+
+    def next_agents(self, remaining, batch, correction):
+        return remaining
+
+
+@pytest.mark.parametrize("kl_split", SPLITS)
+def test_an_agent_without_a_gradient_gets_nothing(kl_split):
+    """Its parameters stay bit for bit, nothing is NaN, and the others have its share."""
+    actor = make_actor()
+    updater = hatrpo(actor, max_kl=0.03, kl_split=kl_split)
+    batch = make_batch(actor)
+    agent = updater.loss.agents[1]
+    step = updater.steps[agent.name]
+    surrogate = step.surrogate
+    step.surrogate = lambda dist, data: surrogate(dist, data) * 0
+    before = [p.detach().clone() for p in agent.parameters()]
+    metrics = updater(batch)
+    assert all(map(torch.equal, before, agent.parameters()))
+    assert metrics[agent.name, "kl"] == 0
+    assert metrics[agent.name, "line_search_success"] == 0
+    assert all(value.isfinite() for value in metrics.values(True, True))
+    others = [name for name in NAMES if name != agent.name]
+    assert sum(metrics[name, "kl"] for name in others) > 0.005
+
+
+def test_greedy_takes_the_largest_gain_per_divergence_first():
+    """As a look at all proposals says before the first turn; the first one has it all."""
+    updater = hatrpo(max_kl=0.03, kl_split="greedy", damping=1e-3)
+    batch = make_batch(updater.loss.actor_network)
+    # Agent 2's advantage is ten times as large.
+    loss = updater.loss
+    advantage = torch.randn(4, 6, N_AGENTS, 1)
+    advantage[..., 2, :] *= 10
+    batch["advantage"], batch["value_target"] = advantage, torch.randn(4, 6, N_AGENTS, 1)
+    data = TeamBatch(loss.team, loss.critics, batch)
+    updater.budget.begin()
+    updater.budget.look(loss.agents, data, RatioFactor(data))
+    scores = updater.budget.scores
+    assert max(scores, key=scores.get) == NAMES[2]
+    metrics = updater(batch)
+    assert metrics[NAMES[2], "position"] == 0
+    assert 0.01 < metrics[NAMES[2], "kl"] <= 0.03
+
+
+@pytest.mark.parametrize("kl_split", SPLITS)
+def test_a_look_leaves_no_trace(kl_split):
+    """Rows of the Fisher matrix are drawn once a batch, with or without a look at the gains."""
+    alone = hatrpo(max_kl=0.03, fisher_fraction=0.5)
+    shared = hatrpo(max_kl=0.03, fisher_fraction=0.5, kl_split=kl_split)
+    shared.load_state_dict(alone.state_dict())
+    batch = make_batch(alone.loss.actor_network)
+    alone(batch)
+    shared(batch)
+    for name in NAMES:
+        one, other = (updater.steps[name].state_dict() for updater in (alone, shared))
+        assert torch.equal(one["generator"], other["generator"])
+
+
+@pytest.mark.parametrize("kl_split", SPLITS)
+def test_what_does_not_go_with_a_team_budget_is_refused(kl_split):
+    """A bound for each agent, an order of greedy's, and steps that promise nothing."""
+    with pytest.raises(ValueError, match="divides one max_kl among the agents; pass a number"):
+        HATRPOLoss(make_actor(), None, kl_split=kl_split, max_kl={"agents": 0.01})
+    loss = HATRPOLoss(make_actor(), make_critic(), kl_split=kl_split)
+    with pytest.raises(AttributeError):
+        loss.kl_split = "equal"
+    updater = SequentialUpdater(loss, step=FirstOrder())
+    before = state_of(loss.actor_network)
+    with pytest.raises(ValueError, match="compares the gains of the agents"):
+        updater(make_batch(loss.actor_network))
+    assert same_state(before, state_of(loss.actor_network))
+    if kl_split == "greedy":
+        with pytest.raises(ValueError, match="order='fixed' would not act"):
+            SequentialUpdater(loss, order="fixed")

@@ -182,7 +182,7 @@ def test_kl_split():
     with pytest.raises(ValueError, match="must return 3 positive shares that sum to 1"):
         HATRPOLoss(make_actor(), None, kl_split=lambda agents: [1.0])
     with pytest.raises(ValueError, match="kl_split must be"):
-        HATRPOLoss(make_actor(), None, kl_split="greedy")
+        HATRPOLoss(make_actor(), None, kl_split="largest")
 
 
 @pytest.mark.parametrize("chosen", ["batched", "sequential", None])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -24,6 +24,8 @@ from torchrl_happo.team.agent import Agent
 from torchrl_happo.team.construction import check_networks
 
 __all__ = ["HATRPOLoss"]
+
+Split: TypeAlias = Literal["equal", "weighted", "greedy"]
 
 #: Settings of the trust region that are fixed when the loss is built.
 _SETTINGS = {entry.name for entry in fields(TrustRegion)} - {"max_kl"}
@@ -61,8 +63,11 @@ class HATRPOLoss(SequentialLoss, PPOLoss):
             a mapping has one for each agent, or group, by name. May be set anew between updates,
             as by a schedule. Defaults to ``0.01``.
         kl_split (str or callable, optional): ``None``: each agent has ``max_kl`` to itself, as in
-            the paper; ``"equal"``: the team has it and each agent an equal share; a callable from
-            the agents to their shares splits it otherwise. Defaults to ``None``.
+            the paper; otherwise the team has it. ``"equal"``: each agent has an equal share; a
+            callable from the agents to their shares splits it otherwise; ``"weighted"``: shares in
+            proportion to the squared gains, divided anew before each turn; ``"greedy"``: the
+            largest gain per divergence first, within what is left
+            (:mod:`torchrl_happo.update.budget`). Defaults to ``None``.
         damping (float): added to the diagonal of the Fisher matrix. Defaults to ``0.1``.
         cg_iterations (int): iterations of conjugate gradient. Defaults to ``10``.
         cg_tolerance (float): squared norm of the residual at which they stop.
@@ -101,7 +106,7 @@ class HATRPOLoss(SequentialLoss, PPOLoss):
         critic_network: TensorDictModule | None = None,
         *,
         max_kl: float | Mapping[str, float] = 0.01,
-        kl_split: Literal["equal"] | Callable[[Sequence[Agent]], Sequence[float]] | None = None,
+        kl_split: Split | Callable[[Sequence[Agent]], Sequence[float]] | None = None,
         damping: float = TrustRegion.damping,
         cg_iterations: int = TrustRegion.cg_iterations,
         cg_tolerance: float = TrustRegion.cg_tolerance,
@@ -148,6 +153,8 @@ class HATRPOLoss(SequentialLoss, PPOLoss):
         )
         self._init_team(actor_network, blocks, value_norm, popart)
         self.standardizes = normalize_advantage is not False
+        #: How ``max_kl`` is split; fixed, as an updater reads it once.
+        self._split = kl_split
         self.max_kl = max_kl
         self._shares = dict(
             zip([agent.name for agent in self.agents], _shares(kl_split, self.agents), strict=True)
@@ -168,12 +175,22 @@ class HATRPOLoss(SequentialLoss, PPOLoss):
         """Check a new radius; refuse other settings of the trust region, which would not act."""
         if name == "max_kl":
             check_radii(value, self.agents)
+            if self.kl_split in ("weighted", "greedy") and isinstance(value, Mapping):
+                raise ValueError(
+                    f"kl_split={self.kl_split!r} divides one max_kl among the agents; pass a "
+                    f"number in place of {value!r}."
+                )
         elif name in _SETTINGS:
             raise AttributeError(
                 f"Of the trust region only max_kl follows a schedule; build the loss with {name}="
                 f"{value!r}."
             )
         super().__setattr__(name, value)
+
+    @property
+    def kl_split(self) -> Split | Callable[[Sequence[Agent]], Sequence[float]] | None:
+        """How ``max_kl`` is split among the agents."""
+        return self._split
 
     def radius(self, name: str) -> float:
         """Return the bound of an agent's divergence in the next update, in nats.
@@ -255,18 +272,18 @@ def check_radii(max_kl: object, agents: Sequence[Agent]) -> None:
 
 
 def _shares(
-    split: Literal["equal"] | Callable[[Sequence[Agent]], Sequence[float]] | None,
+    split: Split | Callable[[Sequence[Agent]], Sequence[float]] | None,
     agents: Sequence[Agent],
 ) -> list[float]:
     """Return each agent's part of ``max_kl``."""
-    if split is None:
+    if split in (None, "weighted", "greedy"):  # of the last two, what an agent may have at most
         return [1.0] * len(agents)
     if split == "equal":
         return [1.0 / len(agents)] * len(agents)
     if not callable(split):
         raise ValueError(
-            f'kl_split must be None, "equal" or a callable from the agents to their shares, got '
-            f"{split!r}."
+            'kl_split must be None, "equal", "weighted", "greedy" or a callable from the agents to '
+            f"their shares, got {split!r}."
         )
     shares = split(agents)
     try:

@@ -121,7 +121,7 @@ class Proposal(Protocol):
         """Move the parameters.
 
         Args:
-            max_kl (float, optional): radius to keep to, in place of the step's own.
+            max_kl (float, optional): radius to keep to, in place of the step's own; 0: stay.
 
         Returns:
             scalars to report, among them ``grad_norm``.

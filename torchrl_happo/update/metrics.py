@@ -16,6 +16,8 @@ from torchrl_happo.policy.distributions import kl_divergence
 from torchrl_happo.steps.compile.code import Code
 from torchrl_happo.team.agent import OLD_LOG_PROB, Agent
 from torchrl_happo.team.values import check_actions, check_log_prob, explained
+from torchrl_happo.update.batch import TeamBatch
+from torchrl_happo.update.correction import Correction
 
 __all__ = ["Passes"]
 
@@ -44,6 +46,23 @@ class Passes:
         self.agent = agent
         self.code = code
         self.learners = learners
+
+    def ready(
+        self, batch: TeamBatch, correction: Correction, *, read_values: bool
+    ) -> TensorDictBase:
+        """Return the agent's corrected data, with the policy that it starts from.
+
+        Args:
+            batch (TeamBatch): the batch of the update.
+            correction (Correction): what the agents that have moved have changed.
+
+        Keyword Args:
+            read_values (bool): as for :meth:`before`.
+        """
+        with self.learners.agreement():
+            data = batch.agent_data(self.agent, correction.entries(self.agent))
+            self.before(data, read_values=read_values)
+        return data
 
     @torch.no_grad()
     def before(self, data: TensorDictBase, *, read_values: bool) -> None:

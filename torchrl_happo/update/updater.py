@@ -24,13 +24,10 @@ from torchrl_happo.steps.optimizers import OptimizerFactory, SchedulerFactory
 from torchrl_happo.steps.step import ByName, Step, StepFactory
 from torchrl_happo.team.agent import Agent
 from torchrl_happo.team.construction import check_loss
-from torchrl_happo.transaction import (
-    Transaction,
-    global_generators,
-    kept_slots,
-)
+from torchrl_happo.transaction import Transaction, global_generators, kept_slots
 from torchrl_happo.update.assembly import Assembly
 from torchrl_happo.update.batch import TeamBatch
+from torchrl_happo.update.budget import make_budget
 from torchrl_happo.update.correction import Correction, CorrectionFactory, RatioFactor
 from torchrl_happo.update.order import OrderLike, Turns
 from torchrl_happo.update.state import loss_state, restore, state_of
@@ -123,8 +120,6 @@ class SequentialUpdater:
         >>> updater = SequentialUpdater(
         ...     HAPPOLoss(actor, critic, entropy_coeff=0.0),
         ...     optimizer=partial(torch.optim.Adam, lr=1e-3),
-        ...     num_epochs=2,
-        ...     minibatch_size=32,
         ... )
         >>> for batch in Collector(env, actor, frames_per_batch=64, total_frames=128):
         ...     metrics = updater(batch)
@@ -179,7 +174,6 @@ class SequentialUpdater:
         self.check_finite = device.type == "cpu" if check_finite is None else check_finite
         self._order_generator = torch.Generator().manual_seed(seed)
         self._minibatch_generator = torch.Generator(device).manual_seed(seed)
-        self._turns = Turns(order, loss.agents, self._order_generator, self.learners)
         first_order = FirstOrder(
             optimizer=optimizer,
             num_epochs=num_epochs,
@@ -203,6 +197,9 @@ class SequentialUpdater:
             critic_step = replace(first_order, **changed)
         self._passes = {agent.name: workshop.passes(agent) for agent in loss.agents}
         self.steps: dict[str, Step] = workshop.steps(agent_step, critic_step)
+        self.budget = make_budget(loss, self._passes, self.steps)
+        order = self.budget.order(order)
+        self._turns = Turns(order, loss.agents, self._order_generator, self.learners)
 
     def __call__(self, batch: TensorDictBase) -> TensorDict:
         """Update every agent in turn, then the critics, with one batch.
@@ -221,17 +218,15 @@ class SequentialUpdater:
 
         Raises:
             KeyError: if an entry is missing.
-            ValueError: if an entry has the wrong shape or device, or is not finite, or the agents'
-                rewards differ.
+            ValueError: if an entry has a wrong shape or device, is not finite, or rewards differ.
         """
         self._follow()
         # Entropies without a closed form are estimated by draws from torch's global generators.
         generators = [*self.generators, *global_generators()]
-        networks = [self.loss, *(agent.actor for agent in self.loss.agents)]
         with (
             Transaction(generators) as transaction,
             uncached_autocast(),
-            kept_slots(networks),
+            kept_slots([self.loss, *(agent.actor for agent in self.loss.agents)]),
             # TorchRL's mode belongs to the whole process: a collector in a thread would see it.
             set_recurrent_mode(True) if self._has_memory else nullcontext(),
         ):
@@ -262,7 +257,9 @@ class SequentialUpdater:
         metrics = TensorDict()
         correction = self.correction(data)
         remaining = list(team.agents)
+        self.budget.begin()
         while remaining:
+            self.budget.look(remaining, data, correction)
             agents = self._turns.next(remaining, data, correction)
             place = float(len(team.agents) - len(remaining))
             for name, report in self._take_turn(agents, data, correction, transaction).items():
@@ -285,27 +282,28 @@ class SequentialUpdater:
     ) -> dict[str, TensorDict]:
         """Move the agents whose turn it is, all by one correction; then correct by their ratios."""
         reports = {agent.name: correction.report(agent) for agent in agents}
-        moving: list[tuple[Agent, TensorDictBase]] = []
-        for agent in agents:
-            if data.acts(agent):
-                with self.learners.agreement():
-                    own = data.agent_data(agent, correction.entries(agent))
-                    self._passes[agent.name].before(own, read_values=self.check_finite)
-                    moving.append((agent, own))
+        moving = [
+            (agent, self._passes[agent.name].ready(data, correction, read_values=self.check_finite))
+            for agent in agents
+            if data.acts(agent)
+        ]
         for agent, own in moving:
-            seen = self._passes[agent.name].step_data(own)
-            reports[agent.name].update(self._move(agent.name, seen, transaction))
+            seen, radius = self._passes[agent.name].step_data(own), self.budget.radius(agent)
+            reports[agent.name].update(self._move(agent.name, seen, transaction, radius))
         for agent, own in moving:
             log_ratio, report = self._passes[agent.name].after(own)
             correction.include(agent, log_ratio)
+            self.budget.spend(report["kl"])
             reports[agent.name].update(report)
         return reports
 
-    def _move(self, name: str, data: TensorDictBase, transaction: Transaction) -> TensorDict:
+    def _move(
+        self, name: str, data: TensorDictBase, transaction: Transaction, max_kl: float | None = None
+    ) -> TensorDict:
         """Let a step move its parameters; roll it back if its gradient is not finite."""
         step = self.steps[name]
         rollback = transaction.remember(step)
-        report = step.propose(data).apply()
+        report = step.propose(data).apply(max_kl)
         if self.check_finite and not report["grad_norm"].isfinite():
             rollback()
             logger.warning("The gradient of %s was not finite; its update was taken back.", name)

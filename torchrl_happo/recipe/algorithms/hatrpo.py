@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from torchrl_happo.objectives import HATRPOLoss
+from torchrl_happo.objectives.hatrpo import Split
 from torchrl_happo.recipe.algorithms.sequential import SequentialConfig
 from torchrl_happo.recipe.config import choice, count, default_of, number
 
@@ -19,8 +20,9 @@ class Hatrpo(SequentialConfig):
 
     max_kl: float = number(default_of(HATRPOLoss, "max_kl"), above=0)
     """Nats that each agent's update may move its policy."""
-    kl_split: str | None = choice("equal", default=None)
-    """equal: the agents share max_kl."""
+    kl_split: str | None = choice("equal", "weighted", "greedy", default=None)
+    """The agents share max_kl: equally, by their gains, or the largest gain first; null: each has
+    it to itself."""
     damping: float = number(default_of(HATRPOLoss, "damping"), at_least=0)
     """Added to the diagonal of the Fisher matrix."""
     cg_iterations: int = count(default_of(HATRPOLoss, "cg_iterations"))
@@ -34,7 +36,7 @@ class Hatrpo(SequentialConfig):
             actors,
             critic,
             max_kl=self.max_kl,
-            kl_split=cast(Literal["equal"] | None, self.kl_split),
+            kl_split=cast(Split | None, self.kl_split),
             damping=self.damping,
             cg_iterations=self.cg_iterations,
             fisher_fraction=self.fisher_fraction,
