@@ -110,6 +110,7 @@ class TrustRegion:
             radii = self.max_kl.values() if isinstance(self.max_kl, Mapping) else [self.max_kl]
             for radius in radii:
                 _check_radius(radius)
+        searches = (None, *LINE_SEARCHES)
         for name, valid, wanted in (
             ("damping", 0 <= self.damping < math.inf, "non-negative and finite"),
             ("cg_iterations", self.cg_iterations >= 1, "at least 1"),
@@ -118,11 +119,7 @@ class TrustRegion:
             ("max_backtracks", self.max_backtracks >= 1, "at least 1"),
             ("accept_ratio", 0 <= self.accept_ratio < 1, "at least 0 and less than 1"),
             ("fisher_fraction", 0 < self.fisher_fraction <= 1, "greater than 0 and at most 1"),
-            (
-                "line_search",
-                self.line_search in (None, *LINE_SEARCHES),
-                "'sequential', 'batched' or None",
-            ),
+            ("line_search", self.line_search in searches, "'sequential', 'batched' or None"),
         ):
             if not valid:
                 raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}.")
@@ -329,7 +326,6 @@ class TrustRegionProposal:
         """Return the parameters that :meth:`apply` moves to, as one vector, and what happened."""
         step, settings = self.step, self.step.settings
         theta = flatten(step.parameters()).detach()
-        radius = settings.radius(step.problem) if max_kl is None else max_kl
         on_cpu = theta.device.type == "cpu"
         with uncached_autocast():
             # Stretch the natural gradient to the boundary of the region, and search back from
@@ -339,7 +335,7 @@ class TrustRegionProposal:
                 self.model,
                 self.direction,
                 self.evaluate,
-                max_kl=radius,
+                max_kl=settings.radius(step.problem) if max_kl is None else max_kl,
                 line_search=settings.line_search or ("sequential" if on_cpu else "batched"),
                 backtrack_factor=settings.backtrack_factor,
                 max_backtracks=settings.max_backtracks,
