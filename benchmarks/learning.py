@@ -110,6 +110,22 @@ SUITES = {
             ("mujoco/walker2d_2x3", "happo", 1_000_000): [1618, 649],
         },
     ),
+    # More and more agents on one robot; MAPPO with one network for all, as in the papers.
+    "many_agents": Suite(
+        tasks={
+            f"mujoco/{name}": [f"task=mujoco/{name}", f"total_frames={frames}"]
+            for name, frames in {
+                "halfcheetah_2x3": 2_000_000,
+                "halfcheetah_6x1": 2_000_000,
+                "ant_2x4": 1_000_000,
+                "ant_4x2": 1_000_000,
+                "ant_8x1": 1_000_000,
+            }.items()
+        },
+        algorithms={name: COMPILED[name] for name in ("happo", "hatrpo", "mappo")},
+        overrides=SELDOM,
+        milestones=(500_000, 1_000_000, 2_000_000),
+    ),
     "mujoco_long": Suite(
         tasks={CHEETAH: [f"task={CHEETAH}", "total_frames=10000000"]},
         algorithms={"happo": COMPILED["happo"]},
