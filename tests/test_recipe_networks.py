@@ -164,8 +164,10 @@ def test_settings_of_the_clipped_surrogate():
     updater = learner_of("algorithm.clip_epsilon_high=0.28", "algorithm.target_kl=0.01").updater
     low, high = updater.loss._clip_bounds
     torch.testing.assert_close(torch.stack([low, high]).exp(), torch.tensor([0.8, 1.28]))
-    assert all(step.target_kl == 0.01 for step in updater.steps.values())
-    assert all(step.target_kl is None for step in learner_of().updater.steps.values())
+    names = [agent.name for agent in updater.loss.agents]
+    assert all(updater.steps[name].target_kl == 0.01 for name in names)
+    other = learner_of().updater
+    assert all(step.target_kl is None for step in other.steps.values())
 
 
 @pytest.mark.parametrize("algorithm", ["happo", "hatrpo", "mappo", "ippo"])

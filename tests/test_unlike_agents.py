@@ -42,6 +42,7 @@ from torchrl_happo import ActorList, HAPPOLoss, HATRPOLoss, SequentialUpdater, j
 from torchrl_happo.networks.recurrent import CELLS
 from torchrl_happo.policy.memory import state_specs
 from torchrl_happo.team.agent import OLD_LOG_PROB
+from torchrl_happo.team.masks import Masks
 from torchrl_happo.team.split import split_actor
 
 OBS_DIM, N_AGENTS, BATCH = 4, 2, torch.Size([6, 5])
@@ -249,7 +250,7 @@ def check_update(loss, batch):
         if isinstance(value, torch.Tensor) and value.is_floating_point() and "param" in key:
             assert not torch.equal(value, before[key])
     factor = (joint_log_prob(loss, first, batch) - log_prob).exp()
-    active = loss.active(batch)
+    active = Masks(loss.team, batch).active
     if active is not None:
         factor = torch.where(active[..., 0], factor, 1.0)
         factor = factor[active[..., second.position].any(-1)]
