@@ -40,7 +40,7 @@ class Passes:
     """
 
     def __init__(
-        self, loss: SequentialLoss, agent: Agent, *, code: Code | None, learners: Learners
+        self, loss: SequentialLoss, agent: Agent, *, learners: Learners, code: Code | None = None
     ) -> None:
         self.loss = loss
         self.agent = agent

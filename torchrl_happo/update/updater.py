@@ -84,11 +84,10 @@ class SequentialUpdater:
         target_kl (float, optional): an agent stops after the epoch in which its mean divergence
             from the policy that acted passes this. Reads a number back after each epoch.
             Defaults to ``None``: no early stopping.
-        sequence_length (int, optional): minibatches hold whole chunks of this many consecutive
-            steps. Defaults to ``None``: single steps, but the whole length of the batch for the
-            agents if an actor is recurrent, and for the critic if it is.
-        replay_buffer (ReplayBuffer, optional): draws the minibatches with its own sampler, in
-            place of ``minibatch_size``; its generator is not in the state. Defaults to ``None``.
+        sequence_length (int, optional): minibatches hold chunks of this many consecutive steps.
+            Defaults to ``None``: single steps, but the whole length for recurrent networks.
+        replay_buffer (ReplayBuffer, optional): draws the minibatches with its own sampler; its
+            generator is not in the state. Defaults to ``None``.
         standardize_advantage (bool, optional): whether to standardise the advantage over the
             batch. Defaults to ``None``: as the loss's ``normalize_advantage``, ``True`` if it says
             nothing.
@@ -98,8 +97,8 @@ class SequentialUpdater:
         compile (bool or mapping): whether to compile the agents' steps and passes and the critic's
             steps, once for all agents of one architecture; or keyword arguments of
             :func:`torch.compile`. Defaults to ``False``.
-        cudagraphs (bool): whether to replay the inner steps from CUDA graphs, compiled or not.
-            Without a CUDA device they run as they are, with one warning. Defaults to ``False``.
+        cudagraphs (bool): whether to replay the steps from CUDA graphs, compiled or not; without a
+            CUDA device they run as they are, with one warning. Defaults to ``False``.
         seed (int): seed of the order and of the minibatches. Defaults to ``0``.
         process_group (ProcessGroup, optional): the processes that train this team together, each
             on batches of its own, such as ``torch.distributed.group.WORLD``: the result is that of
