@@ -11,7 +11,7 @@ from recipe_helpers import table, tiny_config
 from team import N_AGENTS, make_actor, make_batch, make_critic, perturb, same_state, state_of
 from torchrl.modules import IndependentNormal
 
-from torchrl_happo import HAA2CLoss, HAPPOLoss, HATRPOLoss, SequentialUpdater
+from torchrl_happo import CoPPOLoss, HAA2CLoss, HAPPOLoss, HATRPOLoss, SequentialUpdater
 from torchrl_happo.recipe import training
 from torchrl_happo.steps import FirstOrder
 from torchrl_happo.update.batch import TeamBatch
@@ -91,6 +91,7 @@ def test_haa2c_reports_no_clipping_and_refuses_a_threshold(start):
 @pytest.mark.parametrize(
     "words",
     [
+        ("algorithm=coppo",),
         ("algorithm=haa2c",),
         ("algorithm=hatrpo", "algorithm.kl_split=weighted"),
         ("algorithm=hatrpo", "algorithm.kl_split=greedy"),
@@ -256,3 +257,58 @@ def test_what_does_not_go_with_a_team_budget_is_refused(kl_split):
     if kl_split == "greedy":
         with pytest.raises(ValueError, match="order='fixed' would not act"):
             SequentialUpdater(loss, order="fixed")
+
+
+def test_coppo_is_its_equation():
+    """The loss of the group and its gradient, from the ratios of the members by hand."""
+    actor = make_actor(distribution=IndependentNormal).double()
+    batch = make_batch(actor)
+    batch["advantage"] = torch.randn(4, 6, 1, dtype=torch.float64)
+    batch["agents", "active"] = torch.rand(4, 6, N_AGENTS) < 0.7
+    perturb(actor, 0.2)
+    loss = CoPPOLoss(actor, None, entropy_coeff=0.0)
+    (unit,) = loss.agents
+    assert unit.name == "agents"
+    log_prob = actor.get_dist(batch).log_prob(batch["agents", "action"])
+    valid = batch["agents", "active"]
+    ratio = torch.where(valid, (log_prob - batch["agents", "action_log_prob"]).exp(), 1.0)
+    terms = []
+    for i in range(N_AGENTS):
+        others = torch.stack([ratio[..., j] for j in range(N_AGENTS) if j != i]).prod(0).detach()
+        both = ratio[..., i] * others.clamp(0.9, 1.1)
+        advantage = batch["advantage"][..., 0]
+        terms.append(torch.minimum(both * advantage, both.clamp(0.8, 1.2) * advantage))
+    wanted = -torch.stack(terms, -1)[valid].mean()
+    for got in (loss.agent_loss(unit, loss.agent_data(unit, batch)), loss(batch)["loss_objective"]):
+        torch.testing.assert_close(got, wanted)
+        gradients = [
+            torch.autograd.grad(value, list(actor.parameters()), retain_graph=True)
+            for value in (got, wanted)
+        ]
+        for one, other in zip(*gradients, strict=True):
+            torch.testing.assert_close(one, other)
+    assert not torch.allclose(wanted, HAPPOLoss(actor, None)(batch)["loss_objective"])
+
+
+def test_coppo_of_one_agent_is_ppo():
+    """Bit for bit, through an update."""
+    alone = make_actor(1), make_critic(1)
+    batch, states = make_batch(alone[0], n_agents=1), [state_of(network) for network in alone]
+    ends = []
+    for loss_class in (CoPPOLoss, HAPPOLoss):
+        for network, state in zip(alone, states, strict=True):
+            network.load_state_dict(state)
+        loss = loss_class(*alone, entropy_coeff=0.0)
+        SequentialUpdater(loss, num_epochs=3, minibatch_size=8)(batch)
+        ends.append(state_of(alone[0]))
+    assert same_state(*ends)
+    assert not same_state(ends[0], states[0])
+
+
+def test_coppo_refuses_several_groups():
+    """Whose ratios would not be in view of each other."""
+    actors = {name: make_actor(group=name) for name in ("red", "blue")}
+    with pytest.raises(ValueError, match=r"groups \['red', 'blue'\]; put all agents into one"):
+        CoPPOLoss(actors, None)
+    with pytest.raises(TypeError, match="blocks would not act"):
+        CoPPOLoss(make_actor(), None, blocks=["agents"])

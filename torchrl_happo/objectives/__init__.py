@@ -1,7 +1,8 @@
 """Loss modules of the sequential update."""
 
+from torchrl_happo.objectives.coppo import CoPPOLoss
 from torchrl_happo.objectives.haa2c import HAA2CLoss
 from torchrl_happo.objectives.happo import HAPPOLoss
 from torchrl_happo.objectives.hatrpo import HATRPOLoss
 
-__all__ = ["HAA2CLoss", "HAPPOLoss", "HATRPOLoss"]
+__all__ = ["CoPPOLoss", "HAA2CLoss", "HAPPOLoss", "HATRPOLoss"]

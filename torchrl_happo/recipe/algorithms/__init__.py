@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.distributed as dist
 from torchrl.envs import EnvBase
 
+from torchrl_happo.recipe.algorithms.coppo import Coppo
 from torchrl_happo.recipe.algorithms.haa2c import Haa2c
 from torchrl_happo.recipe.algorithms.happo import Happo
 from torchrl_happo.recipe.algorithms.hatrpo import Hatrpo
@@ -14,6 +15,7 @@ from torchrl_happo.recipe.config import AlgorithmConfig, TrainConfig
 from torchrl_happo.recipe.learner import Learner
 
 ALGORITHMS: dict[str, type[AlgorithmConfig]] = {
+    "coppo": Coppo,
     "haa2c": Haa2c,
     "happo": Happo,
     "hatrpo": Hatrpo,
