@@ -40,6 +40,7 @@ class HAA2CLoss(HAPPOLoss):
         ValueError: if ``clip_value`` is ``True``, or as :class:`HAPPOLoss` does.
 
     Example:
+        >>> import torch
         >>> from torchrl.collectors import Collector
         >>> from torchrl_happo import HAA2CLoss, SequentialUpdater, make_actor, make_critic
         >>> from torchrl_happo.envs import MatrixGame

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torchrl.data import ReplayBuffer
 
 from torchrl_happo.arguments import check_callables, check_counts, check_positive
-from torchrl_happo.steps.autocast import uncached_autocast
 from torchrl_happo.steps.compile.compiled import CompiledStep
 from torchrl_happo.steps.minibatches import (
     MinibatchSampler,
@@ -36,6 +35,7 @@ from torchrl_happo.steps.optimizers import (
     laid_out_as,
 )
 from torchrl_happo.steps.step import ByName, Problem, setting_of
+from torchrl_happo.transaction import uncached_autocast
 
 __all__ = ["FirstOrder", "FirstOrderStep", "OptimizerFactory", "SchedulerFactory"]
 

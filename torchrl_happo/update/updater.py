@@ -18,13 +18,12 @@ from torchrl_happo.arguments import check_callables, check_counts, check_seed
 from torchrl_happo.distributed import Learners
 from torchrl_happo.objectives.base import SequentialLoss
 from torchrl_happo.policy.memory import has_memory
-from torchrl_happo.steps.autocast import uncached_autocast
 from torchrl_happo.steps.first_order import FirstOrder
 from torchrl_happo.steps.optimizers import OptimizerFactory, SchedulerFactory
 from torchrl_happo.steps.step import ByName, Step, StepFactory
 from torchrl_happo.team.agent import Agent
 from torchrl_happo.team.construction import check_loss
-from torchrl_happo.transaction import Transaction, global_generators, kept_slots
+from torchrl_happo.transaction import Transaction, global_generators, kept_slots, uncached_autocast
 from torchrl_happo.update.assembly import Assembly
 from torchrl_happo.update.batch import TeamBatch
 from torchrl_happo.update.budget import make_budget

@@ -18,7 +18,6 @@ from torch.distributions import Distribution
 
 from torchrl_happo.masked import masked_mean
 from torchrl_happo.policy.distributions import kl_divergence
-from torchrl_happo.steps.autocast import uncached_autocast
 from torchrl_happo.steps.compile.compiled_model import CompiledModel
 from torchrl_happo.steps.minibatches import draw_rows
 from torchrl_happo.steps.step import VALID, Problem, setting_of
@@ -39,7 +38,7 @@ from torchrl_happo.steps.trust_region.solve import (
     find_direction,
     take_step,
 )
-from torchrl_happo.transaction import load_generator_state
+from torchrl_happo.transaction import load_generator_state, uncached_autocast
 
 __all__ = ["TrustRegion", "TrustRegionProposal", "TrustRegionStep"]
 
