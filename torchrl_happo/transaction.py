@@ -6,10 +6,11 @@ import copy
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol, TypeAlias
 
 import torch
+from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "global_generators",
     "kept_slots",
     "load_generator_state",
+    "recordable",
+    "recording",
     "restored_slots",
     "uncached_autocast",
 ]
@@ -300,3 +303,34 @@ def uncached_autocast() -> Iterator[None]:
         torch.set_autocast_cache_enabled(enabled)
         # What a caller's own forward pass has cached is of the parameters before.
         torch.clear_autocast_cache()
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Record gradients of the weights of now, in any mode of torch.
+
+    Gradients are recorded also under ``torch.no_grad`` and ``torch.inference_mode``, and autocast
+    casts weights anew (:func:`uncached_autocast`).
+
+    Example:
+        >>> with torch.inference_mode(), recording():
+        ...     torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        (True, False)
+    """
+    inference = torch.is_inference_mode_enabled()
+    outside = torch.inference_mode(False) if inference else nullcontext()
+    with outside, torch.enable_grad(), uncached_autocast():
+        yield
+
+
+def recordable(batch: TensorDictBase) -> TensorDictBase:
+    """Return a batch that autograd can save: a copy, if it was made under ``inference_mode``.
+
+    Args:
+        batch (TensorDictBase): what a collector yields. Anything else is returned as it is.
+    """
+    if isinstance(batch, TensorDictBase) and any(
+        isinstance(value, Tensor) and value.is_inference() for value in batch.values(True, True)
+    ):
+        return batch.clone()
+    return batch

@@ -2,8 +2,7 @@
 
 An objective says what one agent wants, in one place: :meth:`SequentialLoss.agent_terms` returns
 the terms of its loss, element by element. The mean of their sum is ``agent_loss``, which the
-updater minimises agent by agent. ``forward`` evaluates the same terms, each group at once, and
-returns their mean over the team: the weighted mean of the agents' losses.
+updater minimises agent by agent. ``forward`` returns the weighted mean of the agents' losses.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from torchrl_happo.masked import VALID, masked, masked_mean
 from torchrl_happo.objectives.critic import WithCritics, critic_keys
 from torchrl_happo.objectives.joint import JointTerms
 from torchrl_happo.objectives.surrogate import corrected_advantage
+from torchrl_happo.policy.joint_row import gradients_in_rows
 from torchrl_happo.steps.first_order import FirstOrder
 from torchrl_happo.steps.step import Problem, StepFactory
 from torchrl_happo.team.agent import OLD_LOG_PROB, Agent
@@ -78,6 +78,8 @@ class SequentialLoss(WithCritics):
     default_value_estimator = ValueEstimators.MAGAE
     #: Whether an updater standardises the advantage, unless it is told otherwise.
     standardizes: bool = True
+    #: Whether agents of one architecture read unlike settings of the loss.
+    has_settings_by_agent: bool = False
     _warned = False
 
     def _init_team(
@@ -102,12 +104,10 @@ class SequentialLoss(WithCritics):
             self._own_keys = critic_keys(self.critic_network)
         if isinstance(actors, Mapping):
             self.set_keys(**{name: self._written(name) for name in ("action", "sample_log_prob")})
-        critic = self.critic_network
-        check_separate(self._agents, critic)
-        if critic is None:
-            return
-        if self.tensor_keys.value not in critic.out_keys and len(critic.out_keys) == 1:
-            self.set_keys(value=critic.out_keys[0])
+        check_separate(self._agents, self.critic_network)
+        written = [] if self.critic_network is None else self.critic_network.out_keys
+        if self.tensor_keys.value not in written and len(written) == 1:
+            self.set_keys(value=written[0])
 
     @staticmethod
     def _joint_network(actors: Actors) -> TensorDictModule:
@@ -248,9 +248,7 @@ class SequentialLoss(WithCritics):
         log_ratio = masked(log_prob - data.get(OLD_LOG_PROB), valid)
         return masked_mean(log_ratio.exp() * corrected_advantage(data, self.tensor_keys), valid)
 
-    def agent_report(
-        self, agent: Agent, log_ratio: Tensor, valid: Tensor | None
-    ) -> dict[str, Tensor]:
+    def agent_report(self, agent: Agent, log_ratio: Tensor, valid: Tensor | None) -> dict[str, Any]:
         """Return metrics of an agent's update that are this loss's own."""
         return {}
 
@@ -280,8 +278,8 @@ class SequentialLoss(WithCritics):
         """Return the losses of the whole team.
 
         Args:
-            tensordict (TensorDictBase): joint data. Advantage and returns are estimated if they
-                are not there. An entry ``"factor"`` multiplies the advantage.
+            tensordict (TensorDictBase): joint data. Absent advantages and returns are estimated.
+                An entry ``"factor"`` multiplies the advantage.
 
         Returns:
             ``loss_objective`` and what else TorchRL's loss of the same kind writes.
@@ -299,7 +297,7 @@ class SequentialLoss(WithCritics):
         replace(self.team, agents=self._units).seen_in(tensordict)
         own = [self._agent_data(unit, tensordict, masks) for unit in self._units]
         terms = JointTerms(
-            [self.agent_terms(*pair) for pair in zip(self._units, own, strict=True)],
+            [self._unit_terms(*pair) for pair in zip(self._units, own, strict=True)],
             masks.team_decisions(),
             tensordict.batch_dims,
             # One agent, one advantage: the shapes of ClipPPOLoss.
@@ -309,12 +307,19 @@ class SequentialLoss(WithCritics):
         losses = {name: self._reduced(terms[name], terms.valid) for name in terms.losses}
         if self.critics and self.critics["critic"].is_fitted:
             loss, clipped, explained = self.loss_critic(tensordict)
-            losses["loss_critic"] = self._reduced(loss.squeeze(-1), _squeezed(masks.values(loss)))
+            valid = None if (counts := masks.values(loss)) is None else counts.squeeze(-1)
+            losses["loss_critic"] = self._reduced(loss.squeeze(-1), valid)
             reports = {"value_clip_fraction": clipped, "explained_variance": explained}
             output.update({k: v for k, v in reports.items() if v is not None})
         if tensordict.get(keys.factor, None) is None and len(self._agents) > 1:
             self._warn_without_factor(losses["loss_objective"])
         return output.update(losses)
+
+    def _unit_terms(self, unit: Agent, data: TensorDictBase) -> dict[str, Any]:
+        """Return the terms of a whole group; their gradients reach the agents' parameters."""
+        ties = [tie for agent in self._agents if agent.source is unit.actor for tie in agent.ties]
+        with gradients_in_rows(unit.actor, ties):
+            return self.agent_terms(unit, data)
 
     def _summary(self, terms: JointTerms) -> TensorDict:
         """Return metrics that ``forward`` reports besides the losses."""
@@ -343,7 +348,3 @@ class SequentialLoss(WithCritics):
 
         if loss.requires_grad:
             loss.register_hook(warn)
-
-
-def _squeezed(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.squeeze(-1)

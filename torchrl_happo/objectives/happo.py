@@ -15,13 +15,18 @@ from torchrl.modules.distributions import has_analytic_entropy
 from torchrl.objectives import ClipPPOLoss
 
 from torchrl_happo.arguments import (
-    check_clip_epsilon,
     check_counts,
     check_critic,
     check_entropy_coeff,
 )
 from torchrl_happo.masked import masked_mean
 from torchrl_happo.objectives.base import Actors, SequentialLoss
+from torchrl_happo.objectives.clipping import (
+    bounds_of_unit,
+    check_clipping,
+    set_bounds,
+    spread_bounds,
+)
 from torchrl_happo.objectives.entropy import mean_entropies, weights_of_heads
 from torchrl_happo.objectives.joint import JointTerms
 from torchrl_happo.objectives.surrogate import clipped_surrogate, corrected_advantage
@@ -71,8 +76,9 @@ class HAPPOLoss(SequentialLoss, ClipPPOLoss):
             ``[*B, 1]``, or one for each agent ``[*B, n_agents, 1]``.
 
     Keyword Args:
-        clip_epsilon (float or tuple of float): clipping threshold, or the pair (low, high).
-            Schedulable. Defaults to ``0.2``.
+        clip_epsilon (float, tuple of float or mapping): clipping threshold, or the pair (low,
+            high); a mapping has one for each agent, or group, by name. May be set anew between
+            updates, as by a schedule. Defaults to ``0.2``.
         entropy_bonus (bool, optional): whether to add the entropy bonus. Defaults to ``None``:
             yes, unless ``entropy_coeff`` is 0.
         samples_mc_entropy (int): samples of the Monte-Carlo estimate, where the entropy has no
@@ -184,7 +190,7 @@ class HAPPOLoss(SequentialLoss, ClipPPOLoss):
         actor_network: Actors,
         critic_network: TensorDictModule | None = None,
         *,
-        clip_epsilon: float | tuple[float, float] = 0.2,
+        clip_epsilon: float | tuple[float, float] | Mapping[str, Any] = 0.2,
         entropy_bonus: bool | None = None,
         samples_mc_entropy: int = 1,
         entropy_coeff: float | Mapping[NestedKey, float] = 0.01,
@@ -201,7 +207,7 @@ class HAPPOLoss(SequentialLoss, ClipPPOLoss):
         device: torch.device | None = None,
     ) -> None:
         check_networks(actor_network, critic_network, blocks)
-        check_clip_epsilon(clip_epsilon)
+        by_agent = check_clipping(clip_epsilon, clip_value)
         check_entropy_coeff(entropy_coeff)
         check_counts(samples_mc_entropy=samples_mc_entropy)
         check_critic(critic_network, critic_coeff, loss_critic_type, clip_value, reduction)
@@ -211,7 +217,8 @@ class HAPPOLoss(SequentialLoss, ClipPPOLoss):
         super().__init__(
             self._joint_network(actor_network),
             critic_network,
-            clip_epsilon=clip_epsilon,
+            # A pair: TorchRL keeps its bounds in two buffers, which may be of each agent.
+            clip_epsilon=(0.2, 0.2) if by_agent else clip_epsilon,
             entropy_bonus=entropy_bonus,
             samples_mc_entropy=samples_mc_entropy,
             entropy_coeff=entropy_coeff,
@@ -227,6 +234,8 @@ class HAPPOLoss(SequentialLoss, ClipPPOLoss):
         )
         self._init_team(actor_network, blocks, value_norm, popart)
         self.standardizes = normalize_advantage is not False
+        if by_agent:
+            spread_bounds(self, clip_epsilon, self._agents)
         if isinstance(entropy_coeff, Mapping):
             self._entropy_coeff_map = weights_of_heads(
                 entropy_coeff, [unit.policy for unit in self._units]
@@ -235,10 +244,24 @@ class HAPPOLoss(SequentialLoss, ClipPPOLoss):
 
     entropy_bonus: bool
 
+    @property
+    def has_settings_by_agent(self) -> bool:  # type: ignore[override]
+        """Whether each agent has a clipping range of its own."""
+        return self._asymmetric_clip and self.clip_epsilon_low.ndim > 0
+
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "clip_epsilon" and set_bounds(self, value, self._agents):
+            return
         super().__setattr__(name, value)
         if name == "entropy_coeff":
             self._follow_coefficient(value)
+
+    def _bounds(self, unit: Agent | None = None) -> list[Tensor]:
+        """Return the bounds of the log-ratio, of a unit's members or of the whole team's."""
+        bounds = self._clip_bounds
+        if not self.has_settings_by_agent:
+            return list(bounds)
+        return [bounds_of_unit(bound, unit, self._agents) for bound in bounds]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -266,7 +289,7 @@ class HAPPOLoss(SequentialLoss, ClipPPOLoss):
     def agent_gain(self, agent: Agent, log_ratio: Tensor, data: TensorDictBase) -> Tensor:
         """Return the surrogate that the agent maximises, element by element."""
         advantage = corrected_advantage(data, self.tensor_keys)
-        return clipped_surrogate(log_ratio, advantage, *self._clip_bounds)
+        return clipped_surrogate(log_ratio, advantage, *self._bounds(agent))
 
     def _agent_entropy(self, dist: Distribution, batch_size: torch.Size) -> Tensor | TensorDictBase:
         """Return TorchRL's entropy, but read one in closed form not back from the device.
@@ -291,7 +314,7 @@ class HAPPOLoss(SequentialLoss, ClipPPOLoss):
         self, agent: Agent, log_ratio: Tensor, valid: Tensor | None
     ) -> dict[str, Tensor]:
         """Return the share of the valid decisions whose ratio lies outside the clipping range."""
-        low, high = self._clip_bounds
+        low, high = self._bounds(agent)
         return {"clip_fraction": self._clip_fraction(log_ratio, valid, low, high)}
 
     @staticmethod
@@ -314,7 +337,7 @@ class HAPPOLoss(SequentialLoss, ClipPPOLoss):
         log_ess = 2 * log_ratio.logsumexp(0) - (2 * log_ratio).logsumexp(0)
         output.update(
             {
-                "clip_fraction": self._clip_fraction(log_ratio, terms.valid, *self._clip_bounds),
+                "clip_fraction": self._clip_fraction(log_ratio, terms.valid, *self._bounds()),
                 "ESS": log_ess.exp() / len(log_ratio),
                 "max_ratio": ratio.max(),
                 "mean_ratio": masked_mean(ratio, terms.valid),

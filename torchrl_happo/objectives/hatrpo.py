@@ -14,6 +14,7 @@ from torchrl.objectives import PPOLoss
 
 from torchrl_happo.arguments import check_counts, check_critic, check_numbers, check_positive
 from torchrl_happo.objectives.base import Actors, SequentialLoss
+from torchrl_happo.objectives.clipping import check_names, value_of
 from torchrl_happo.objectives.joint import JointTerms
 from torchrl_happo.objectives.surrogate import corrected_advantage, surrogate
 from torchrl_happo.policy.distributions import kl_divergence
@@ -201,7 +202,7 @@ class HATRPOLoss(SequentialLoss, PPOLoss):
         agent = next(agent for agent in self.agents if agent.name == name)
         max_kl = self.max_kl
         if isinstance(max_kl, Mapping):
-            max_kl = max_kl[name] if name in max_kl else max_kl[agent.group_name]
+            max_kl = value_of(max_kl, agent)
         return float(max_kl) * self._shares[name]
 
     @dispatch
@@ -261,14 +262,7 @@ def check_radii(max_kl: object, agents: Sequence[Agent]) -> None:
         return
     for name, radius in max_kl.items():
         check_positive(**{f"max_kl[{name!r}]": radius})
-    known = {agent.name: agent.group_name for agent in agents}
-    missing = [name for name, group in known.items() if not {name, group} & max_kl.keys()]
-    unknown = max_kl.keys() - known.keys() - set(known.values())
-    if missing or unknown:
-        raise ValueError(
-            f"max_kl has values for {list(max_kl)}, but the agents are {list(known)}; name each "
-            "agent, or its group, once."
-        )
+    check_names("max_kl", max_kl, agents)
 
 
 def _shares(

@@ -36,7 +36,7 @@ from torch.func import functional_call
 from torchrl.modules import IndependentNormal, SafeModule, TanhNormal
 
 from torchrl_happo.policy.distributions import entropy
-from torchrl_happo.policy.rows import JointRow
+from torchrl_happo.policy.joint_row import JointRow
 
 __all__ = ["Policy"]
 

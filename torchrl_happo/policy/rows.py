@@ -7,22 +7,21 @@ own, so that what changes in them later changes for the agents as well.
 
 A row evaluates the single network of a stack, without the other agents. Where that is not what the
 joint actor computes (a subclass with a ``forward`` of its own, a hook, a module that uses the
-agent dimension), :class:`JointRow` evaluates the joint actor itself and takes the agent's row.
+agent dimension), :class:`~torchrl_happo.policy.joint_row.JointRow` evaluates the joint actor itself
+and takes the agent's row.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import NestedKey
 from tensordict.nn import (
     AddStateIndependentNormalScale,
     ProbabilisticTensorDictSequential,
-    TensorDictModuleBase,
 )
 from torch import Tensor, nn
 from torchrl.modules.models.multiagent import MultiAgentNetBase
@@ -30,7 +29,6 @@ from torchrl.modules.models.multiagent import MultiAgentNetBase
 from torchrl_happo.versions import single_network
 
 __all__ = [
-    "JointRow",
     "Tie",
     "cut_actor",
     "follow_settings",
@@ -269,77 +267,3 @@ def signature(joint: nn.Module) -> tuple[tuple[nn.Module, bool, int], ...]:
     return tuple(
         (m, m.training, len(m._forward_hooks) + len(m._forward_pre_hooks)) for m in joint.modules()
     )
-
-
-class JointRow:
-    """The row of one agent, evaluated as the joint actor evaluates it, with all other rows.
-
-    Args:
-        joint (ProbabilisticTensorDictSequential): the joint actor.
-        single (ProbabilisticTensorDictSequential): the agent's actor, which holds its parameters.
-        ties (iterable of Tie): which parameter of the agent is which row of the joint actor.
-        index (int): the agent's row.
-    """
-
-    def __init__(
-        self,
-        joint: ProbabilisticTensorDictSequential,
-        single: ProbabilisticTensorDictSequential,
-        ties: Iterable[Tie],
-        index: int,
-    ) -> None:
-        self.joint = joint
-        self.index = index
-        paths = {module: path for path, module in single.named_modules()}
-        joint_paths = {module: path for path, module in joint.named_modules()}
-        #: From the name of a parameter of the agent's to its path in the joint actor, and its row.
-        self._places: dict[str, tuple[tuple[str, ...], int | None]] = {}
-        for tie in ties:
-            if tie.name in tie.module._parameters:
-                inside = ("params",) if isinstance(tie.source, MultiAgentNetBase) else ()
-                key = (tie.key,) if isinstance(tie.key, str) else tie.key
-                path = (*filter(None, joint_paths[tie.source].split(".")), *inside, *key)
-                name = f"{paths[tie.module]}.{tie.name}" if paths[tie.module] else tie.name
-                self._places[name] = (path, tie.index)
-
-    def outputs(
-        self, modules: Iterable[TensorDictModuleBase], data: TensorDictBase, weights: Mapping
-    ) -> TensorDictBase:
-        """Run the networks of the joint actor with this agent's weights.
-
-        Args:
-            modules (iterable of TensorDictModuleBase): the joint actor's networks, in order.
-            data (TensorDictBase): observations of the whole group; not modified.
-            weights (mapping of str to Tensor): the agent's weights, by name in its actor.
-
-        Returns:
-            the data with the outputs of the networks for all agents.
-        """
-        own = {self._places[name]: weight for name, weight in weights.items()}
-        rows = {path: (row, weight) for (path, row), weight in own.items()}
-        joint = TensorDict.from_module(self.joint).named_apply(
-            lambda path, stack: _with_row(stack, *rows[path]) if path in rows else stack.detach(),
-            nested_keys=True,
-        )
-        scratch = data.copy()
-        with joint.to_module(self.joint, preserve_module_state=False):
-            for module in modules:
-                scratch = module(scratch)
-        return scratch
-
-    def row_of(self, value: Any, batch_dims: int) -> Any:
-        """Return the agent's row of an entry of the joint actor, a tensor or a tensordict."""
-        if isinstance(value, TensorDictBase):
-            return value.apply(
-                lambda leaf: leaf.select(batch_dims, self.index),
-                batch_size=value.batch_size[:batch_dims],
-            )
-        return value.select(batch_dims, self.index)
-
-
-def _with_row(stack: Tensor, row: int | None, weight: Tensor) -> Tensor:
-    """Return a stack, held fixed but for one row, of which gradients reach the weight."""
-    if row is None:
-        return weight
-    stack = stack.detach()
-    return torch.cat([stack[:row], weight.unsqueeze(0), stack[row + 1 :]])

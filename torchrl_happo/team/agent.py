@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from torchrl_happo.masked import VALID, masked
 from torchrl_happo.policy.distributions import is_saturated
+from torchrl_happo.policy.joint_row import JointRow
 from torchrl_happo.policy.memory import has_memory
 from torchrl_happo.policy.policy import Parameters, Policy
-from torchrl_happo.policy.rows import JointRow, Tie, follow_settings, signature
+from torchrl_happo.policy.rows import Tie, follow_settings, signature
 from torchrl_happo.team.entries import has, path_of
 
 __all__ = ["OLD_LOG_PROB", "Agent"]
@@ -101,6 +102,11 @@ class Agent:
     def parameters(self) -> list[nn.Parameter]:
         """Return the parameters of this agent alone."""
         return list(self.actor.parameters())
+
+    @property
+    def ties(self) -> tuple[Tie, ...]:
+        """Which of the parameters are rows of which stack."""
+        return self._ties
 
     def tie(self) -> None:
         """Follow the joint actor: storage, settings and modes of its modules.

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from torchrl_happo.arguments import kind_of
+from torchrl_happo.policy.rows import num_agents, shared_part
 from torchrl_happo.team.agent import Agent
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "check_networks",
     "check_policy_keys",
     "check_separate",
+    "check_unfrozen",
     "check_value_key",
     "check_value_norm",
 ]
@@ -96,6 +98,30 @@ def check_separate(agents: Iterable[Agent], critic: nn.Module | None) -> None:
             )
 
 
+def check_unfrozen(agents: Iterable[Agent], critic: nn.Module | None) -> None:
+    """Refuse what is shared and was frozen when the updater was built, but is trained now.
+
+    Args:
+        agents (iterable of Agent): the agents of all groups.
+        critic (nn.Module, optional): the critic.
+
+    Raises:
+        ValueError: naming what is shared.
+    """
+    agents = list(agents)
+    check_separate(agents, critic)
+    for agent in agents:
+        size = num_agents(agent.source, agent.group_name) if agent.index is not None else None
+        shared = None if size is None else shared_part(agent.source, size)
+        if shared is not None:
+            raise ValueError(
+                f"The actor of group {agent.group_name!r} has {shared}, which is no longer frozen, "
+                "so that the update of one agent would move the policies of all; freeze it with "
+                "requires_grad_(False), or build the loss with blocks=["
+                f"{agent.group_name!r}]."
+            )
+
+
 def check_value_key(key: NestedKey, critic: TensorDictModuleBase) -> None:
     """Refuse to read the state value where the critic does not write it.
 
@@ -147,7 +173,7 @@ def check_loss(loss: Any) -> None:
 
     Raises:
         TypeError: if it is not the loss of a team.
-        ValueError: if an agent or the critic has nothing to train, or the loss is no mean.
+        ValueError: if no agent, or the critic, has anything to train, or the loss is no mean.
     """
     if not hasattr(loss, "agent_problem"):
         raise TypeError(
@@ -165,11 +191,17 @@ def check_loss(loss: Any) -> None:
                 "An agent has the name 'critic', under which the critic's metrics and state are "
                 "filed; rename its group."
             )
-        if not any(parameter.requires_grad for parameter in agent.parameters()):
-            raise ValueError(
-                f"The actor of agent {agent.name!r} has no parameter that requires a gradient; "
-                "unfreeze it, or leave its group out of the mapping to keep it as it is."
-            )
+    if any(parameter.is_inference() for parameter in loss.parameters()):
+        raise ValueError(
+            "The networks were built under torch.inference_mode(), so that no gradient reaches "
+            "them; build them outside of it."
+        )
+    # A frozen agent acts on and is left as it is; someone must be trained.
+    if not any(p.requires_grad for agent in loss.agents for p in agent.parameters()):
+        raise ValueError(
+            f"The actor of agent {loss.agents[0].name!r} has no parameter that requires a "
+            "gradient, nor has that of any other agent; unfreeze those that are to be trained."
+        )
     for name, critic in loss.critics.items():
         check_value_key(critic.keys.value, critic.network)
         check_initialized(critic.network, "The critic")

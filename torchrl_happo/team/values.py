@@ -18,11 +18,11 @@ from torchrl_happo.arguments import first_line
 from torchrl_happo.masked import VALID
 from torchrl_happo.policy.policy import Parameters
 from torchrl_happo.team.agent import Agent
-from torchrl_happo.team.entries import has, next_key, tensors_of
+from torchrl_happo.team.entries import has, leaves, next_key, tensors_of
 from torchrl_happo.team.masks import Masks
 from torchrl_happo.team.team import Team
 
-__all__ = ["check_actions", "check_finite", "check_log_prob", "explained"]
+__all__ = ["check_actions", "check_finite", "check_log_prob", "explained", "fill_ends"]
 
 _NOT_FINITE = "The entry {!r} of the batch holds NaN or infinite numbers; nothing was updated."
 _DIFFERING = (
@@ -30,6 +30,40 @@ _DIFFERING = (
     'reward; append TeamReward("mean") or TeamReward("sum") to the environment\'s transforms and '
     'call loss.set_keys(reward="reward").'
 )
+
+
+def fill_ends(team: Team, batch: TensorDictBase) -> TensorDictBase:
+    """Return a copy of a batch with zeros for NaN and infinity behind the end of an episode.
+
+    Nothing follows a step that is terminated: its value is 0 whatever the next observation says,
+    and some environments say NaN.
+
+    Args:
+        team (Team): says what the critics read, and where an episode terminates.
+        batch (TensorDictBase): joint data of batch size ``[*B]``. Not modified.
+
+    Returns:
+        a tensordict that shares all other entries with ``batch``, or ``batch`` itself if no next
+        observation is read.
+    """
+    filled, dims = batch, batch.batch_dims
+    for critic in team.critics.values():
+        keys = critic.observations if critic.needs_next else ()
+        for key in () if has(batch, critic.advantage) else map(next_key, keys):
+            filled = batch.copy() if filled is batch else filled
+            over = batch.get(next_key(critic.terminated))
+            for agent, holder, name in leaves(filled, key):
+                value, ends = holder.get(name), over
+                if not value.is_floating_point():
+                    continue
+                if agent is not None and ends.ndim > dims + 1:
+                    ends = ends.select(dims, agent)
+                ends = ends.squeeze(-1)
+                if ends.shape != value.shape[: ends.ndim]:
+                    ends = ends.all(dims)  # what a group shares ends with the last of it
+                ends = ends.reshape(*ends.shape, *(1,) * (value.ndim - ends.ndim))
+                holder.set(name, torch.where(ends, value.nan_to_num(0.0, 0.0, 0.0), value))
+    return filled
 
 
 def check_finite(team: Team, batch: TensorDictBase, masks: Masks | None) -> None:

@@ -83,7 +83,8 @@ class Assembly:
     def _code(self, agent: Agent) -> Code | None:
         if self.compiler is None:
             return None
-        return Code(self.compiler, [agent.actor], owner=self.loss, template=agent.template)
+        template = None if self.loss.has_settings_by_agent else agent.template
+        return Code(self.compiler, [agent.actor], owner=self.loss, template=template)
 
     @staticmethod
     def _build(factory: StepFactory, problem: Problem) -> Step:

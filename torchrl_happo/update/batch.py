@@ -24,7 +24,8 @@ from torchrl_happo.team.checks import check_batch, check_team_shape
 from torchrl_happo.team.entries import has, next_key
 from torchrl_happo.team.masks import Masks
 from torchrl_happo.team.team import Team
-from torchrl_happo.team.values import check_finite, explained
+from torchrl_happo.team.values import check_finite, explained, fill_ends
+from torchrl_happo.transaction import recordable
 
 __all__ = ["TeamBatch"]
 
@@ -67,6 +68,7 @@ class TeamBatch:
         read_values: bool = False,
         learners: Learners | None = None,
     ) -> None:
+        batch = recordable(batch)
         self.team = team = team.seen_in(batch) if isinstance(batch, TensorDictBase) else team
         self.critics = critics
         self.source = batch
@@ -76,6 +78,7 @@ class TeamBatch:
         check_batch(team, batch, [*networks, *(critic.network for critic in critics.values())])
         if not all(agent.is_checked for agent in team.agents):
             check_agreement(team.agents, batch)
+        batch = fill_ends(team, batch)
         self.masks = Masks(team, batch) if team.is_masked(batch) else None
         if read_values:
             check_finite(team, batch, self.masks)

@@ -22,8 +22,8 @@ from torchrl_happo.steps.first_order import FirstOrder
 from torchrl_happo.steps.optimizers import OptimizerFactory, SchedulerFactory
 from torchrl_happo.steps.step import ByName, Step, StepFactory
 from torchrl_happo.team.agent import Agent
-from torchrl_happo.team.construction import check_loss
-from torchrl_happo.transaction import Transaction, global_generators, kept_slots, uncached_autocast
+from torchrl_happo.team.construction import check_loss, check_unfrozen
+from torchrl_happo.transaction import Transaction, global_generators, kept_slots, recording
 from torchrl_happo.update.assembly import Assembly
 from torchrl_happo.update.batch import TeamBatch
 from torchrl_happo.update.budget import make_budget
@@ -166,6 +166,7 @@ class SequentialUpdater:
         given = standardize_advantage
         self.standardize_advantage = loss.standardizes if given is None else given
         self.num_updates = 0
+        self._frozen = [p for p in loss.parameters() if not p.requires_grad]
         self.learners = Learners(process_group)
         self.learners.follow_first(loss_state(loss).values())
         device = loss.agents[0].parameters()[0].device
@@ -200,32 +201,28 @@ class SequentialUpdater:
         self._turns = Turns(order, loss.agents, self._order_generator, self.learners)
 
     def __call__(self, batch: TensorDictBase) -> TensorDict:
-        """Update every agent in turn, then the critics, with one batch.
+        """Update every agent in turn, then the critics, with one batch, in any mode of torch.
 
         Args:
-            batch (TensorDictBase): joint data of batch size ``[*B]``, time last, as a collector
-                yields it. It is not modified.
+            batch (TensorDictBase): joint data ``[*B]`` of a collector, time last; not modified.
 
         Returns:
             scalars that have not been read back from the device. Under each agent's name:
             ``surrogate_before``, ``surrogate``, ``ratio_mean``, ``ratio_max``, ``ratio_min``,
-            ``kl``, ``entropy`` (both estimated where they have no closed form), ``factor_mean``,
-            ``factor_max``, ``factor_ess`` (where the agent acts), ``position`` in the order, and
-            the report of its step; of an agent that acts nowhere ``factor_*`` and ``position``.
-            Under ``"critic"``: the report of its step and ``explained_variance`` before the fit.
+            ``kl``, ``entropy`` (estimated where they have no closed form), ``factor_mean``,
+            ``factor_max``, ``factor_ess``, ``position`` and (unless it acts nowhere) the report of
+            its step. Under ``"critic"``: that of its step and ``explained_variance`` before it.
 
         Raises:
-            KeyError: if an entry is missing.
-            ValueError: if an entry has a wrong shape or device, is not finite, or rewards differ.
+            KeyError, ValueError: if an entry is missing, does not fit, or is not finite.
         """
         self._follow()
-        # Entropies without a closed form are estimated by draws from torch's global generators.
-        generators = [*self.generators, *global_generators()]
         with (
-            Transaction(generators) as transaction,
-            uncached_autocast(),
+            # Entropies without a closed form are estimated by draws from the global generators.
+            Transaction([*self.generators, *global_generators()]) as transaction,
+            recording(),
             kept_slots([self.loss, *(agent.actor for agent in self.loss.agents)]),
-            # TorchRL's mode belongs to the whole process: a collector in a thread would see it.
+            # TorchRL's mode is the whole process's: a collector in a thread would see it.
             set_recurrent_mode(True) if self._has_memory else nullcontext(),
         ):
             metrics = self._update(batch, transaction)
@@ -234,6 +231,8 @@ class SequentialUpdater:
 
     def _follow(self) -> None:
         """Follow networks that were moved, copied or reloaded since the last update."""
+        if any(p.requires_grad for p in self._frozen):
+            check_unfrozen(self.loss.agents, self.loss.critic_network)
         for agent in self.loss.agents:
             agent.tie()
         for step in self.steps.values():
