@@ -10,13 +10,15 @@ import torch
 from recipe_helpers import table, tiny_config
 from team import N_AGENTS, make_actor, make_batch, make_critic, perturb, same_state, state_of
 from torchrl.modules import IndependentNormal
+from torchrl.objectives import ValueEstimators
 
-from torchrl_happo import CoPPOLoss, HAA2CLoss, HAPPOLoss, HATRPOLoss, SequentialUpdater
+from torchrl_happo import A2POLoss, CoPPOLoss, HAA2CLoss, HAPPOLoss, HATRPOLoss, SequentialUpdater
 from torchrl_happo.recipe import training
 from torchrl_happo.steps import FirstOrder
 from torchrl_happo.update.batch import TeamBatch
 from torchrl_happo.update.budget import weighted_shares
 from torchrl_happo.update.correction import RatioFactor
+from torchrl_happo.update.reestimation import Reestimated
 
 NAMES = [f"agents_{i}" for i in range(N_AGENTS)]
 KEYS = {"value": ("agents", "state_value"), "action": ("agents", "action")}
@@ -91,6 +93,8 @@ def test_haa2c_reports_no_clipping_and_refuses_a_threshold(start):
 @pytest.mark.parametrize(
     "words",
     [
+        ("algorithm=a2po",),
+        ("algorithm=a2po", "algorithm.trace=code", "algorithm.order=random"),
         ("algorithm=coppo",),
         ("algorithm=haa2c",),
         ("algorithm=hatrpo", "algorithm.kl_split=weighted"),
@@ -312,3 +316,96 @@ def test_coppo_refuses_several_groups():
         CoPPOLoss(actors, None)
     with pytest.raises(TypeError, match="blocks would not act"):
         CoPPOLoss(make_actor(), None, blocks=["agents"])
+
+
+def a2po(**kwargs):
+    """A loss of A2PO, a batch that knows its advantage, and the correction of the first turn."""
+    actor, critic = make_actor().double(), make_critic().double()
+    loss = A2POLoss(actor, critic, entropy_coeff=0.0, **kwargs)
+    loss.set_keys(value=("agents", "state_value"))
+    loss.make_value_estimator(ValueEstimators.MAGAE, gamma=0.875, lmbda=0.75)
+    batch = make_batch(actor)
+    data = TeamBatch(loss.team, loss.critics, batch, standardize_advantage=False)
+    return loss, data, Reestimated(data, loss=loss)
+
+
+@pytest.mark.parametrize("trace", ["paper", "code"])
+def test_a2po_estimates_the_advantage_again(trace):
+    """GAE for the first agent; for the second the sum over its traces, from its definition."""
+    loss, data, correction = a2po(trace=trace)
+    first, second, _ = loss.agents
+    gae = data.batch["advantage"][..., 0]
+    own = gae if gae.ndim == 2 else gae[..., 0]
+    torch.testing.assert_close(correction.advantage(first), own, rtol=1e-12, atol=1e-12)
+    log_ratio = 0.5 * torch.randn(24, dtype=torch.float64)
+    correction.include(first, log_ratio)
+    rho = log_ratio.exp().reshape(4, 6)
+    c = (0.75 if trace == "paper" else 0.5625) * rho.clamp(max=1.0)
+    ends = data.batch["next", "done"][..., 0]
+    gae = gae if gae.ndim == 2 else gae[..., 1]
+    wanted = torch.zeros_like(gae)
+    for env in range(4):
+        for t in range(6):
+            weight = 1.0
+            for s in range(t, 6):
+                if s > t:
+                    weight = weight * 0.875 * c[env, s]
+                last = s == 5 or bool(ends[env, s])
+                delta = gae[env, s] - (0.0 if last else 0.875 * 0.75 * gae[env, s + 1])
+                wanted[env, t] += weight * delta
+                if last:
+                    break
+    torch.testing.assert_close(correction.advantage(second), wanted, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(wanted, gae)
+
+
+def test_a2po_with_ratios_of_one_is_happo():
+    """The same loss for every agent, with the same advantage, if the threshold does not grow."""
+    loss, data, correction = a2po(clip_growth=0.0)
+    twin = HAPPOLoss(loss.actor_network, None, entropy_coeff=0.0)
+    samples = [data.agent_data(agent, correction.entries(agent)) for agent in loss.agents]
+    for agent, own in zip(loss.agents, samples, strict=True):
+        own["old_log_prob"] = agent.stored_log_prob(own)
+    perturb(loss.actor_network, 0.2)
+    for agent, own in zip(loss.agents, samples, strict=True):
+        torch.testing.assert_close(loss.agent_loss(agent, own), twin.agent_loss(agent, own))
+
+
+def test_a2po_clips_the_factor_and_by_position():
+    """The loss is its equation, with ratios beyond every threshold."""
+    loss, data, correction = a2po()
+    assert [loss.clip_scale(place) for place in range(3)] == pytest.approx([2 / 3, 5 / 6, 1])
+    first, second, _ = loss.agents
+    correction.include(first, torch.randn(24, dtype=torch.float64))
+    own = data.agent_data(second, correction.entries(second))
+    own["old_log_prob"] = second.stored_log_prob(own) + 0.5 * torch.randn(24).double()
+    ratio = (second.log_prob(second.policy.parameters(own), own) - own["old_log_prob"]).exp()
+    both = ratio * own["factor"].clamp(0.9, 1.1)
+    eps, advantage = 0.2 * 5 / 6, own["advantage"]
+    wanted = torch.minimum(both * advantage, both.clamp(1 - eps, 1 + eps) * advantage).mean()
+    torch.testing.assert_close(loss.agent_loss(second, own), -wanted)
+
+
+def test_the_semi_greedy_order():
+    """The best first, as its definition says, and an update goes through all agents."""
+    loss, data, _ = a2po()
+    updater = SequentialUpdater(loss, order="semi_greedy", num_epochs=1)
+    scores = updater._turns.order.scores(loss.agents, data)
+    ratio = data.batch["advantage"].squeeze(-1) / data.batch["agents", "state_value"].squeeze(-1)
+    assert scores == pytest.approx(ratio.abs().mean((0, 1)).tolist())
+    metrics = updater(data.source)
+    assert sorted(metrics[name, "position"].item() for name in NAMES) == [0, 1, 2]
+    assert metrics[NAMES[scores.index(max(scores))], "position"] == 0
+
+
+def test_a2po_refuses_what_it_cannot_estimate():
+    """No critic, a growth out of range, another word."""
+    loss = A2POLoss(make_actor(), None, entropy_coeff=0.0)
+    batch = make_batch(loss.actor_network)
+    batch["advantage"] = torch.randn(4, 6, 1)
+    with pytest.raises(ValueError, match="needs its gamma and lmbda; pass a critic"):
+        SequentialUpdater(loss)(batch)
+    with pytest.raises(ValueError, match="clip_growth must be between"):
+        A2POLoss(make_actor(), None, clip_growth=2.0)
+    with pytest.raises(ValueError, match='trace must be "paper" or "code"'):
+        A2POLoss(make_actor(), None, trace="both")

@@ -13,11 +13,12 @@ if TYPE_CHECKING:
         make_critic,
         memory_transforms,
     )
-    from torchrl_happo.objectives import CoPPOLoss, HAA2CLoss, HAPPOLoss, HATRPOLoss
+    from torchrl_happo.objectives import A2POLoss, CoPPOLoss, HAA2CLoss, HAPPOLoss, HATRPOLoss
     from torchrl_happo.policy.actor_list import ActorList
     from torchrl_happo.update.updater import SequentialUpdater
 
 __all__ = [
+    "A2POLoss",
     "ActorList",
     "CoPPOLoss",
     "HAA2CLoss",
@@ -37,7 +38,9 @@ __version__ = "0.1.0"
 #: ``--help`` and refuse a mistake without waiting for torch.
 _HOMES = {
     "ActorList": "policy.actor_list",
-    **dict.fromkeys(("CoPPOLoss", "HAA2CLoss", "HAPPOLoss", "HATRPOLoss"), "objectives"),
+    **dict.fromkeys(
+        ("A2POLoss", "CoPPOLoss", "HAA2CLoss", "HAPPOLoss", "HATRPOLoss"), "objectives"
+    ),
     "SequentialUpdater": "update.updater",
     "TeamReward": "envs.team_reward",
     **dict.fromkeys(

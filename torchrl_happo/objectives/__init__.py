@@ -1,8 +1,9 @@
 """Loss modules of the sequential update."""
 
+from torchrl_happo.objectives.a2po import A2POLoss
 from torchrl_happo.objectives.coppo import CoPPOLoss
 from torchrl_happo.objectives.haa2c import HAA2CLoss
 from torchrl_happo.objectives.happo import HAPPOLoss
 from torchrl_happo.objectives.hatrpo import HATRPOLoss
 
-__all__ = ["CoPPOLoss", "HAA2CLoss", "HAPPOLoss", "HATRPOLoss"]
+__all__ = ["A2POLoss", "CoPPOLoss", "HAA2CLoss", "HAPPOLoss", "HATRPOLoss"]

@@ -12,6 +12,7 @@ from torchrl_happo.distributed import Learners
 from torchrl_happo.team.agent import Agent
 from torchrl_happo.update.batch import TeamBatch
 from torchrl_happo.update.correction import Correction
+from torchrl_happo.update.semi_greedy import SemiGreedy
 
 __all__ = ["Fixed", "Order", "OrderLike", "RandomOrder", "Turns"]
 
@@ -122,11 +123,13 @@ class Turns:
         if isinstance(order, str):
             if order == "random":
                 return RandomOrder(generator)
+            if order == "semi_greedy":
+                return SemiGreedy(generator)
             if order == "fixed":
                 return Fixed(range(len(self.agents)))
             raise ValueError(
-                'order must be "random", "fixed", a sequence of agents, a callable or an Order, '
-                f"got {order!r}."
+                'order must be "random", "fixed", "semi_greedy", a sequence of agents, a callable '
+                f"or an Order, got {order!r}."
             )
         if callable(order):
             return Fixed(order)

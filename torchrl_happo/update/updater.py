@@ -27,8 +27,9 @@ from torchrl_happo.transaction import Transaction, global_generators, kept_slots
 from torchrl_happo.update.assembly import Assembly
 from torchrl_happo.update.batch import TeamBatch
 from torchrl_happo.update.budget import make_budget
-from torchrl_happo.update.correction import Correction, CorrectionFactory, RatioFactor
+from torchrl_happo.update.correction import Correction, CorrectionFactory
 from torchrl_happo.update.order import OrderLike, Turns
+from torchrl_happo.update.reestimation import correction_of
 from torchrl_happo.update.state import loss_state, restore, state_of
 
 __all__ = ["SequentialUpdater"]
@@ -63,10 +64,10 @@ class SequentialUpdater:
             (:class:`~torchrl_happo.steps.step.StepFactory`). Defaults to ``None``: the loss's own,
             with the settings of first-order steps below.
         critic_step (callable, optional): that of each critic. Defaults to ``None``: first order.
-        correction (callable): builds what the agents that have moved change for the next one.
-            Defaults to :class:`~torchrl_happo.update.correction.RatioFactor`.
-        order (str, sequence, callable or Order): ``"random"``, ``"fixed"``, positions or names, a
-            callable from the joint batch to these, or an Order. Defaults to ``"random"``.
+        correction (callable, optional): builds what the agents that have moved change for the next
+            one. Defaults to ``None``: the loss's own, for HAPPO and HATRPO the factor.
+        order (str, sequence, callable or Order): ``"random"``, ``"fixed"``, ``"semi_greedy"``,
+            positions or names, a callable to these, or an Order. Defaults to ``"random"``.
         optimizer (callable): from parameters to an optimiser; called once per agent, so that no
             agent's momentum moves another. This setting and those of the agents' steps below may
             be mappings from names of agents, or of groups, to values. Defaults to
@@ -131,7 +132,7 @@ class SequentialUpdater:
         *,
         step: StepFactory | None = None,
         critic_step: StepFactory | None = None,
-        correction: CorrectionFactory = RatioFactor,
+        correction: CorrectionFactory | None = None,
         order: OrderLike = "random",
         optimizer: ByName[OptimizerFactory] = FirstOrder.optimizer,
         critic_optimizer: OptimizerFactory | None = None,
@@ -161,7 +162,7 @@ class SequentialUpdater:
         )
         check_seed(seed)
         self.loss = loss
-        self.correction = correction
+        self.correction = correction_of(loss) if correction is None else correction
         self.sequence_length = sequence_length
         given = standardize_advantage
         self.standardize_advantage = loss.standardizes if given is None else given

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.distributed as dist
 from torchrl.envs import EnvBase
 
+from torchrl_happo.recipe.algorithms.a2po import A2po
 from torchrl_happo.recipe.algorithms.coppo import Coppo
 from torchrl_happo.recipe.algorithms.haa2c import Haa2c
 from torchrl_happo.recipe.algorithms.happo import Happo
@@ -15,6 +16,7 @@ from torchrl_happo.recipe.config import AlgorithmConfig, TrainConfig
 from torchrl_happo.recipe.learner import Learner
 
 ALGORITHMS: dict[str, type[AlgorithmConfig]] = {
+    "a2po": A2po,
     "coppo": Coppo,
     "haa2c": Haa2c,
     "happo": Happo,

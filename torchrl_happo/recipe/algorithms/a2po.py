@@ -1,0 +1,36 @@
+"""A2PO (Wang et al., 2023): agents in order, each with an advantage estimated again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from torchrl_happo.objectives import A2POLoss
+from torchrl_happo.recipe.algorithms.happo import Happo
+from torchrl_happo.recipe.config import choice, default_of, number
+
+
+@dataclass
+class A2po(Happo):
+    """Agent-by-agent policy optimisation: agents in order, each with its own new advantage."""
+
+    order: str = choice("semi_greedy", "random", "fixed", default="semi_greedy")
+    """Of the agents: the best and a random one in turns, drawn anew, or as they are named."""
+    clip_growth: float = number(default_of(A2POLoss, "clip_growth"), at_least=0, at_most=1)
+    """By how much less than the last the first agent may move."""
+    trace: str = choice("paper", "code", default=default_of(A2POLoss, "trace"))
+    """code: lambda twice from the second agent on, as the authors' code has it."""
+
+    def make_loss(self, actors: dict[str, Any], critic: Any, **critic_settings: Any) -> A2POLoss:
+        """Build the loss of a team."""
+        high = self.clip_epsilon_high
+        clip = self.clip_epsilon if high is None else (self.clip_epsilon, high)
+        return A2POLoss(
+            actors,
+            critic,
+            clip_epsilon=clip,
+            entropy_coeff=self.entropy_coeff,
+            clip_growth=self.clip_growth,
+            trace=cast(Literal["paper", "code"], self.trace),
+            **critic_settings,
+        )
