@@ -7,7 +7,7 @@ makes no difference; the survivors are listed in ``tests/README.md``, with the r
 them may live.
 
     python tests/mutants.py verdicts.jsonl                       # more than an hour on one core
-    python tests/mutants.py verdicts.jsonl optim/line_search.py  # some files only
+    python tests/mutants.py verdicts.jsonl steps/trust_region/line_search.py  # some files only
     python tests/mutants.py verdicts.jsonl --again --seconds 600 # the survivors so far
     python tests/mutants.py verdicts.jsonl --again --tests learners --only "learners|weight"
 
@@ -52,18 +52,20 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "torchrl_happo"
 
 TARGETS = [
-    *(f"objectives/{name}.py" for name in ("functional", "happo", "hatrpo", "common")),
-    *("updater.py", "turn.py", "undo.py", "means.py"),
-    *(f"optim/{name}.py" for name in ("trust_region", "natural_gradient", "line_search")),
-    *(f"optim/{name}.py" for name in ("linearize", "second_order", "first_order")),
-    *(f"optim/{name}.py" for name in ("factories", "minibatches")),
-    *("objectives/value_norm.py", "batch.py"),
+    *(f"objectives/{name}.py" for name in ("surrogate", "happo", "hatrpo", "base", "critic")),
+    *(f"objectives/{name}.py" for name in ("joint", "entropy", "value_norm")),
+    *(f"update/{name}.py" for name in ("updater", "batch", "correction", "order", "metrics")),
+    *("update/assembly.py", "update/state.py", "transaction.py", "masked.py"),
+    *(f"steps/trust_region/{name}.py" for name in ("solve", "natural_gradient", "line_search")),
+    *(f"steps/trust_region/{name}.py" for name in ("linearize", "step")),
+    *(f"steps/{name}.py" for name in ("first_order", "optimizers", "minibatches")),
 ]
 TESTS = [
     *["functional", "happo_loss", "hatrpo_loss", "updater", "goldens", "refused", "trust_region"],
     *["trust_region_safety", "natural_gradient", "line_search", "trpo", "unlike_agents"],
     *["layouts", "memory", "saturation", "value_norm", "value_clipping", "faults", "bad_input"],
-    *["identities", "isolation", "docstrings", "critics", "masked_entries"],
+    *["identities", "isolation", "docstrings", "critics", "masked_entries", "slots", "by_hand"],
+    "steps",
 ]
 #: Imported before the forks, so that no mutant pays for it.
 HEAVY = [
@@ -244,7 +246,7 @@ class Reach:
         above = (lines[str(n)] for n in range(line, 0, -1) if str(n) in lines)
         tests = [test for test in next(above, []) if test]
         tests = tests or list({test for tests in lines.values() for test in tests if test})
-        stem = "updater" if target in ("turn.py", "undo.py") else Path(target).stem
+        stem = "updater" if target.startswith(("update/", "transaction")) else Path(target).stem
         tests.sort(key=self.rank.__getitem__)
         files: dict[str, list[str]] = {}
         for test in tests:
