@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from wrong_calls import same
-from wrong_library import BATCHES, LOSSES, STATES, TEAMS, UPDATERS
+from wrong_library import BATCHES, LOSSES, MENDED, STATES, TEAMS, UPDATERS
 from wrong_recipe import BUILDERS, CHECKPOINTS, CONFIGS
 
 import torchrl_happo
@@ -38,6 +38,13 @@ def test_wrong_call(wrong):
     if "unexpected keyword argument" not in sentence:  # Python's own words for it are good
         assert caught.traceback[-1].path.is_relative_to(PACKAGE), caught.getrepr()
         assert sentence.endswith((".", "?"))
+
+
+@pytest.mark.parametrize("name", MENDED)
+def test_mended_call(name):
+    """The cure that the sentence of a wrong call names works."""
+    assert name in {wrong.name for wrong in TABLE}
+    MENDED[name]()
 
 
 def test_the_table_is_long_and_names_each_row_once():
