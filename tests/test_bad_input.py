@@ -10,8 +10,9 @@ import re
 from pathlib import Path
 
 import pytest
+from mended_library import MENDED
 from wrong_calls import same
-from wrong_library import BATCHES, LOSSES, MENDED, STATES, TEAMS, UPDATERS
+from wrong_library import BATCHES, LOSSES, STATES, TEAMS, UPDATERS
 from wrong_recipe import BUILDERS, CHECKPOINTS, CONFIGS
 
 import torchrl_happo
