@@ -409,3 +409,34 @@ def test_a2po_refuses_what_it_cannot_estimate():
         A2POLoss(make_actor(), None, clip_growth=2.0)
     with pytest.raises(ValueError, match='trace must be "paper" or "code"'):
         A2POLoss(make_actor(), None, trace="both")
+
+
+@pytest.mark.parametrize("settings", [{}, {"sequence_length": 3}], ids=["steps", "chunks"])
+@pytest.mark.parametrize(
+    ("loss_class", "kwargs"),
+    [
+        (A2POLoss, {}),
+        (A2POLoss, {"blocks": ["agents"]}),
+        (CoPPOLoss, {}),
+        (HAA2CLoss, {"blocks": ["agents"]}),
+        (HATRPOLoss, {"kl_split": "weighted"}),
+        (HATRPOLoss, {"kl_split": "greedy"}),
+    ],
+)
+def test_masks_blocks_and_chunks(loss_class, kwargs, settings):
+    """An agent that acts nowhere stays as it is, the others move, and nothing is NaN."""
+    actor = make_actor()
+    batch = make_batch(actor)
+    batch["agents", "active"] = torch.rand(4, 6, N_AGENTS) < 0.5
+    batch["agents", "active"][0, 0] = True
+    batch["agents", "active"][..., 1] = False
+    before = state_of(actor)
+    loss = loss_class(actor, make_critic(), **kwargs)
+    metrics = SequentialUpdater(loss, num_epochs=2, minibatch_size=8, **settings)(batch)
+    assert all(value.isfinite().all() for value in metrics.values(True, True))
+    moved = [
+        (value - before[key]).abs().flatten(1).amax(1)
+        for key, value in actor.state_dict().items()
+        if value.ndim > 1 and len(value) == N_AGENTS
+    ]
+    assert [bool(torch.stack(moved)[:, i].any()) for i in range(N_AGENTS)] == [True, False, True]
