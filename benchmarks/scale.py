@@ -39,6 +39,7 @@ class Update:
         cg_iterations: of conjugate gradient (HATRPO).
         returns: numbers that the value normalisation takes in; 0: there is none.
         number_bytes: size of a number.
+        values_of_agents: whether the critic has a value for each agent, standardised at once.
     """
 
     algorithm: str
@@ -50,6 +51,7 @@ class Update:
     cg_iterations: int = 10
     returns: int = 0
     number_bytes: int = 4
+    values_of_agents: bool = False
 
 
 def traffic(update: Update) -> tuple[int, int]:
@@ -66,16 +68,16 @@ def _numbers(update: Update, *counts: int) -> list[int]:
 
 
 def _beginning(update: Update) -> list[int]:
-    """Whether all accept the batch, in what order to go, who acts at all."""
-    n_agents = len(update.actors)
-    return [8, 8, 8 * n_agents, 2 * GENERATOR_BYTES, 4 * n_agents]
+    """Whether all accept the batch, what is drawn, who acts at all, advantages of each agent."""
+    joint = _numbers(update, 2, 2) if update.values_of_agents else []
+    return [8, 2 * GENERATOR_BYTES, 4 * len(update.actors), *joint]
 
 
 def _agent(update: Update, parameters: int) -> list[int]:
     """The turn of one agent."""
     happo = update.algorithm == "happo"
     agreement, rounds = [8], [8] if happo else []
-    advantage = _numbers(update, 2, 2)
+    advantage = [] if update.values_of_agents else _numbers(update, 2, 2)
     steps = update.epochs * update.minibatches
     if happo:
         move = _numbers(update, *[parameters + 2] * steps)

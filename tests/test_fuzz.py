@@ -48,7 +48,7 @@ def check_agent(loss, agent):
     else:
         assert agent["line_search_success"] in (0, 1)
         assert 0 <= agent["step_fraction"] <= 1
-        largest = max(region.max_kl for region in loss._trust_regions.values())
+        largest = max(loss.radius(each.name) for each in loss.agents)
         assert agent["kl"] <= largest * 1.01 + 1e-6
 
 

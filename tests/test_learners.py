@@ -459,6 +459,7 @@ def test_messages_and_bytes_are_those_of_the_formula(ranks, algorithm, norm):
             tries=0,
             returns=N_ENVS // 2 * TIME * 3 if norm else 0,
             number_bytes=8,
+            values_of_agents=True,
         )
         expected, expected_size = formula["traffic"](update)
         assert messages == expected + tries

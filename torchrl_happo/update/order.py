@@ -116,6 +116,10 @@ class Turns:
         self.agents = tuple(agents)
         self.learners = learners
         self.order = self._rule(order, generator)
+        # Learners draw alike, and a sequence is a sequence; a callable may look at its own batch.
+        self._is_alike = isinstance(self.order, RandomOrder) or (
+            isinstance(self.order, Fixed) and not callable(self.order.order)
+        )
 
     def _rule(self, order: OrderLike, generator: torch.Generator) -> Order:
         if isinstance(order, Order):
@@ -149,7 +153,7 @@ class Turns:
                 f"or several of the agents {list(by_name)}, each once."
             )
         listed = [by_name[name] for name in names]
-        if self.learners.alone:
+        if self.learners.alone or self._is_alike:
             return listed
         flags = torch.zeros(len(self.agents), dtype=torch.int64)
         for place, name in enumerate(names):

@@ -312,7 +312,9 @@ class SequentialUpdater:
         report = TensorDict()
         if data.has_values(name):
             own = data.critic_data(name)
-            transaction.add(data.critics[name].update_norm(data.valid_returns(name), own))
+            critic = data.critics[name]
+            if critic.value_norm is not None:
+                transaction.add(critic.update_norm(data.valid_returns(name), own))
             report = self._move(name, own, transaction)
         return report.set("explained_variance", data.explained_variance(name))
 
