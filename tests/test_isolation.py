@@ -79,11 +79,11 @@ def test_a_turn_moves_the_one_whose_turn_it_is(team, loss_class, monkeypatch):
         now = belongings(updater)
         return {name for name, owned in now.items() if not same(owned, since[name])}, now
 
-    def checked(self, name, data, transaction):
+    def checked(self, name, data, transaction, *radius):
         nonlocal last
         between, before = moved(last)
         assert between <= ({"statistics", "critic"} if name == "critic" else set())
-        report = move(self, name, data, transaction)
+        report = move(self, name, data, transaction, *radius)
         during, last = moved(before)
         assert during == {name}
         turns.append(name)

@@ -240,9 +240,9 @@ def test_no_minibatch_is_without_a_valid_entry(team, loss_class):
     updater.sequence_length = 5 if "memory" in team else None
     move, drawn = updater._move, []
 
-    def spy(name, data, transaction):
+    def spy(name, data, transaction, *radius):
         drawn.append(len(data))
-        return move(name, data, transaction)
+        return move(name, data, transaction, *radius)
 
     updater._move = spy
     update(updater, batch)
