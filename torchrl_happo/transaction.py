@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol, TypeAlias
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import LazyStackedTensorDict, TensorDictBase
 from torch import Tensor, nn
 
 __all__ = [
@@ -329,8 +329,13 @@ def recordable(batch: TensorDictBase) -> TensorDictBase:
     Args:
         batch (TensorDictBase): what a collector yields. Anything else is returned as it is.
     """
-    if isinstance(batch, TensorDictBase) and any(
-        isinstance(value, Tensor) and value.is_inference() for value in batch.values(True, True)
-    ):
-        return batch.clone()
-    return batch
+    return batch.clone() if _is_inference(batch) else batch
+
+
+def _is_inference(value: Any) -> bool:
+    """Whether a tensor, or any in a tensordict, was made under ``inference_mode``."""
+    if isinstance(value, LazyStackedTensorDict):  # its rows may not fit one tensor
+        return any(map(_is_inference, value.tensordicts))
+    if isinstance(value, TensorDictBase):
+        return any(map(_is_inference, value.values()))
+    return isinstance(value, Tensor) and value.is_inference()
