@@ -36,7 +36,7 @@ _FACTORIES = {
 
 
 def check_counts(*, at_least: int = 1, optional: bool = False, **values: Any) -> None:
-    """Refuses whatever is not a whole number of at least ``at_least``.
+    """Refuse whatever is not a whole number of at least ``at_least``.
 
     Keyword Args:
         at_least (int): the smallest that is taken. Defaults to ``1``.
@@ -64,7 +64,7 @@ def check_counts(*, at_least: int = 1, optional: bool = False, **values: Any) ->
 
 
 def check_seed(seed: Any) -> None:
-    """Refuses whatever does not seed a generator of torch."""
+    """Refuse whatever does not seed a generator of torch."""
     if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise TypeError(f"seed must be a whole number of at least 0, got {seed!r}.")
     if not 0 <= int(seed) < 2**63:
@@ -72,7 +72,7 @@ def check_seed(seed: Any) -> None:
 
 
 def check_positive(**values: Any) -> None:
-    """Refuses whatever is neither ``None`` nor a number above 0."""
+    """Refuse whatever is neither ``None`` nor a number above 0."""
     for name, value in values.items():
         if value is None:
             continue
@@ -83,7 +83,7 @@ def check_positive(**values: Any) -> None:
 
 
 def check_numbers(*, at_least: float = -math.inf, optional: bool = False, **values: Any) -> None:
-    """Refuses whatever is no finite number of at least ``at_least``, or ``None`` if optional."""
+    """Refuse whatever is no finite number of at least ``at_least``, or ``None`` if optional."""
     wanted = "a finite number" + (f" of at least {at_least:g}" if at_least > -math.inf else "")
     for name, value in values.items():
         if value is None and optional:
@@ -95,7 +95,7 @@ def check_numbers(*, at_least: float = -math.inf, optional: bool = False, **valu
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
-    """Refuses whatever is not one of the ``choices``, and names those that are near."""
+    """Refuse whatever is not one of the ``choices``, and names those that are near."""
     if value in choices:
         return
     near = get_close_matches(str(value), choices)
@@ -105,7 +105,7 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
 
 
 def check_callables(*, optional: bool = False, **values: Any) -> None:
-    """Refuses factories (of optimisers or schedulers) that cannot be called."""
+    """Refuse factories (of optimisers or schedulers) that cannot be called."""
     for name, value in values.items():
         if callable(value) or (value is None and optional):
             continue
@@ -114,7 +114,7 @@ def check_callables(*, optional: bool = False, **values: Any) -> None:
 
 
 def check_clip_epsilon(value: Any) -> None:
-    """Refuses a clipping threshold, or pair of thresholds, that leaves no range of ratios."""
+    """Refuse a clipping threshold, or pair of thresholds, that leaves no range of ratios."""
     if isinstance(value, (tuple, list)):
         numbers = len(value) == 2 and all(isinstance(bound, Real) for bound in value)
         if not (numbers and 0 <= value[0] < 1 and 0 <= value[1] < math.inf and any(value)):
@@ -131,7 +131,7 @@ def check_clip_epsilon(value: Any) -> None:
 
 
 def check_entropy_coeff(value: Any) -> None:
-    """Refuses a weight of the entropy, or of one head's entropy, that is no finite number."""
+    """Refuse a weight of the entropy, or of one head's entropy, that is no finite number."""
     for head, weight in (value if isinstance(value, Mapping) else {None: value}).items():
         name = "entropy_coeff" if head is None else f"entropy_coeff[{head!r}]"
         check_numbers(**{name: weight})
@@ -144,7 +144,7 @@ def check_critic(
     clip_value: Any,
     reduction: Any,
 ) -> None:
-    """Refuses what no critic's loss can be built of."""
+    """Refuse what no critic's loss can be built of."""
     if critic is None and critic_coeff is not None:
         raise ValueError(
             f"critic_coeff is {critic_coeff!r}, but there is no critic; pass one or leave it out."
@@ -158,7 +158,7 @@ def check_critic(
 
 
 def check_keys(keys: Mapping[str, object], accepted: Collection[str]) -> None:
-    """Refuses names of keys that a loss does not have, and says which are near."""
+    """Refuse names of keys that a loss does not have, and says which are near."""
     for name in keys:
         if name not in accepted:
             near = get_close_matches(name, accepted)

@@ -116,7 +116,7 @@ def _run(config: TrainConfig, own: TrainConfig, folder: Path, ranks: Ranks) -> P
 
 
 def _check_folder(config: TrainConfig, folder: Path) -> None:
-    """Refuses to write over the checkpoints of a run that this one does not go on from."""
+    """Refuse to write over the checkpoints of a run that this one does not go on from."""
     goes_on = config.resume is not None and (
         run_folder(Path(config.resume)).resolve() == folder.resolve()
     )
@@ -128,7 +128,7 @@ def _check_folder(config: TrainConfig, folder: Path) -> None:
 
 
 def _check_left(config: TrainConfig, folder: Path, progress: Progress) -> None:
-    """Refuses to branch off where there is nothing left to learn, which would leave no run."""
+    """Refuse to branch off where there is nothing left to learn, which would leave no run."""
     is_new = not checkpoint.list_checkpoints(folder / CHECKPOINTS)
     if is_new and progress.iteration >= config.iterations:
         raise ConfigError(

@@ -18,7 +18,7 @@ STATE_VERSION = 1
 
 
 def check_state(state: object, own: Mapping[str, Any]) -> None:
-    """Refuses a state that is not of the same version, architecture and team.
+    """Refuse a state that is not of the same version, architecture and team.
 
     Args:
         state (object): what is to be loaded.
