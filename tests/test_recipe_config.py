@@ -101,7 +101,7 @@ def test_benchmark_settings_are_the_default():
         ("task=vmas/navigatoin", "'vmas/navigatoin'; near: vmas/navigation."),
         ("task=navigation", "near: vmas/navigation."),
         ("task=smac/3m", "mujoco/ant_2x4, mujoco/ant_4x2"),
-        ("algorithm=hapo", "There is no algorithm 'hapo'; near: happo, hatrpo."),
+        ("algorithm=hapo", "There is no algorithm 'hapo'; near: happo, hatrpo, a2po."),
         ("collector=rya", "There is no collector 'rya'; known: distributed, multi, ray, single."),
         ("taks=vmas/balance", "There is no option 'taks'; near: task."),
         ("lr=1e-3", "There is no option 'lr'; near: algorithm.lr."),

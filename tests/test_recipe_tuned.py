@@ -24,8 +24,9 @@ def test_each_file_belongs_to_a_task_and_an_algorithm():
     assert {task for task, _ in names("task")} <= set(TASKS)
     assert {algorithm for _, algorithm in names("task")} <= set(ALGORITHMS)
     families = {task.partition("/")[0] for task in TASKS}
+    assert {family for _, family in names("base")} <= families
     assert {family for family, _ in names("family")} <= families
-    assert {algorithm for _, algorithm in names("family")} <= {*ALGORITHMS, "base"}
+    assert {algorithm for _, algorithm in names("family")} <= set(ALGORITHMS)
 
 
 @pytest.mark.parametrize(("task", "algorithm"), sorted(names("task")))
@@ -45,14 +46,15 @@ def test_a_family_has_settings_for_every_algorithm(task, algorithm):
 
 
 def test_an_algorithm_is_above_the_base_of_its_family():
-    """On particles HAPPO takes whole batches, the other algorithms minibatches."""
+    """On particles HAPPO and its followers take whole batches, the others minibatches."""
     sizes = {
         algorithm: compose_config(
             "task=pettingzoo/simple_spread", f"algorithm={algorithm}"
         ).algorithm.minibatch_size
         for algorithm in ALGORITHMS
     }
-    assert sizes == {"happo": None, "hatrpo": 400, "mappo": 400, "ippo": 400}
+    whole = dict.fromkeys(("happo", "haa2c", "a2po", "coppo"))
+    assert sizes == whole | {"hatrpo": 400, "mappo": 400, "ippo": 400}
 
 
 def test_the_task_is_above_its_family_and_the_command_line_above_both():
@@ -67,6 +69,9 @@ def test_the_task_is_above_its_family_and_the_command_line_above_both():
 def test_they_can_be_left_out():
     """Without them the recipe's own settings hold, as for a family that has none."""
     task = "task=mujoco/halfcheetah_2x3"
-    config, default = compose_config(task, "~tuned/family", "~tuned/task"), compose_config()
+    config, default = (
+        compose_config(task, "~tuned/base", "~tuned/family", "~tuned/task"),
+        compose_config(),
+    )
     assert config.algorithm == default.algorithm
     assert (config.model, config.num_envs) == (default.model, default.num_envs)
