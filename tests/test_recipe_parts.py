@@ -185,6 +185,8 @@ class TestReport:
     def test_what_cannot_be_drawn_is_said(self, tmp_path, monkeypatch, capsys):
         """In one sentence: another simulator, no checkpoint."""
         monkeypatch.setattr(training, "write_report", lambda config, folder: None)
+        # Without it SDL, which mpe2 loads, writes lines of its own beside the sentence.
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
         run = training.run(tiny_config("task=pettingzoo/simple_line"), tmp_path / "run")
         for folder, words in ((run, "not pettingzoo/simple_line"), (tmp_path, "holds no")):
             assert cli.command_line(["render", f"run={folder}"]) == 2
