@@ -76,7 +76,7 @@ COMPILED = {
     **{name: [*ALGORITHMS[name], "algorithm.compile=true"] for name in ("happo", "hatrpo")},
 }
 # At a checkpoint the environments begin anew: how often that is belongs to the command of a run.
-SELDOM = ["progress=false", "checkpoint.interval=50"]
+SELDOM = ["progress=false", "collector.restart_interval=50"]
 CHEETAH = "mujoco/halfcheetah_2x3"
 SPEAKING = ["task=pettingzoo/simple_reference", "task.continuous_actions=false"]
 SUITES = {
@@ -156,7 +156,11 @@ SUITES = {
                     "model.actor_init=torch",
                 ],
                 # The task's own settings now (conf/tuned), for four times as long.
-                "kl_0.02_batches_of_1000": ["total_frames=4000000", "checkpoint.interval=200"],
+                "kl_0.02_batches_of_1000": [
+                    "total_frames=4000000",
+                    "checkpoint.interval=200",
+                    "collector.restart_interval=200",
+                ],
             }.items()
         },
         algorithms={"hatrpo": COMPILED["hatrpo"]},

@@ -64,7 +64,7 @@ def training(overrides: list[str], num_envs: int, clock: Callable[[], float]) ->
     config = compose_config(
         *(f"task={TASK}", *overrides),
         *(f"num_envs={num_envs}", f"steps_per_batch={FRAMES // num_envs}"),
-        "checkpoint.interval=0",
+        "collector.restart_interval=0",
     )
     learner = make_learner(config, make_env(config.task, num_envs=1, seed=0))
     batches = Batches(config, learner.policy)

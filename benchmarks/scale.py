@@ -202,7 +202,12 @@ RUNS = {
 }
 SETTINGS = [
     *("task=vmas/navigation", "steps_per_batch=100", "render=false"),
-    *("progress=false", "evaluation.interval=0", "evaluation.episodes=1", "checkpoint.interval=0"),
+    *(
+        "progress=false",
+        "evaluation.interval=0",
+        "evaluation.episodes=1",
+        "collector.restart_interval=0",
+    ),
 ]
 SHORT, LONG = 2, 8
 

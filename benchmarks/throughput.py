@@ -171,7 +171,7 @@ class Benchmark:
             f"task={args.task}",
             f"num_envs={self.num_envs}",
             f"steps_per_batch={args.steps}",
-            "checkpoint.interval=0",
+            "collector.restart_interval=0",
             f"model.num_cells={args.hidden}",
             f"device={args.device}",
             *overrides,

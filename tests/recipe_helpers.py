@@ -19,7 +19,7 @@ TINY = (
     "algorithm.num_epochs=2",
     "evaluation.episodes=3",
     "evaluation.interval=0",
-    "checkpoint.interval=0",
+    "collector.restart_interval=0",
     "progress=false",
     "render=false",
 )

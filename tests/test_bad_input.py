@@ -13,9 +13,10 @@ import pytest
 from mended_library import MENDED
 from wrong_calls import same
 from wrong_library import BATCHES, LOSSES, STATES, TEAMS, UPDATERS
-from wrong_recipe import BUILDERS, CHECKPOINTS, CONFIGS
+from wrong_recipe import BUILDERS, CHECKPOINTS, COMMANDS, CONFIGS
 
 import torchrl_happo
+from torchrl_happo.recipe.compose import compose_config
 
 PACKAGE = Path(torchrl_happo.__file__).parent
 TABLE = [
@@ -46,6 +47,13 @@ def test_mended_call(name):
     """The cure that the sentence of a wrong call names works."""
     assert name in {wrong.name for wrong in TABLE}
     MENDED[name]()
+
+
+@pytest.mark.parametrize(("wrong", "mended"), [row[:2] for row in COMMANDS], ids=str)
+def test_mended_command(wrong, mended):
+    """The command line that a sentence asks for composes."""
+    assert wrong != mended
+    compose_config(*mended.split())
 
 
 def test_the_table_is_long_and_names_each_row_once():

@@ -193,7 +193,7 @@ def finished(config, folder):
 
 def test_an_environment_that_raises(tmp_path, monkeypatch):
     """In the middle of the third batch: resumed from its last checkpoint, the run is the same."""
-    config = tiny_config("checkpoint.interval=1")
+    config = tiny_config("collector.restart_interval=1")
     whole = finished(config, tmp_path / "whole")
     step, calls = VmasEnv._step, []
 
@@ -219,7 +219,7 @@ def test_a_worker_that_is_killed(tmp_path, monkeypatch, moment):
 
     ``moment`` is the method of the recipe's collection that finds the worker dead.
     """
-    config = tiny_config("collector=multi", "checkpoint.interval=1")
+    config = tiny_config("collector=multi", "collector.restart_interval=1")
     method, calls = getattr(Batches, moment), []
 
     def killing(self):
@@ -257,7 +257,7 @@ needs_dev_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="nee
 @needs_dev_full
 def test_a_full_disk(tmp_path, monkeypatch):
     """At the second checkpoint: one sentence, the first is intact, and the run resumes from it."""
-    config = tiny_config("checkpoint.interval=1")
+    config = tiny_config("collector.restart_interval=1")
     whole = finished(config, tmp_path / "whole")
     folder = tmp_path / "full"
     with monkeypatch.context() as patch:

@@ -20,7 +20,11 @@ from torchrl_happo.recipe.ranks import Ranks, launch_time, part_of
 
 pytest.importorskip("vmas")
 HERE = Path(__file__).parent
-LEARNERS = (*TINY, "algorithm.minibatch_size=12", "checkpoint.interval=1")
+LEARNERS = (
+    *TINY,
+    "algorithm.minibatch_size=12",
+    "collector.restart_interval=1",
+)
 
 
 def torchrun(folder, *options):

@@ -67,7 +67,7 @@ def learner_of(*overrides):
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, overrides):
     """Memory and value statistics are part of what a checkpoint brings back, bit for bit."""
-    config = tiny_config(*overrides, "checkpoint.interval=1", "evaluation.interval=1")
+    config = tiny_config(*overrides, "collector.restart_interval=1", "evaluation.interval=1")
     whole = training.run(config, tmp_path / "whole")
     stopped = shutil.copytree(whole, tmp_path / "stopped")
     (stopped / "checkpoints" / "00000003.pt").unlink()

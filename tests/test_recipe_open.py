@@ -21,7 +21,7 @@ from torchrl_happo.recipe.export import export_agent
 SMALL = (
     *("num_envs=4", "steps_per_batch=6", "total_frames=48", "model.num_cells=8"),
     *("algorithm.minibatch_size=12", "algorithm.num_epochs=1", "evaluation.episodes=3"),
-    *("evaluation.interval=0", "checkpoint.interval=0", "progress=false", "render=false"),
+    *("evaluation.interval=0", "collector.restart_interval=0", "progress=false", "render=false"),
 )
 CUSTOM = ("task=custom", "task.make_env=own_world:make_env")
 CORRIDOR = ("task=custom", "task.make_env=own_world:make_one", "task.max_steps=5")
@@ -62,7 +62,12 @@ def learned(folder):
 @pytest.mark.parametrize("custom", [CUSTOM, CORRIDOR], ids=["batched", "one copy"])
 def test_an_environment_of_ones_own_trains_and_resumes(tmp_path, custom, algorithm):
     """By its name, batched or one at a time; a resumed run ends as the one that was not stopped."""
-    words = [*SMALL, *custom, f"algorithm={algorithm}", "checkpoint.interval=1"]
+    words = [
+        *SMALL,
+        *custom,
+        f"algorithm={algorithm}",
+        "collector.restart_interval=1",
+    ]
     whole = train(config=words, folder=tmp_path / "whole")
     assert own_world.BUILT
     middle = whole / "checkpoints" / "00000001.pt"

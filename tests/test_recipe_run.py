@@ -56,7 +56,11 @@ def test_a_run_can_be_repeated(tmp_path, algorithm):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, algorithm):
     """From each checkpoint, in place or branched off, the run ends with the same numbers."""
-    config = tiny_config(f"algorithm={algorithm}", "checkpoint.interval=1", "evaluation.interval=1")
+    config = tiny_config(
+        f"algorithm={algorithm}",
+        "collector.restart_interval=1",
+        "evaluation.interval=1",
+    )
     whole = training.run(config, tmp_path / "whole")
     branch = whole / "checkpoints" / "00000001.pt"
     same(whole, training.run(replace(config, resume=str(branch)), tmp_path / "branch"))
@@ -65,6 +69,21 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, algorithm):
     (stopped / "checkpoints" / "00000003.pt").unlink()
     same(whole, training.run(replace(config, resume=str(stopped)), stopped))
     assert table(whole / "evaluation.csv") == table(stopped / "evaluation.csv")
+
+
+def test_how_often_a_checkpoint_is_written_changes_no_number(tmp_path):
+    """The environments begin anew by the restart interval alone, and checkpoints fall there."""
+    words = ("collector.restart_interval=1", "total_frames=96")
+    ends = [
+        training.run(tiny_config(*words, f"checkpoint.interval={n}"), tmp_path / f"{n}")
+        for n in (0, 1, 2)
+    ]
+    for other in ends[1:]:
+        same(ends[0], other)
+    names = [[file.name[:-3] for file in sorted(end.glob("checkpoints/*"))] for end in ends]
+    assert [[int(name) for name in run] for run in names] == [[4], [2, 3, 4], [2, 4]]
+    never = training.run(tiny_config("total_frames=96"), tmp_path / "never")
+    assert table(never / "metrics.csv") != table(ends[0] / "metrics.csv")
 
 
 def test_a_finished_run_can_be_made_longer(tmp_path):
@@ -177,7 +196,7 @@ def test_a_second_ctrl_c_acts_at_once(tmp_path, monkeypatch):
 
 def test_an_error_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     """A run that breaks in the middle is resumed from where it last saved."""
-    config = tiny_config("algorithm=mappo", "checkpoint.interval=1")
+    config = tiny_config("algorithm=mappo", "collector.restart_interval=1")
     whole = training.run(config, tmp_path / "whole")
     update = SimultaneousUpdater.__call__
     calls = []

@@ -139,6 +139,9 @@ class CollectorConfig:
     """Where batches come from; one dataclass for each way."""
 
     name: str = MISSING
+    restart_interval: int = number(10, at_least=0)
+    """Iterations after which the environments begin anew; checkpoints fall only there, so that a
+    resumed run does as one that was not interrupted. 0: never, with one checkpoint at the end."""
 
 
 @dataclass
@@ -202,8 +205,8 @@ class CheckpointConfig:
     """When a checkpoint is written and how many stay."""
 
     interval: int = number(at_least=0)
-    """Iterations between two checkpoints, at which the environments begin anew, so that a resumed
-    run does as one that was not interrupted; 0 writes one at the end only."""
+    """Iterations between two checkpoints, a multiple of collector.restart_interval, which is the
+    default; 0 writes one at the end only. It changes no number of the run."""
     keep: int = count()
     """How many of the newest checkpoints stay."""
 

@@ -40,11 +40,11 @@ logger = logging.getLogger(__name__)
 def run(config: TrainConfig, folder: Path) -> Path:
     """Train a team from beginning, or from ``config.resume``, to end.
 
-    A checkpoint is a point from which a run begins anew: whoever goes on from it, this process
-    after writing it or another one after reading it, reseeds every random state by the seed of the
-    run and the iteration, and resets the environments. That makes a resumed run equal to one that
-    was never interrupted, bit for bit, whatever the simulator. (One that was stopped by Ctrl-C
-    between two checkpoints has one more of these points, and so goes on with other numbers.)
+    Each ``collector.restart_interval`` iterations a run begins anew: it reseeds every random state
+    by the seed of the run and the iteration, and resets the environments. Checkpoints fall only
+    there, and a process that reads one does the same. That makes a resumed run equal to one that
+    was never interrupted, bit for bit, whatever the simulator. (A run that was stopped by Ctrl-C
+    between two restarts has one more of them, and so goes on with other numbers.)
 
     Args:
         config (TrainConfig): for instance from :func:`torchrl_happo.recipe.compose.compose_config`.
@@ -102,8 +102,8 @@ def _run(config: TrainConfig, own: TrainConfig, folder: Path, ranks: Ranks) -> P
                     writing.evaluation(learner)
 
             stopping = ranks.any(interrupt.requested)
-            fresh_start = stopping or _due(config.checkpoint.interval, progress, config)
-            if writing and fresh_start:
+            fresh_start = stopping or _due(config.collector.restart_interval, progress, config)
+            if writing and (stopping or _due(config.checkpoint.interval, progress, config)):
                 writing.checkpoint(learner)
             if stopping:
                 logger.info("Stopped and saved; go on with: resume=%s", folder)

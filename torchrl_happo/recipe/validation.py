@@ -41,15 +41,7 @@ def validate(config: TrainConfig) -> None:
             f"{config.frames_per_batch} frames of a batch (num_envs * steps_per_batch): lower it "
             "or collect more."
         )
-    interval, steps = config.checkpoint.interval, config.steps_per_batch
-    longest = config.task.max_steps or 0
-    if 0 < interval < config.iterations and interval * steps < longest:
-        raise ConfigError(
-            f"checkpoint.interval is {interval}, but at a checkpoint the environments begin anew, "
-            f"and an episode of {longest} steps (task.max_steps) lasts longer than that many "
-            f"batches of {steps} (steps_per_batch): take at least {-(-longest // steps)}, or 0 for "
-            "one at the end."
-        )
+    _validate_restarts(config)
     workers = getattr(config.collector, "num_workers", 1)
     if config.num_envs % workers:
         raise ConfigError(
@@ -58,6 +50,30 @@ def validate(config: TrainConfig) -> None:
         )
     config.algorithm.check(config)
     _validate_model(config)
+
+
+def _validate_restarts(config: TrainConfig) -> None:
+    restarts, steps = config.collector.restart_interval, config.steps_per_batch
+    longest = config.task.max_steps or 0
+    if 0 < restarts < config.iterations and restarts * steps < longest:
+        raise ConfigError(
+            f"collector.restart_interval is {restarts}, but an episode of {longest} steps "
+            f"(task.max_steps) lasts longer than that many batches of {steps} (steps_per_batch) "
+            f"and would never end: take at least {-(-longest // steps)}, or 0 for no restart."
+        )
+    interval = config.checkpoint.interval
+    if interval > 0 and restarts == 0:
+        raise ConfigError(
+            f"checkpoint.interval is {interval}, but a run can only go on from where its "
+            "environments begin anew, and they never begin anew (collector.restart_interval=0): "
+            "take 0, for one checkpoint at the end, or set both."
+        )
+    if 0 < interval < config.iterations and interval % restarts:
+        raise ConfigError(
+            f"checkpoint.interval is {interval}, but a run can only go on from where its "
+            f"environments begin anew, each {restarts} iterations (collector.restart_interval): "
+            f"take a multiple of it or collector.restart_interval={interval}."
+        )
 
 
 def _validate_model(config: TrainConfig) -> None:
