@@ -226,5 +226,6 @@ def explained(who: str, data: TensorDictBase, keys: Iterable[NestedKey]) -> Iter
             for value in tensors_of(data, key)
         )
         raise ValueError(
-            f"{who} cannot read the batch ({entries}): {first_line(error)}."
+            f"{who} cannot read the batch ({entries}): {first_line(error)}; pass the shapes and "
+            "types that it was built for."
         ) from error
