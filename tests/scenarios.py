@@ -149,6 +149,9 @@ class Data:
     saturated: bool
     dtype: torch.dtype
     chunks: bool
+    mask_name: str = "active"
+    traj_ids: bool = False
+    nan_ends: bool = False
 
 
 datasets = st.builds(
@@ -166,6 +169,9 @@ datasets = st.builds(
     saturated=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float64]),
     chunks=st.booleans(),
+    mask_name=st.sampled_from(["active", "active", "mask"]),  # ours, and TorchRL's of dead agents
+    traj_ids=st.booleans(),
+    nan_ends=st.booleans(),
 )
 
 critics = st.fixed_dictionaries(
@@ -182,10 +188,17 @@ happo = st.fixed_dictionaries(
         "entropy_coeff": st.sampled_from([0.0, 0.01, 1.0]),
     }
 )
+haa2c = st.fixed_dictionaries({"entropy_coeff": st.sampled_from([0.0, 0.01])})
+a2po = st.fixed_dictionaries(
+    {
+        "clip_epsilon": st.sampled_from([0.01, 0.2, (0.1, 0.3)]),
+        "entropy_coeff": st.sampled_from([0.0, 0.01]),
+    }
+)
 hatrpo = st.fixed_dictionaries(
     {
         "max_kl": st.sampled_from([1e-4, 0.01, 1.0]),
-        "kl_split": st.sampled_from([None, "equal"]),
+        "kl_split": st.sampled_from([None, "equal", "weighted", "greedy"]),
         "damping": st.sampled_from([0.0, 0.1, 1.0]),
         "cg_iterations": st.integers(1, 10),
         "max_backtracks": st.integers(1, 10),
@@ -200,7 +213,8 @@ updaters = st.fixed_dictionaries(
         "critic_epochs": st.one_of(st.none(), st.integers(1, 3)),
         "minibatch_size": st.one_of(st.none(), st.integers(1, 40)),
         "max_grad_norm": st.sampled_from([None, 0.1, 10.0]),
-        "order": st.sampled_from(["random", "fixed"]),
+        "order": st.sampled_from(["random", "fixed", "semi_greedy"]),
+        "by_agent": st.booleans(),
         "standardize_advantage": st.booleans(),
         "check_finite": st.sampled_from([None, True, False]),
         "replay_buffer": st.integers(0, 4).map(lambda i: i == 0),
@@ -210,6 +224,8 @@ updaters = st.fixed_dictionaries(
                 partial(torch.optim.Adam, lr=1e-3),
                 partial(torch.optim.AdamW, lr=0.05),
                 partial(torch.optim.SGD, lr=0.01, momentum=0.9),
+                partial(torch.optim.Adam, lr=torch.tensor(1e-3)),
+                partial(torch.optim.Adafactor, lr=0.01),
             ]
         ),
         "scheduler": st.sampled_from(
@@ -257,6 +273,8 @@ class Scenario:
             )
         else:
             del updater_kwargs["replay_buffer"]
+        if loss_kwargs.get("kl_split") == "greedy":
+            updater_kwargs["order"] = "random"  # the budget's own
         self.groups, self.data = groups, data
         actors = [group.actor(saturated=data.saturated).to(data.dtype) for group in groups]
         self.actor = TensorDictSequential(*actors)
@@ -271,6 +289,10 @@ class Scenario:
             blocks=[group.name for group in groups if self._is_block(group)],
             **loss_kwargs,
         )
+        if updater_kwargs.pop("by_agent", False):  # settings of each agent
+            names = [agent.name for agent in self.loss.agents]
+            epochs = updater_kwargs["num_epochs"]
+            updater_kwargs["num_epochs"] = dict.fromkeys(names, epochs) | {names[0]: 1}
         self.updater = SequentialUpdater(self.loss, **updater_kwargs)
 
     @staticmethod
@@ -328,7 +350,15 @@ class Scenario:
         for group in self.groups:
             if data.active is not None:
                 active = torch.rand(*group.shape(shape)) < data.active
-                batch[group.key("active")] = active
+                batch[group.key(data.mask_name)] = active
+        if data.traj_ids:  # trajectories follow each other without a done
+            batch["collector", "traj_ids"] = (torch.rand(*shape) < 0.3).cumsum(-1)
+        if data.nan_ends:  # what an environment may write where an episode has terminated
+            over = batch["next", "terminated"]
+            for group in self.groups:
+                seen = batch["next"][group.key("observation")]
+                ends = over.reshape(*shape, *(1,) * (seen.ndim - len(shape))).expand_as(seen)
+                seen[ends] = float("nan")
         if data.counted is not None:  # as of trajectories of unlike lengths
             batch["collector", "mask"] = torch.rand(*shape) < data.counted
         if data.advantage != "estimated":

@@ -13,9 +13,9 @@ import torch
 from effort import effort
 from hypothesis import given
 from hypothesis import strategies as st
-from scenarios import Scenario, critics, datasets, happo, hatrpo, teams, updaters
+from scenarios import Scenario, a2po, critics, datasets, haa2c, happo, hatrpo, teams, updaters
 
-from torchrl_happo import HAPPOLoss, HATRPOLoss
+from torchrl_happo import A2POLoss, HAA2CLoss, HAPPOLoss, HATRPOLoss
 
 
 def check(scenario, metrics):
@@ -56,13 +56,13 @@ def check_agent(loss, agent):
 @pytest.mark.no_cover  # which takes twice as long
 @pytest.mark.parametrize(
     ("loss_class", "loss_kwargs"),
-    [(HAPPOLoss, happo), (HATRPOLoss, hatrpo)],
-    ids=["HAPPO", "HATRPO"],
+    [(HAPPOLoss, happo), (HATRPOLoss, hatrpo), (HAA2CLoss, haa2c), (A2POLoss, a2po)],
+    ids=["HAPPO", "HATRPO", "HAA2C", "A2PO"],
 )
 def test_fuzz(loss_class, loss_kwargs):
     """Two updates on fresh batches of any scenario; the batch is left as it was."""
 
-    @effort(250)
+    @effort(250 if loss_class in (HAPPOLoss, HATRPOLoss) else 60)
     @given(
         st.integers(0, 2**31),
         teams(),
@@ -81,7 +81,7 @@ def test_fuzz(loss_class, loss_kwargs):
             groups,
             data,
             {**own, **critic},
-            {**updater, "target_kl": target_kl if loss_class is HAPPOLoss else None},
+            {**updater, "target_kl": target_kl if loss_class is not HATRPOLoss else None},
             per_agent_critic=per_agent_critic,
             critic_memory=memory,
         )
