@@ -13,7 +13,14 @@ if TYPE_CHECKING:
         make_critic,
         memory_transforms,
     )
-    from torchrl_happo.objectives import A2POLoss, CoPPOLoss, HAA2CLoss, HAPPOLoss, HATRPOLoss
+    from torchrl_happo.objectives import (
+        A2POLoss,
+        CoPPOLoss,
+        HAA2CLoss,
+        HAPPOLagrangianLoss,
+        HAPPOLoss,
+        HATRPOLoss,
+    )
     from torchrl_happo.policy.actor_list import ActorList
     from torchrl_happo.update.updater import SequentialUpdater
 
@@ -22,6 +29,7 @@ __all__ = [
     "ActorList",
     "CoPPOLoss",
     "HAA2CLoss",
+    "HAPPOLagrangianLoss",
     "HAPPOLoss",
     "HATRPOLoss",
     "SequentialUpdater",
@@ -39,7 +47,11 @@ __version__ = "0.1.0"
 _HOMES = {
     "ActorList": "policy.actor_list",
     **dict.fromkeys(
-        ("A2POLoss", "CoPPOLoss", "HAA2CLoss", "HAPPOLoss", "HATRPOLoss"), "objectives"
+        (
+            *("A2POLoss", "CoPPOLoss", "HAA2CLoss"),
+            *("HAPPOLagrangianLoss", "HAPPOLoss", "HATRPOLoss"),
+        ),
+        "objectives",
     ),
     "SequentialUpdater": "update.updater",
     "TeamReward": "envs.team_reward",

@@ -5,5 +5,13 @@ from torchrl_happo.objectives.coppo import CoPPOLoss
 from torchrl_happo.objectives.haa2c import HAA2CLoss
 from torchrl_happo.objectives.happo import HAPPOLoss
 from torchrl_happo.objectives.hatrpo import HATRPOLoss
+from torchrl_happo.objectives.lagrangian import HAPPOLagrangianLoss
 
-__all__ = ["A2POLoss", "CoPPOLoss", "HAA2CLoss", "HAPPOLoss", "HATRPOLoss"]
+__all__ = [
+    "A2POLoss",
+    "CoPPOLoss",
+    "HAA2CLoss",
+    "HAPPOLagrangianLoss",
+    "HAPPOLoss",
+    "HATRPOLoss",
+]

@@ -164,12 +164,14 @@ def _check_one_tensor(batch: TensorDictBase, key: NestedKey) -> None:
 
 def _check_estimable(team: Team, batch: TensorDictBase, critic: CriticKeys) -> None:
     """Refuse a batch from which no advantage can be estimated."""
+    is_reward = critic.reward == team.keys.reward
+    kind = "Reward" if is_reward else "Cost"
+    other = "call loss.set_keys(reward=...)" if is_reward else "name the cost by its key"
     _require(
         batch,
         next_key(critic.reward),
-        "the advantage",
-        'append TeamReward("mean") to the environment\'s transforms or call '
-        "loss.set_keys(reward=...)",
+        "the advantage" if is_reward else "the advantage of a cost",
+        f'append Team{kind}("mean") to the environment\'s transforms or {other}',
     )
     check_team_shape(team, batch, next_key(critic.reward))
     for name in ("done", "terminated"):

@@ -35,6 +35,8 @@ class Masks:
     def __init__(self, team: Team, batch: TensorDictBase) -> None:
         self._team = team
         self._batch = batch
+        rewards = [team.keys.reward, *(critic.reward for critic in team.critics.values())]
+        self._paid = {path_of(key) for key in rewards}
         self.steps = _step_mask(team, batch)
         self.active = _activity(team, batch)
 
@@ -107,7 +109,7 @@ class Masks:
         own = path[1:] if at_next else path
         name = _active_key(self._team, own)
         mask = None if name is None else self._batch.get(name, None)
-        if name is not None and at_next and own != path_of(self._team.keys.reward):
+        if name is not None and at_next and own not in self._paid:
             mask = self._batch.get(next_key(name), mask)
         if mask is None:
             return None

@@ -86,7 +86,8 @@ def check_finite(team: Team, batch: TensorDictBase, masks: Masks | None) -> None
             complaints.append(_NOT_FINITE.format(key))
             verdicts.append(verdict)
     for critic in team.critics.values():
-        if not has(batch, critic.advantage):
+        # Costs may differ: a critic has a value of each agent's for them.
+        if critic.reward == team.keys.reward and not has(batch, critic.advantage):
             complaints.append(_DIFFERING.format(next_key(critic.reward)))
             verdicts.append(_is_shared(batch, next_key(critic.reward), masks))
     for complaint, is_good in zip(complaints, torch.stack(verdicts).tolist(), strict=True):

@@ -172,10 +172,17 @@ class TeamBatch:
             return self.valid(agent) is None or self.kept(agent) is not None
         return self._acting_somewhere[self.team.agents.index(agent)]
 
-    def advantage(self, agent: Agent) -> Tensor:
-        """Return an agent's advantage, of the shape of its log-probability."""
+    def advantage(self, agent: Agent, joint: Tensor | None = None) -> Tensor:
+        """Return an agent's advantage, of the shape of its log-probability.
+
+        Args:
+            agent (Agent): the agent.
+            joint (Tensor, optional): the advantage of the team, ``[*B, 1]``, or of each agent,
+                ``[*B, n_agents, 1]``, before it is standardised. Defaults to ``None``: that of
+                the batch.
+        """
         dims = self.batch.batch_dims
-        advantage = self._advantage
+        advantage = self._advantage if joint is None else self._standardized_together(joint)
         own = agent.share_of(advantage, dims)
         if self.standardize_advantage and advantage.ndim == dims + 1:
             own = standardize(own, self.valid(agent), average=self.learners.mean)
@@ -184,7 +191,9 @@ class TeamBatch:
     @cached_property
     def _advantage(self) -> Tensor:
         """The advantage; one per agent is standardised, once, over the decisions of all."""
-        advantage = self.batch.get(self.team.keys.advantage)
+        return self._standardized_together(self.batch.get(self.team.keys.advantage))
+
+    def _standardized_together(self, advantage: Tensor) -> Tensor:
         if advantage.ndim == self.batch.batch_dims + 1 or not self.standardize_advantage:
             return advantage
         valid = None if self.masks is None else self.masks.team_decisions()

@@ -47,6 +47,9 @@ class Correction(Protocol):
     def report(self, agent: Agent) -> TensorDict:
         """Return scalars to report of an agent's corrections, before its step."""
 
+    def end_batch(self) -> None:
+        """Keep what shall last beyond the batch; called when the update has succeeded."""
+
 
 #: Builds the correction of one batch, before any agent has moved.
 CorrectionFactory: TypeAlias = Callable[[TeamBatch], Correction]
@@ -100,3 +103,6 @@ class RatioFactor:
         (mean,) = learners.mean([masked_mean(log_factor.exp(), valid)], count(log_factor, valid))
         ess = effective_sample_size(log_factor, valid, peak=peak, average=learners.mean)
         return TensorDict({"factor_mean": mean, "factor_max": peak.exp(), "factor_ess": ess})
+
+    def end_batch(self) -> None:
+        """Keep nothing: the next batch starts from the factor 1."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,13 +11,12 @@ from torch import Tensor
 
 from torchrl_happo.masked import standardize
 from torchrl_happo.objectives.a2po import CLIP_SCALE, A2POLoss
-from torchrl_happo.objectives.base import SequentialLoss
 from torchrl_happo.team.agent import Agent
 from torchrl_happo.team.entries import next_key
 from torchrl_happo.update.batch import TeamBatch
-from torchrl_happo.update.correction import CorrectionFactory, RatioFactor
+from torchrl_happo.update.correction import RatioFactor
 
-__all__ = ["Reestimated", "correction_of", "reestimate"]
+__all__ = ["Reestimated", "reestimate"]
 
 
 def reestimate(
@@ -110,8 +108,3 @@ class Reestimated(RatioFactor):
         """Multiply the factor by an agent's ratio, and count the agent."""
         super().include(agent, log_ratio)
         self.num_moved += 1
-
-
-def correction_of(loss: SequentialLoss) -> CorrectionFactory:
-    """Return the correction that a loss asks for."""
-    return partial(Reestimated, loss=loss) if isinstance(loss, A2POLoss) else RatioFactor

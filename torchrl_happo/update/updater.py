@@ -28,8 +28,8 @@ from torchrl_happo.update.assembly import Assembly
 from torchrl_happo.update.batch import TeamBatch
 from torchrl_happo.update.budget import make_budget
 from torchrl_happo.update.correction import Correction, CorrectionFactory
+from torchrl_happo.update.corrections import correction_of
 from torchrl_happo.update.order import OrderLike, Turns
-from torchrl_happo.update.reestimation import correction_of
 from torchrl_happo.update.state import loss_state, restore, state_of
 
 __all__ = ["SequentialUpdater"]
@@ -57,7 +57,7 @@ class SequentialUpdater:
     optimisers as they were.
 
     Args:
-        loss (HAPPOLoss or HATRPOLoss): the team's loss, which owns the networks.
+        loss (SequentialLoss): the team's loss, which owns the networks.
 
     Keyword Args:
         step (callable, optional): builds the step of each agent
@@ -80,17 +80,16 @@ class SequentialUpdater:
         max_grad_norm (float, optional): the gradient of each agent, and of the critic, is scaled
             down to this norm. Defaults to ``None``: no clipping.
         scheduler (callable, optional): from an optimiser to its learning-rate scheduler, which
-            steps once per batch, also of an agent that does not act in it. Defaults to ``None``.
+            steps once per batch, whether or not the agent acts. Defaults to ``None``.
         target_kl (float, optional): an agent stops after the epoch in which its mean divergence
-            from the policy that acted passes this. Reads a number back after each epoch.
-            Defaults to ``None``: no early stopping.
+            from the policy that acted passes this. Reads a number back after each epoch. Defaults
+            to ``None``.
         sequence_length (int, optional): minibatches hold chunks of this many consecutive steps.
             Defaults to ``None``: single steps, but the whole length for recurrent networks.
         replay_buffer (ReplayBuffer, optional): draws the minibatches with its own sampler; its
             generator is not in the state. Defaults to ``None``.
         standardize_advantage (bool, optional): whether to standardise the advantage over the
-            batch. Defaults to ``None``: as the loss's ``normalize_advantage``, ``True`` if it says
-            nothing.
+            batch. Defaults to ``None``: as the loss's ``normalize_advantage``, else ``True``.
         check_finite (bool, optional): whether to look for NaN, infinite numbers and unlike rewards
             in each batch (``False``: the first), and for a non-finite gradient, which waits for
             the device. Defaults to ``None``: ``True`` on the CPU alone.
@@ -269,6 +268,7 @@ class SequentialUpdater:
         for step in self.steps.values():
             transaction.remember_once(step)
             step.end_batch()
+        correction.end_batch()
         return metrics
 
     def _take_turn(

@@ -1,0 +1,150 @@
+"""The advantage less the price of costs, and the multipliers that set the price."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from tensordict import NestedKey, TensorDict
+from torch import Tensor
+
+from torchrl_happo.masked import masked_mean
+from torchrl_happo.objectives.costs import WithCosts, episode_key
+from torchrl_happo.objectives.lagrangian import (
+    HAPPOLagrangianLoss,
+    adam_ascent,
+    projected_ascent,
+)
+from torchrl_happo.team.agent import Agent
+from torchrl_happo.team.entries import has, next_key
+from torchrl_happo.update.batch import TeamBatch
+from torchrl_happo.update.correction import RatioFactor
+
+__all__ = ["PricedCosts", "episode_costs"]
+
+
+class PricedCosts(RatioFactor):
+    r"""The correction of HAPPO-Lagrangian: :math:`A - \sum_k \lambda_k A_{C_k}`, and the factor.
+
+    Learned multipliers make their step before the first agent moves. What has become of the
+    multipliers is written to the loss when the update has succeeded.
+
+    Args:
+        batch (TeamBatch): the batch of the update.
+
+    Keyword Args:
+        loss (HAPPOLagrangianLoss): has the bounds and the multipliers.
+    """
+
+    def __init__(self, batch: TeamBatch, *, loss: HAPPOLagrangianLoss) -> None:
+        super().__init__(batch)
+        self.loss = loss
+        self.costs = episode_costs(batch, loss)
+        limits = [loss.cost_limits[name] for name in loss.cost_keys]
+        self.excess = self.costs - self.costs.new_tensor(limits).unsqueeze(-1)
+        self.state = loss.multiplier_state.clone()
+        if loss.multiplier == "learned":
+            excess = self.excess if loss.by_agent else self.excess.nanmean(-1, keepdim=True)
+            self.state = adam_ascent(self.state, excess, loss.multiplier_lr)
+        self.multipliers = loss.multipliers_of(self.state)
+
+    def entries(self, agent: Agent) -> Mapping[NestedKey, Tensor]:
+        """Return the factor, and the agent's advantage less the price of its costs."""
+        batch, key = self.batch, self.batch.team.keys.advantage
+        priced = batch.advantage(agent, self._priced(agent))
+        return {**super().entries(agent), key: batch.items(priced)}
+
+    def _priced(self, agent: Agent) -> Tensor:
+        """Return the priced advantage before it is standardised, ``[*B, 1]`` or of each agent."""
+        batch, team = self.batch, self.batch.team
+        advantage = batch.batch.get(team.keys.advantage)
+        for prices, name in zip(self.multipliers, self.loss.cost_keys, strict=True):
+            cost = batch.batch.get(batch.critics[name].keys.advantage)
+            if max(advantage.ndim, cost.ndim) == batch.batch.batch_dims + 1:
+                price = prices[team.agents.index(agent)]
+            else:  # one for each agent: standardised together, each by its own price
+                sizes = torch.tensor([a.num_members for a in team.agents], device=prices.device)
+                price = prices.repeat_interleave(sizes, output_size=team.num_agents).unsqueeze(-1)
+                own = advantage.ndim - batch.batch.batch_dims, cost.ndim - batch.batch.batch_dims
+                advantage = advantage.unsqueeze(-2) if own[0] == 1 else advantage
+                cost = cost.unsqueeze(-2) if own[1] == 1 else cost
+            advantage = advantage - price * cost
+        return advantage
+
+    def include(self, agent: Agent, log_ratio: Tensor) -> None:
+        """Multiply the factor by an agent's ratio, and move projected multipliers."""
+        if self.loss.multiplier == "projected":
+            column = self.batch.team.agents.index(agent) if self.loss.by_agent else slice(None)
+            gamma = float(getattr(self.loss.value_estimator, "gamma", 0.99))
+            excess = (1 - gamma) * self.excess[:, column] + self._moved_costs(agent, log_ratio)
+            own = self.state[0, :, column if self.loss.by_agent else 0]
+            excess = excess if self.loss.by_agent else excess.mean(-1)
+            moved = projected_ascent(own, excess, self.loss.multiplier_lr)
+            self.state[0, :, column if self.loss.by_agent else 0] = moved
+        super().include(agent, log_ratio)
+
+    def _moved_costs(self, agent: Agent, log_ratio: Tensor) -> Tensor:
+        """Return the mean of the ratio times the advantage of each cost, ``[n_costs]``."""
+        batch, means = self.batch, []
+        valid, kept = batch.valid(agent), batch.kept(agent)
+        valid = None if valid is None else batch.items(valid)
+        for name in self.loss.cost_keys:
+            cost = batch.batch.get(batch.critics[name].keys.advantage)
+            own = batch.items(agent.share_of(cost, batch.batch.batch_dims))
+            parts = [own] if valid is None else [own, valid]
+            parts = parts if kept is None else [part[kept] for part in parts]
+            means.append(masked_mean(log_ratio.exp() * parts[0], *parts[1:]))
+        return torch.stack(batch.learners.mean(means, log_ratio.numel()))
+
+    def report(self, agent: Agent) -> TensorDict:
+        """Return the metrics of the factor, the multipliers of the agent and the episode costs."""
+        report, index = super().report(agent), self.batch.team.agents.index(agent)
+        for place, name in enumerate(self.loss.cost_keys):
+            report[f"multiplier_{name}"] = self.multipliers[place, index]
+            report[f"episode_{name}"] = self.costs[place, index]
+        return report
+
+    def end_batch(self) -> None:
+        """Write the multipliers to the loss."""
+        self.loss.multiplier_state.copy_(self.state)
+
+
+def episode_costs(batch: TeamBatch, loss: WithCosts) -> Tensor:
+    """Return the mean cost of the episodes that ended in a batch, for each cost and agent.
+
+    Args:
+        batch (TeamBatch): the batch of the update.
+        loss (WithCosts): names the costs.
+
+    Returns:
+        ``[n_costs, n_agents]`` over the units of the update; NaN where no episode ended, here or
+        with another learner.
+
+    Raises:
+        KeyError: if the batch does not say what an episode has cost.
+    """
+    dims, team, rows = batch.batch.batch_dims, batch.team, []
+    for name, key in loss.cost_keys.items():
+        place = episode_key(key)
+        if not has(batch.source, place):
+            path = place[1:] if len(place) > 2 else place[1]
+            raise KeyError(
+                f"The batch has no entry {place!r}, which the bound of the cost {name!r} needs; "
+                f"append RewardSum(in_keys=[{key!r}], out_keys=[{path!r}]) to the environment's "
+                "transforms."
+            )
+        total = batch.source.get(place)
+        done = batch.source.get(next_key(batch.critics[name].keys.done))
+        done = done.reshape(*done.shape[:dims], -1).any(-1)
+        if batch.masks is not None and batch.masks.steps is not None:
+            done = done & batch.masks.steps
+        means = []
+        for agent in team.agents:
+            own = agent.share_of(total, dims)
+            own = own.flatten(dims).mean(-1) if own.ndim > dims else own
+            means.append(masked_mean(own, done))
+        number = done.sum()
+        means = batch.learners.mean(means, number)
+        known = batch.learners.maximum(number.reshape(1).to(total)) > 0
+        rows.append(torch.where(known, torch.stack(means), float("nan")))
+    return torch.stack(rows)
