@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from recipe_helpers import table, tiny_config
 from team import N_AGENTS, make_actor, make_batch, make_critic, same_state
 from torch.nn import functional as F
 from torchrl.envs.utils import ExplorationType, set_exploration_type
@@ -15,6 +16,9 @@ from torchrl_happo import make_actor as build_actor
 from torchrl_happo import make_critic as build_critic
 from torchrl_happo.envs import MatrixGame
 from torchrl_happo.objectives.lagrangian import adam_ascent
+from torchrl_happo.recipe import training
+from torchrl_happo.recipe.compose import compose_config
+from torchrl_happo.recipe.config import ConfigError
 
 
 def make_updater(kind=HAPPOLagrangianLoss, **kwargs):
@@ -264,3 +268,36 @@ class TestBadInput:
         critic = make_critic()
         with pytest.raises(ValueError, match="give each its own network"):
             HAPPOLagrangianLoss(make_actor(), critic, critic, cost_limit=1.0)
+
+
+class TestRecipe:
+    words = ("task=mujoco/halfcheetah_2x3_velocity", "algorithm=happo_lagrangian")
+
+    def test_it_trains_and_reports_costs(self, tmp_path, monkeypatch):
+        """Training and evaluation say what an episode has cost, and the multiplier its price."""
+        pytest.importorskip("envpool")
+        monkeypatch.setattr(training, "write_report", lambda config, folder: None)
+        folder = training.run(tiny_config(*self.words, "algorithm.minibatch_size=null"), tmp_path)
+        row, played = (table(folder / name)[-1] for name in ("metrics.csv", "evaluation.csv"))
+        assert {"cost", "agents_0/multiplier_cost", "cost/loss"} <= row.keys()
+        assert (float(played["cost"]), float(played["within_limit"])) == (0.0, 1.0)
+
+    def test_a_task_without_costs(self, tmp_path):
+        """One sentence that names a task with costs; no folder is left."""
+        with pytest.raises(ConfigError, match=r"needs a task with a cost, .*_velocity"):
+            training.run(tiny_config("algorithm=happo_lagrangian"), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize(
+        ("wrong", "mended", "sentence"),
+        [
+            ("algorithm.initial_multiplier=0", "algorithm.multiplier=projected", "starts above 0"),
+            ("critic.model=gru", "critic.model=mlp", "take critic.model=mlp"),
+            ("algorithm.multiplier=adam", "algorithm.multiplier=learned", "one of learned, proj"),
+        ],
+    )
+    def test_settings(self, wrong, mended, sentence):
+        """Each is refused with a cure that works."""
+        with pytest.raises(ConfigError, match=sentence):
+            compose_config(*self.words, wrong)
+        compose_config(*self.words, mended)

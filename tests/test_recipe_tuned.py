@@ -53,7 +53,7 @@ def test_an_algorithm_is_above_the_base_of_its_family():
         ).algorithm.minibatch_size
         for algorithm in ALGORITHMS
     }
-    whole = dict.fromkeys(("happo", "haa2c", "a2po", "coppo"))
+    whole = dict.fromkeys(("happo", "haa2c", "a2po", "coppo", "happo_lagrangian"))
     assert sizes == whole | {"hatrpo": 400, "mappo": 400, "ippo": 400}
 
 

@@ -29,11 +29,13 @@ from torchrl_happo.arguments import first_line
 from torchrl_happo.envs import (
     BatchedPettingZooEnv,
     Rounds,
+    TeamCost,
     TeamReward,
     make_mujoco,
 )
 from torchrl_happo.recipe.config import ConfigError, TaskConfig
 from torchrl_happo.recipe.references import accepted, resolve
+from torchrl_happo.team.entries import path_of
 
 #: Settings of simulators that would fail late, or in other words, out of their range.
 COUNTS = (
@@ -62,7 +64,8 @@ def make_env(
 
     The root of each step holds ``reward`` (the team's), ``episode_reward`` (its sum since the
     start of the episode), ``step_count``, and ``done``, ``terminated`` and ``truncated``, all of
-    shape ``[num_envs, 1]``. An episode that reaches ``task.max_steps`` is truncated.
+    shape ``[num_envs, 1]``. An episode that reaches ``task.max_steps`` is truncated. Where the
+    simulator pays costs, there are ``cost``, the sum of the agents', and ``episode_cost`` too.
 
     Args:
         task (TaskConfig): the task, with the name of its simulator.
@@ -78,12 +81,16 @@ def make_env(
         ConfigError: in one sentence, if the simulator cannot build it.
     """
     check_device(device)
+    base = _build(task, num_envs, device)
+    has_costs = any(path_of(key)[-1] == "cost" for key in base.reward_keys)
+    paid = ["reward", "cost"] if has_costs else ["reward"]
     env = TransformedEnv(
-        _build(task, num_envs, device),
+        base,
         Compose(
             StepCounter(task.max_steps),
             TeamReward(cast(Literal["mean", "sum"] | None, task.team_reward)),
-            RewardSum(in_keys=["reward"], out_keys=["episode_reward"]),
+            *([TeamCost("sum")] if has_costs else []),
+            RewardSum(in_keys=paid, out_keys=[f"episode_{name}" for name in paid]),
             *transforms,
         ),
         auto_unwrap=True,  # one list of transforms, whatever the simulator brings with it

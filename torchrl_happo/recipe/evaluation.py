@@ -43,29 +43,41 @@ class Evaluation:
         start = time.perf_counter()
         seed = self.config.evaluation.seed
         with isolated_randomness(seed), set_exploration_type(self.kind):
-            returns, lengths = self._play(policy, seed)
+            returns, lengths, costs = self._play(policy, seed)
         return {
             "return": returns.mean().item(),
             "return_std": returns.std(correction=0).item(),
             "return_stderr": (returns.std(correction=0) / len(returns) ** 0.5).item(),
             "episode_length": lengths.mean().item(),
             "episodes": float(len(returns)),
+            **({} if costs is None else self._of_costs(costs)),
             "evaluation_seconds": time.perf_counter() - start,
         }
 
-    def _play(self, policy: TensorDictModuleBase, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return and length of the first episode of each environment, each of shape ``[E, 1]``."""
+    def _of_costs(self, costs: torch.Tensor) -> dict[str, float]:
+        """Return the mean cost of an episode and the share of episodes within the bound."""
+        limit = getattr(self.config.algorithm, "cost_limit", None)
+        within = {} if limit is None else {"within_limit": (costs <= limit).double().mean().item()}
+        return {"cost": costs.mean().item(), **within}
+
+    def _play(
+        self, policy: TensorDictModuleBase, seed: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return, length and cost of the first episode of each environment, each ``[E, 1]``."""
         env = self._environments(policy, seed)
         state = env.reset()
         running = torch.ones_like(state["done"])
         returns = torch.zeros_like(state["episode_reward"])
         lengths = torch.zeros_like(returns)
+        costs = torch.zeros_like(returns) if "episode_cost" in state.keys() else None
         while running.any():
             step, state = env.step_and_maybe_reset(policy(state))
             returns += step["next", "reward"] * running
             lengths += running
+            if costs is not None:
+                costs += step["next", "cost"] * running
             running &= ~step["next", "done"]
-        return returns, lengths
+        return returns, lengths, costs
 
     def _environments(self, policy: TensorDictModuleBase, seed: int) -> EnvBase:
         if self._env is None:

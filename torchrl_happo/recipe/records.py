@@ -125,7 +125,8 @@ def episode_statistics(batch: TensorDictBase) -> Row:
         batch (TensorDictBase): with the root entries that :func:`make_env` promises.
 
     Returns:
-        ``return`` and ``episode_length`` (NaN if no episode ends), ``episodes`` and ``reward``.
+        ``return`` and ``episode_length`` (NaN if no episode ends), ``episodes`` and ``reward``, and
+        where there are costs the mean ``cost`` of an episode.
     """
     after = batch["next"]
     ended = after["done"]
@@ -134,7 +135,14 @@ def episode_statistics(batch: TensorDictBase) -> Row:
         "episode_length": after["step_count"][ended].float().mean().item(),
         "episodes": float(ended.sum()),
         "reward": after["reward"].mean().item(),
+        **_of_costs(after, ended),
     }
+
+
+def _of_costs(after: TensorDictBase, ended: torch.Tensor) -> Row:
+    """Return the mean cost of the episodes that end, where there are costs."""
+    costs = after.get("episode_cost", None)
+    return {} if costs is None else {"cost": costs[ended].mean().item()}
 
 
 def flatten(metrics: TensorDictBase) -> Row:

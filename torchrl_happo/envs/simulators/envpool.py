@@ -68,8 +68,8 @@ class EnvPoolEnv(EnvBase):
         device (torch.device or str, optional): device of the data; the simulation is on the CPU.
             Defaults to ``"cpu"``.
         cost (callable, optional): maps the info of a step to the cost of each copy
-            ``[num_envs]``, which is then observed as ``"cost"`` ``[num_envs, 1]`` (zero after a
-            reset), for a constraint. Defaults to ``None``: there is none.
+            ``[num_envs]``, which a step then pays as ``"cost"`` ``[num_envs, 1]`` beside the
+            reward, for a constraint. Defaults to ``None``: there is none.
         **kwargs: arguments of the task, for instance ``ctrl_cost_weight``.
 
     Raises:
@@ -129,13 +129,15 @@ class EnvPoolEnv(EnvBase):
         self.observation_spec = Composite(
             observation=Unbounded((*shape, *observation.shape), **place), shape=shape, **place
         )
-        if self.cost is not None:
-            self.observation_spec["cost"] = Unbounded((*shape, 1), **place)
         low, high = (torch.from_numpy(bound).float() for bound in (action.low, action.high))
         self.action_spec = Bounded(
             low.expand(*shape, -1), high.expand(*shape, -1), dtype=torch.float32, **place
         )
-        self.reward_spec = Unbounded((*shape, 1), **place)
+        paid = Unbounded((*shape, 1), **place)
+        if self.cost is None:
+            self.reward_spec = paid
+        else:  # TorchRL's RewardSum adds up what is a reward
+            self.reward_spec = Composite(reward=paid, cost=paid.clone(), shape=shape, **place)
         flag = Binary(1, shape=(*shape, 1), dtype=torch.bool, **place)
         self.done_spec = Composite(
             done=flag, terminated=flag.clone(), truncated=flag.clone(), shape=shape, **place

@@ -83,10 +83,11 @@ def make_mujoco(
         num_threads (int): threads that step the copies. Defaults to ``1``.
         seed (int, optional): see :class:`~torchrl_happo.envs.EnvPoolEnv`. Defaults to ``None``.
         cost (str, optional): ``"velocity"`` adds the cost of Safety-Gymnasium's multi-agent
-            velocity tasks as ``"cost"`` ``[num_envs, 1]``: 1 at a step on which the robot is
-            faster than ``max_velocity``, otherwise 0. The velocity is :math:`|v_x|` of planar
-            robots, :math:`v_x` of ``Swimmer`` and :math:`\sqrt{v_x^2 + v_y^2}` of ``Ant`` and
-            ``Humanoid``. Defaults to ``None``: there is no cost.
+            velocity tasks as ``"cost"`` ``[num_envs, 1]``, beside the reward: 1 at a step
+            on which the robot is faster than ``max_velocity``, otherwise 0. The velocity is
+            :math:`|v_x|` of planar robots, :math:`v_x` of ``Swimmer`` and
+            :math:`\sqrt{v_x^2 + v_y^2}` of ``Ant`` and ``Humanoid``. Defaults to ``None``: there
+            is no cost.
         max_velocity (float, optional): bound of the velocity. Defaults to that of
             Safety-Gymnasium for the same robot and partition.
         device (torch.device or str, optional): device of the data. Defaults to ``"cpu"``.

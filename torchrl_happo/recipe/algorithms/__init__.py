@@ -9,6 +9,7 @@ from torchrl_happo.recipe.algorithms.a2po import A2po
 from torchrl_happo.recipe.algorithms.coppo import Coppo
 from torchrl_happo.recipe.algorithms.haa2c import Haa2c
 from torchrl_happo.recipe.algorithms.happo import Happo
+from torchrl_happo.recipe.algorithms.happo_lagrangian import HappoLagrangian
 from torchrl_happo.recipe.algorithms.hatrpo import Hatrpo
 from torchrl_happo.recipe.algorithms.ippo import Ippo
 from torchrl_happo.recipe.algorithms.mappo import Mappo
@@ -20,6 +21,7 @@ ALGORITHMS: dict[str, type[AlgorithmConfig]] = {
     "coppo": Coppo,
     "haa2c": Haa2c,
     "happo": Happo,
+    "happo_lagrangian": HappoLagrangian,
     "hatrpo": Hatrpo,
     "ippo": Ippo,
     "mappo": Mappo,

@@ -23,12 +23,10 @@ class A2po(Happo):
 
     def make_loss(self, actors: dict[str, Any], critic: Any, **critic_settings: Any) -> A2POLoss:
         """Build the loss of a team."""
-        high = self.clip_epsilon_high
-        clip = self.clip_epsilon if high is None else (self.clip_epsilon, high)
         return A2POLoss(
             actors,
             critic,
-            clip_epsilon=clip,
+            clip_epsilon=self.clipping,
             entropy_coeff=self.entropy_coeff,
             clip_growth=self.clip_growth,
             trace=cast(Literal["paper", "code"], self.trace),

@@ -15,12 +15,10 @@ class Coppo(Happo):
 
     def make_loss(self, actors: dict[str, Any], critic: Any, **critic_settings: Any) -> CoPPOLoss:
         """Build the loss of a team."""
-        high = self.clip_epsilon_high
-        clip = self.clip_epsilon if high is None else (self.clip_epsilon, high)
         return CoPPOLoss(
             actors,
             critic,
-            clip_epsilon=clip,
+            clip_epsilon=self.clipping,
             entropy_coeff=self.entropy_coeff,
             **critic_settings,
         )

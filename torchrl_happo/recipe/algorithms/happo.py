@@ -23,14 +23,18 @@ class Happo(SequentialConfig):
     target_kl: float | None = number(None, above=0)
     """An agent whose policy has moved further than this many nats stops early; null: never."""
 
+    @property
+    def clipping(self) -> float | tuple[float, float]:
+        """How far a ratio may go below and above 1."""
+        high = self.clip_epsilon_high
+        return self.clip_epsilon if high is None else (self.clip_epsilon, high)
+
     def make_loss(self, actors: dict[str, Any], critic: Any, **critic_settings: Any) -> HAPPOLoss:
         """Build the loss of a team."""
-        high = self.clip_epsilon_high
-        clip = self.clip_epsilon if high is None else (self.clip_epsilon, high)
         return HAPPOLoss(
             actors,
             critic,
-            clip_epsilon=clip,
+            clip_epsilon=self.clipping,
             entropy_coeff=self.entropy_coeff,
             **critic_settings,
         )

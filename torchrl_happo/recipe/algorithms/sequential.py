@@ -59,6 +59,10 @@ class SequentialConfig(AlgorithmConfig):
         """Build the loss of a team."""
         raise NotImplementedError
 
+    def further_networks(self, config: TrainConfig, env: EnvBase) -> dict[str, Any]:
+        """Return the networks that the loss takes beside the actors and the critic."""
+        return {}
+
     def updater_settings(self) -> dict[str, Any]:
         """Return what the updater needs beyond the shared settings."""
         return {}
@@ -68,8 +72,14 @@ class SequentialConfig(AlgorithmConfig):
     ) -> Learner:
         """Build networks, loss and updater for an environment."""
         actors = make_actors(config, env)
-        critic = _make_critic(config, env)
-        loss = self.make_loss(actors, critic, popart=self.popart, **critic_settings(self, env))
+        critic = build_critic(config, env)
+        loss = self.make_loss(
+            actors,
+            critic,
+            **self.further_networks(config, env),
+            popart=self.popart,
+            **critic_settings(self, env),
+        )
         loss.make_value_estimator(ValueEstimators.MAGAE, gamma=self.gamma, lmbda=self.lmbda)
         updater = SequentialUpdater(
             loss,
@@ -90,7 +100,8 @@ class SequentialConfig(AlgorithmConfig):
         return Learner(policy_of(actors, remembering), updater, actors)
 
 
-def _make_critic(config: TrainConfig, env: EnvBase) -> Any:
+def build_critic(config: TrainConfig, env: EnvBase) -> Any:
+    """Build a critic as a configuration asks for it."""
     has_state, critic = state_key(env) is not None, config.critic
     if critic.make_critic is not None:
         return build_network(critic.make_critic, env, "critic.make_critic")
