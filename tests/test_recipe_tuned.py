@@ -54,7 +54,7 @@ def test_an_algorithm_is_above_the_base_of_its_family():
         for algorithm in ALGORITHMS
     }
     whole = dict.fromkeys(("happo", "haa2c", "a2po", "coppo", "happo_lagrangian"))
-    assert sizes == whole | {"hatrpo": 400, "mappo": 400, "ippo": 400}
+    assert sizes == whole | {"hatrpo": 400, "macpo": 400, "mappo": 400, "ippo": 400}
 
 
 def test_the_task_is_above_its_family_and_the_command_line_above_both():

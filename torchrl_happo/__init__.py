@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         HAPPOLagrangianLoss,
         HAPPOLoss,
         HATRPOLoss,
+        MACPOLoss,
     )
     from torchrl_happo.policy.actor_list import ActorList
     from torchrl_happo.update.updater import SequentialUpdater
@@ -32,6 +33,7 @@ __all__ = [
     "HAPPOLagrangianLoss",
     "HAPPOLoss",
     "HATRPOLoss",
+    "MACPOLoss",
     "SequentialUpdater",
     "TeamReward",
     "joint_policy",
@@ -49,7 +51,7 @@ _HOMES = {
     **dict.fromkeys(
         (
             *("A2POLoss", "CoPPOLoss", "HAA2CLoss"),
-            *("HAPPOLagrangianLoss", "HAPPOLoss", "HATRPOLoss"),
+            *("HAPPOLagrangianLoss", "HAPPOLoss", "HATRPOLoss", "MACPOLoss"),
         ),
         "objectives",
     ),

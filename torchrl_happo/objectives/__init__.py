@@ -6,6 +6,7 @@ from torchrl_happo.objectives.haa2c import HAA2CLoss
 from torchrl_happo.objectives.happo import HAPPOLoss
 from torchrl_happo.objectives.hatrpo import HATRPOLoss
 from torchrl_happo.objectives.lagrangian import HAPPOLagrangianLoss
+from torchrl_happo.objectives.macpo import MACPOLoss
 
 __all__ = [
     "A2POLoss",
@@ -14,4 +15,5 @@ __all__ = [
     "HAPPOLagrangianLoss",
     "HAPPOLoss",
     "HATRPOLoss",
+    "MACPOLoss",
 ]

@@ -76,7 +76,7 @@ class HAPPOLagrangianLoss(WithCosts, HAPPOLoss):
         >>> loss = HAPPOLagrangianLoss(actor, make_critic(env), make_critic(env), cost_limit=0.3)
         >>> updater = SequentialUpdater(loss, num_epochs=2)
         >>> batch = next(iter(Collector(env, actor, frames_per_batch=64, total_frames=64)))
-        >>> cost = (batch["agents", "action"].argmax(-1) == 1).float().mean(-1, keepdim=True)
+        >>> cost = (batch["agents", "action"] == 1).float().mean(-1, keepdim=True)
         >>> batch["next", "cost"] = batch["next", "episode_cost"] = cost
         >>> metrics = updater(batch)
         >>> bool(metrics["agents_0", "episode_cost"] == cost.mean())

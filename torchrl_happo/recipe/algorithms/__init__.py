@@ -12,6 +12,7 @@ from torchrl_happo.recipe.algorithms.happo import Happo
 from torchrl_happo.recipe.algorithms.happo_lagrangian import HappoLagrangian
 from torchrl_happo.recipe.algorithms.hatrpo import Hatrpo
 from torchrl_happo.recipe.algorithms.ippo import Ippo
+from torchrl_happo.recipe.algorithms.macpo import Macpo
 from torchrl_happo.recipe.algorithms.mappo import Mappo
 from torchrl_happo.recipe.config import AlgorithmConfig, TrainConfig
 from torchrl_happo.recipe.learner import Learner
@@ -24,6 +25,7 @@ ALGORITHMS: dict[str, type[AlgorithmConfig]] = {
     "happo_lagrangian": HappoLagrangian,
     "hatrpo": Hatrpo,
     "ippo": Ippo,
+    "macpo": Macpo,
     "mappo": Mappo,
 }
 

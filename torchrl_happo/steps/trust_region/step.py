@@ -192,8 +192,18 @@ class TrustRegionStep:
             )
         return TrustRegionProposal(self, model, direction, evaluate)
 
-    def _model(self, data: TensorDictBase) -> _At:
-        """Return the policy near its present parameters, and the trial of others."""
+    def _model(
+        self,
+        data: TensorDictBase,
+        objective: Callable[[Distribution, TensorDictBase], Tensor] | None = None,
+    ) -> _At:
+        """Return the policy near its present parameters, and the trial of others.
+
+        Args:
+            data (TensorDictBase): as for :meth:`propose`.
+            objective (callable, optional): in place of the surrogate.
+        """
+        objective = self.surrogate if objective is None else objective
         named = dict(self.problem.named_parameters())
         # Copies that share the values: no gradient is left behind at the network's own.
         leaves = {name: p.detach().requires_grad_() for name, p in self.trained().items()}
@@ -205,7 +215,7 @@ class TrustRegionStep:
 
         old = policy(data)
         with torch.enable_grad():
-            surrogate = self.surrogate(old, data)
+            surrogate = objective(old, data)
         # The Fisher matrix is a mean over states, which a share of them estimates.
         rows = self.draw_rows(data)
         sample = old if rows is None else policy(data[rows])
@@ -221,7 +231,7 @@ class TrustRegionStep:
         def evaluate(flat: Tensor) -> tuple[Tensor, Tensor]:
             new = self.distribution({**named, **unflatten(flat, leaves)}, data)
             kl = kl_divergence(old, new, batch_ndim=batch_ndim)
-            return self.surrogate(new, data), masked_mean(kl, valid)
+            return objective(new, data), masked_mean(kl, valid)
 
         return model, evaluate, iterate
 

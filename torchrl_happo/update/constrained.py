@@ -1,0 +1,59 @@
+"""What MACPO's agents read besides the factor: the advantage of the cost, and its excess."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from tensordict import NestedKey, TensorDict
+from torch import Tensor
+
+from torchrl_happo.objectives.macpo import COST_ADVANTAGE, COST_EXCESS, MACPOLoss
+from torchrl_happo.team.agent import Agent
+from torchrl_happo.update.batch import TeamBatch
+from torchrl_happo.update.correction import RatioFactor
+from torchrl_happo.update.lagrangian import episode_costs
+
+__all__ = ["BoundedCost"]
+
+
+class BoundedCost(RatioFactor):
+    r"""The correction of MACPO: the factor, :math:`A_C`, and :math:`(1 - \gamma)(J_C - d)`.
+
+    Args:
+        batch (TeamBatch): the batch of the update.
+
+    Keyword Args:
+        loss (MACPOLoss): has the bound, and remembers the cost that was last known.
+    """
+
+    def __init__(self, batch: TeamBatch, *, loss: MACPOLoss) -> None:
+        super().__init__(batch)
+        self.loss = loss
+        ((self.name, limit),) = loss.cost_limits.items()
+        costs = episode_costs(batch, loss)
+        self.costs = torch.where(costs.isnan(), loss.last_costs, costs)
+        gamma = float(getattr(loss.value_estimator, "gamma", 0.99))
+        # As long as nothing is known the bound counts as reached: the cost may not grow.
+        self.excess = (1 - gamma) * (self.costs - limit).nan_to_num(nan=0.0)[0]
+
+    def entries(self, agent: Agent) -> Mapping[NestedKey, Tensor]:
+        """Return the factor, the agent's advantage of the cost and the excess."""
+        batch = self.batch
+        cost = batch.batch.get(batch.critics[self.name].keys.advantage)
+        own = batch.items(agent.share_of(cost, batch.batch.batch_dims))
+        excess = self.excess[batch.team.agents.index(agent)]
+        return {
+            **super().entries(agent),
+            COST_ADVANTAGE: own,
+            COST_EXCESS: excess.expand_as(self.log_factor).to(self.log_factor),
+        }
+
+    def report(self, agent: Agent) -> TensorDict:
+        """Return the metrics of the factor, and the cost of an episode."""
+        report, index = super().report(agent), self.batch.team.agents.index(agent)
+        return report.set(f"episode_{self.name}", self.costs[0, index])
+
+    def end_batch(self) -> None:
+        """Remember the cost of an episode."""
+        self.loss.last_costs.copy_(self.costs)
