@@ -138,29 +138,62 @@ def cpo(logits, gain, cost, excess, max_kl, damping):
     return at(high)
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_alone_it_is_cpo(seed):
-    """The full step of one agent equals an independent CPO, written from the paper."""
-    generator = torch.Generator().manual_seed(seed)
-    logits, gain, cost = torch.randn(3, 4, generator=generator).double()
-    excess = torch.tensor(-0.02 if seed % 2 else 0.01).double()
-    policy = Softmax(logits.clone())
-    data = TensorDict({"x": torch.zeros(1)}, [1])
-
-    def expected(values):
-        return lambda dist, data: (dist.probs * values).sum(-1).mean()
-
-    problem = ConstrainedProblem(
+def alone(policy, surrogate, cost, excess):
+    """The problem of one agent with a softmax policy."""
+    return ConstrainedProblem(
         "alone",
         loss=len,
         named_parameters=policy.named_parameters,
         distribution=lambda parameters, data: torch.distributions.Categorical(
             logits=parameters["logits"].expand(len(data), -1)
         ),
-        surrogate=expected(gain),
-        cost=expected(cost),
-        excess=lambda data: excess,
+        surrogate=surrogate,
+        cost=cost,
+        excess=lambda data: torch.tensor(excess).double(),
     )
+
+
+def first(dist, data):
+    """The probability of the first action."""
+    return dist.probs[..., 0].mean()
+
+
+def falling(dist, data):
+    """A gain with a slope, from which every step of some length falls."""
+    return first(dist, data) - 1e6 * (dist.logits.exp() - 0.25).square().sum()
+
+
+@pytest.mark.parametrize(
+    ("surrogate", "cost", "excess"),
+    [
+        (falling, lambda dist, data: 0 * first(dist, data), -1.0),  # no step gains
+        (lambda dist, data: 0 * first(dist, data), lambda dist, data: 0 * first(dist, data), 1.0),
+    ],
+    ids=["no gain", "no slope at all"],
+)
+def test_no_step_at_all(surrogate, cost, excess):
+    """Where the bound is kept a step must gain; a step of nothing is none."""
+    policy = Softmax(torch.zeros(4).double())
+    settings = ConstrainedTrustRegion(max_kl=1e-2, max_backtracks=3)
+    data = TensorDict({"x": torch.zeros(1)}, [1])
+    report = settings(alone(policy, surrogate, cost, excess)).propose(data).apply()
+    assert report["line_search_success"] == 0
+    assert torch.equal(policy.logits, torch.zeros(4).double())
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_alone_it_is_cpo(seed):
+    """The full step of one agent equals an independent CPO, written from the paper."""
+    generator = torch.Generator().manual_seed(seed)
+    logits, gain, cost = torch.randn(3, 4, generator=generator).double()
+    excess = -0.02 if seed % 2 else 0.01
+    policy = Softmax(logits.clone())
+    data = TensorDict({"x": torch.zeros(1)}, [1])
+
+    def expected(values):
+        return lambda dist, data: (dist.probs * values).sum(-1).mean()
+
+    problem = alone(policy, expected(gain), expected(cost), excess)
     settings = ConstrainedTrustRegion(max_kl=1e-3, damping=0.1, cg_iterations=30, cg_tolerance=0.0)
     proposal = settings(problem).propose(data)
     step, made = proposal._full_step(1e-3)
