@@ -42,6 +42,7 @@ from torchrl_happo.transaction import load_generator_state, uncached_autocast
 
 __all__ = ["TrustRegion", "TrustRegionProposal", "TrustRegionStep"]
 
+_Objective: TypeAlias = Callable[[Distribution, TensorDictBase], Tensor]
 _At: TypeAlias = tuple[LocalModel, Evaluate, Iteration]
 
 
@@ -192,18 +193,9 @@ class TrustRegionStep:
             )
         return TrustRegionProposal(self, model, direction, evaluate)
 
-    def _model(
-        self,
-        data: TensorDictBase,
-        objective: Callable[[Distribution, TensorDictBase], Tensor] | None = None,
-    ) -> _At:
-        """Return the policy near its present parameters, and the trial of others.
-
-        Args:
-            data (TensorDictBase): as for :meth:`propose`.
-            objective (callable, optional): in place of the surrogate.
-        """
-        objective = self.surrogate if objective is None else objective
+    def _model(self, data: TensorDictBase, objective: _Objective | None = None) -> _At:
+        """Return the policy and the surrogate, or another objective, near the present parameters."""
+        objective = objective or self.surrogate
         named = dict(self.problem.named_parameters())
         # Copies that share the values: no gradient is left behind at the network's own.
         leaves = {name: p.detach().requires_grad_() for name, p in self.trained().items()}
@@ -335,7 +327,6 @@ class TrustRegionProposal:
         """Return the parameters that :meth:`apply` moves to, as one vector, and what happened."""
         step, settings = self.step, self.step.settings
         theta = flatten(step.parameters()).detach()
-        on_cpu = theta.device.type == "cpu"
         with uncached_autocast():
             # Stretch the natural gradient to the boundary of the region, and search back from
             # there for a step that keeps to the true divergence and improves the true surrogate.
@@ -345,7 +336,7 @@ class TrustRegionProposal:
                 self.direction,
                 self.evaluate,
                 max_kl=settings.radius(step.problem) if max_kl is None else max_kl,
-                line_search=settings.line_search or ("sequential" if on_cpu else "batched"),
+                line_search=settings.line_search or ("sequential" if theta.is_cpu else "batched"),
                 backtrack_factor=settings.backtrack_factor,
                 max_backtracks=settings.max_backtracks,
                 accept_ratio=settings.accept_ratio,
