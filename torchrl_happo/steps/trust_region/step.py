@@ -194,7 +194,7 @@ class TrustRegionStep:
         return TrustRegionProposal(self, model, direction, evaluate)
 
     def _model(self, data: TensorDictBase, objective: _Objective | None = None) -> _At:
-        """Return the policy and the surrogate, or another objective, near the present parameters."""
+        """Return the policy and its surrogate, or another objective, near the parameters."""
         objective = objective or self.surrogate
         named = dict(self.problem.named_parameters())
         # Copies that share the values: no gradient is left behind at the network's own.
