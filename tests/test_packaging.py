@@ -23,13 +23,14 @@ def test_version_is_the_packaged_one():
 def test_continuous_integration_runs_the_command_of_the_readme():
     """``.ci/run`` calls the README's test command to the letter, and leaves no test out.
 
-    The command runs a part of the tests there, and a second call all others.
+    What it adds to the command shares the tests among processes, and chooses none.
     """
     commands = re.findall(r"```bash\n(.*)\n```", (ROOT / "README.md").read_text())
     (command,) = [line for line in commands if line.endswith(".venv/bin/pytest")]
     script = (ROOT / ".ci" / "run").read_text()
     assert script.count(command) == 1
-    assert re.findall(r"choose (\S.*)", script) == ['"$quick"', '"not ($quick)"']
+    (added,) = re.findall(r'PYTEST_ADDOPTS="(.*)"', script)
+    assert added.split() == ["-p", "no:cacheprovider", "-n", "2", "--dist", "worksteal"]
 
 
 def test_every_requirement_is_pinned():
