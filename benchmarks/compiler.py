@@ -181,7 +181,7 @@ def plain(updater: SequentialUpdater) -> SequentialUpdater:
         step = updater.steps[agent.name]
         step._compiled = PlainStep(step, agent.actor, ("step", id(agent.template)), functions)
         passes = PlainPasses(agent.actor, id(agent.template), functions)
-        updater._turns[agent.name].code = passes
+        updater._passes[agent.name].code = passes
     critic = updater.steps["critic"]
     critic._compiled = PlainStep(critic, updater.loss.critic_network, None, functions)
     return updater

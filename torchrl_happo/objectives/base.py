@@ -233,7 +233,7 @@ class SequentialLoss(WithCritics):
         self, agent: Agent, parameters: Mapping[str, Tensor], data: TensorDictBase
     ) -> Distribution:
         """Return the policy of one agent with other parameters, at the observations of ``data``."""
-        return agent.policy.scored(agent.policy.parameters(data, parameters), data)
+        return agent.policy.scored(agent.policy.parameters(data, parameters or None), data)
 
     def agent_surrogate(self, agent: Agent, dist: Distribution, data: TensorDictBase) -> Tensor:
         """Return the mean of the ratio times the factor times the advantage, a scalar.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torchrl.data import ReplayBuffer
 
 from torchrl_happo.arguments import check_callables, check_counts, check_positive
-from torchrl_happo.steps.compile.compiled import CompiledStep
+from torchrl_happo.steps.compile.first_order import CompiledStep
 from torchrl_happo.steps.minibatches import (
     MinibatchSampler,
     ReplayBufferMinibatches,

@@ -137,6 +137,7 @@ class Agent:
         assert self._joint_actor is not None
         assert self.index is not None
         self.policy.joint_row = JointRow(self._joint_actor, self.actor, self._ties, self.index)
+        self.template = self.actor  # the row is part of the code
 
     # -- data ----------------------------------------------------------------------------------
 

@@ -76,15 +76,15 @@ class Assembly:
         """Return the step of a critic."""
         critic, code = self.loss.critics[name], None
         if self.compiler is not None:
-            modules = [m for m in (critic.network, critic.value_norm) if m is not None]
-            code = Code(self.compiler, modules, owner=self.loss)
+            code = Code(self.compiler, critic.network)
         return self._build(factory, self.loss.critic_problem(name, code=code, **self.common))
 
     def _code(self, agent: Agent) -> Code | None:
         if self.compiler is None:
             return None
-        template = None if self.loss.has_settings_by_agent else agent.template
-        return Code(self.compiler, [agent.actor], owner=self.loss, template=template)
+        shares = not self.loss.has_settings_by_agent
+        template = (lambda: agent.template) if shares else None
+        return Code(self.compiler, agent.actor, template=template)
 
     @staticmethod
     def _build(factory: StepFactory, problem: Problem) -> Step:

@@ -1,85 +1,156 @@
-"""What the code of an inner step reads besides its data, for whoever compiles it."""
+"""Functions of weights, state and data, compiled once for all agents of one architecture."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from tensordict import TensorDictBase
+from tensordict.nn import TensorDictParams
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from torchrl_happo.arguments import first_line
-from torchrl_happo.steps.compile.flat import (
-    Layout,
-    network_tensors,
-    network_with,
-    settings,
-)
-from torchrl_happo.steps.compile.graphs import GraphCompiler, TensorFunction
+from torchrl_happo.steps.compile.cuda_graphs import Function, GraphPool, GraphReplays
+from torchrl_happo.steps.compile.layout import Layout
+from torchrl_happo.transaction import restored_slots
 
-__all__ = ["Code", "make_compiler"]
+__all__ = ["Code", "Compiler", "Function", "make_compiler"]
 
 logger = logging.getLogger(__name__)
 
 
-class Code:
-    """The code of an inner step: its compiler, and the modules that it reads.
+class Compiler:
+    """What the steps of a team share: compiled functions, the memory of graphs, complaints.
 
     Args:
-        compiler (GraphCompiler): shared by the agents of a team.
-        networks (sequence of nn.Module): modules whose parameters and buffers are read. They
-            become arguments of what is compiled.
+        options (mapping, optional): keyword arguments of :func:`torch.compile`; with its default
+            backend random numbers are those of eager torch. ``None``: functions run as they are.
+        cudagraphs (bool): whether functions are replayed from CUDA graphs. Defaults to ``False``.
+    """
+
+    def __init__(self, options: Mapping[str, Any] | None, *, cudagraphs: bool = False) -> None:
+        self.options = None if options is None else {"backend": "inductor", **options}
+        if self.options and self.options["backend"] == "inductor" and "mode" not in self.options:
+            chosen = self.options.get("options", {})
+            self.options["options"] = {"fallback_random": True, **chosen}
+        self.pool = GraphPool() if cudagraphs else None
+        self.functions: dict[Hashable, Function] = {}
+        self.complaints: set[str] = set()  # why something was not compiled
+
+    def compile(self, function: Function, network: nn.Module | None) -> Function:
+        """Compile a function that is to be called without gradients.
+
+        Args:
+            function (callable): a :data:`Function`. The number of items may be another at each
+                call, but at least 2.
+            network (nn.Module, optional): is read with its own tensors in place.
+        """
+        options = self.options
+        if options is None:
+            return torch.no_grad()(function)
+        # Isolated: all such functions are made by the same few lines, and torch counts by line.
+        settings: dict[str, Any] = {"fullgraph": True, "isolate_recompiles": True, **options}
+        compiled = torch.compile(function, **settings)
+        is_first = True
+
+        def call(*arguments: Any) -> tuple[Any, ...]:
+            nonlocal is_first
+            *fixed, items = arguments
+            items = [tensor.detach() for tensor in items]  # a mark stays off the caller's tensors
+            for tensor in items if is_first else ():
+                torch._dynamo.mark_dynamic(tensor, 0)
+            is_first = False
+            # Code from dynamo leaves a stack of networks with other tensors than its own.
+            slots = nullcontext() if network is None else restored_slots([network])
+            with slots, torch.no_grad(), torch._dynamo.config.patch(trace_autograd_ops=True):
+                return compiled(*fixed, items)
+
+        return call
+
+
+class Code:
+    """The network that an inner step reads, and the compiled functions of it.
+
+    Where agents have the code of one template, the network of the first one is called with the
+    weights of each. All else is read with its own tensors in place, as are stacked networks, which
+    keep them in a tensordict.
+
+    Args:
+        compiler (Compiler): shared by the agents of a team.
+        network (nn.Module): the network whose weights are arguments of what is compiled.
 
     Keyword Args:
-        owner (nn.Module, optional): a module whose own settings and buffers are read besides. What
-            is compiled is made anew if they change. Defaults to ``None``.
-        template (nn.Module, optional): stands for the code: where it is the same, only tensors
-            differ. Defaults to ``None``: no other step's code is like this.
+        template (callable, optional): returns what stands for the code, as of now; where it is the
+            same, only tensors differ. Defaults to ``None``: no other step's code is like this.
     """
 
     def __init__(
         self,
-        compiler: GraphCompiler,
-        networks: Sequence[nn.Module],
+        compiler: Compiler,
+        network: nn.Module,
         *,
-        owner: nn.Module | None = None,
-        template: nn.Module | None = None,
+        template: Callable[[], nn.Module] | None = None,
     ) -> None:
         self.compiler = compiler
-        self.networks = nn.ModuleList(networks)
-        self.owner = owner
-        self.template = self.networks if template is None else template
+        self.network = network
+        stacked = any(isinstance(module, TensorDictParams) for module in network.modules())
+        self.template = None if stacked else template
+        self.replays = None if compiler.pool is None else GraphReplays(compiler.pool)
         self.is_given_up = False
-        self._seen: set[Hashable] = set()
+        self._results: dict[Hashable, Layout] = {}
 
-    def tensors(self) -> list[Tensor]:
-        """The parameters and buffers of the networks, without gradients."""
-        return [tensor.detach() for tensor in network_tensors(self.networks)]
+    def weights(self) -> dict[str, Tensor]:
+        """Return the tensors of the network by name, as compiled code takes them."""
+        if self.template is None:
+            return dict(self.network.named_parameters())
+        # Not the parameters themselves: the first agent's would be compiled for it alone.
+        network = self.network
+        named = [*network.named_parameters(), *network.named_buffers()]
+        return {name: t.detach().requires_grad_(t.requires_grad) for name, t in named}
 
-    def places(self, parameters: Iterable[nn.Parameter]) -> list[int]:
-        """Where some of the parameters stand among :meth:`tensors`."""
-        places = {id(tensor): place for place, tensor in enumerate(network_tensors(self.networks))}
-        return [places[id(parameter)] for parameter in parameters]
+    def reading(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function of weights (:meth:`weights`), and of what ``function`` takes."""
+        if self.template is None:
+            return lambda weights, *args: function(*args)
+        module = _Reader(self.network, function)
 
-    def reading(self, tensors: Sequence[Tensor]) -> AbstractContextManager[None]:
-        """A context in which the networks hold other tensors, in the order of :meth:`tensors`."""
-        return network_with(self.networks, tensors)
+        def read(weights: Mapping[str, Tensor], *args: Any) -> Any:
+            named = {f"network.{name}": weight for name, weight in weights.items()}
+            return functional_call(module, named, args)
 
-    def key(self, layout: Layout) -> tuple[Hashable, ...]:
-        """Whatever is no argument of what is compiled, and may yet change."""
-        modules, buffers = list(self.networks.modules()), []
-        if self.owner is not None:
-            modules.append(self.owner)
-            # A buffer is read where it is; one that was replaced is another.
-            buffers = [id(buffer) for buffer in self.owner.buffers(recurse=False)]
-        return self.template, layout, settings(modules), tuple(buffers)
+        return read
+
+    def bind(
+        self, key: Hashable, make: Callable[[], Function], *fixed: Any
+    ) -> Callable[[Sequence[Tensor]], tuple[Any, ...]]:
+        """Return a compiled function of items alone.
+
+        Args:
+            key (Hashable): tells functions of one code apart.
+            make (callable): returns the function.
+            *fixed: its first arguments, tensors that stay where they are in memory.
+        """
+        compiler = self.compiler
+        owner = self if self.template is None else self.template()
+        if (owner, key) not in compiler.functions:
+            network = self.network if self.template is None else None
+            compiler.functions[owner, key] = compiler.compile(make(), network)
+        function = compiler.functions[owner, key]
+        if self.replays is None:
+            return partial(function, *fixed)
+        return self.replays.bind(function, fixed)
+
+    def settle(self, items: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return items as several bound functions will read them: copied once, if at all."""
+        return items if self.replays is None else self.replays.settle(items)
 
     def run(self, function: partial[TensorDictBase], data: TensorDictBase) -> TensorDictBase:
-        """Calls a function that reads the networks and the data, without gradients.
+        """Call a function that reads the network and the data, without gradients.
 
         Data of a layout that was not seen before is left to Python, whose errors say more.
 
@@ -91,36 +162,33 @@ class Code:
             what the function returns: items again, or tensors by name without a batch dimension.
         """
         layout = Layout.of(data)
-        key = (function.func, *self.key(layout))
-        if self.is_given_up or len(data) < 2 or key not in self._seen:
-            self._seen.add(key)
-            return function(data)
+        key = (function.func, layout)
+        if self.is_given_up or len(data) < 2 or key not in self._results:
+            returned = function(data)
+            self._results[key] = Layout.of(returned)
+            return returned
+        result = self._results[key]
+
+        def make() -> Function:
+            read = self.reading(function)
+
+            def of_tensors(
+                weights: Mapping[str, Tensor], tensors: Sequence[Tensor]
+            ) -> tuple[Tensor, ...]:
+                return tuple(result.tensors(read(weights, layout.fill(tensors))))
+
+            return of_tensors
+
         try:
             # Of one memory layout: code would be compiled anew for another.
             batch = [tensor.contiguous() for tensor in layout.tensors(data)]
-            run, result = self.compiler.remember(key, lambda: self._compile(function, data, batch))
-            return result.fill(self.compiler.bind(run, self.tensors())(batch))
+            return result.fill(self.bind(key, make, self.weights())(batch))
         except Exception as error:
             self.give_up(error)
             return function(data)
 
-    def _compile(
-        self, function: partial[TensorDictBase], data: TensorDictBase, batch: Sequence[Tensor]
-    ) -> tuple[TensorFunction, Layout]:
-        """The function of networks and batch, and the layout of its result."""
-        networks = self.tensors()
-        argument, result = Layout.of(data), Layout.of(function(data))
-
-        def of_tensors(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-            with self.reading(tensors[: len(networks)]):
-                returned = function(argument.fill(tensors[len(networks) :]))
-            return tuple(result.tensors(returned))
-
-        batched = [False] * len(networks) + [True] * len(batch)
-        return self.compiler(of_tensors, [*networks, *batch], batched=batched), result
-
     def give_up(self, error: Exception) -> None:
-        """Leaves the code as it is, uncompiled, and says why, once for all of a team."""
+        """Leave the code as it is, uncompiled, and say why, once for all of a team."""
         self.is_given_up = True
         why = first_line(error)
         if why not in self.compiler.complaints:
@@ -128,10 +196,22 @@ class Code:
             logger.warning("A step is not compiled, and slower than it could be: %s", why)
 
 
+class _Reader(nn.Module):
+    """A function as the forward pass of the network that it reads."""
+
+    def __init__(self, network: nn.Module, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.network = network
+        self.function = function
+
+    def forward(self, *args: Any) -> Any:
+        return self.function(*args)
+
+
 def make_compiler(
     compile: bool | Mapping[str, Any], cudagraphs: bool, device: torch.device
-) -> GraphCompiler | None:
-    """The compiler that an updater was asked for.
+) -> Compiler | None:
+    """Return the compiler that an updater was asked for.
 
     Args:
         compile (bool or mapping): whether to compile, or keyword arguments of
@@ -152,6 +232,5 @@ def make_compiler(
         cudagraphs = False
     if compile is False and not cudagraphs:
         return None
-    if isinstance(compile, bool):
-        return GraphCompiler({} if compile else {"backend": "eager"}, cudagraphs=cudagraphs)
-    return GraphCompiler(compile, cudagraphs=cudagraphs)
+    options = {} if compile is True else None if compile is False else compile
+    return Compiler(options, cudagraphs=cudagraphs)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -13,6 +15,7 @@ __all__ = [
     "Common",
     "Evaluate",
     "LineSearch",
+    "OneByOne",
     "batched_line_search",
     "sequential_line_search",
 ]
@@ -22,6 +25,17 @@ Evaluate: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 #: From such numbers of this process to those of all that search together.
 Common: TypeAlias = Callable[[Sequence[Tensor]], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class OneByOne:
+    """An :data:`Evaluate` that is called for one vector at a time, such as compiled code."""
+
+    evaluate: Evaluate
+
+    def __call__(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """Return surrogate and mean divergence."""
+        return self.evaluate(theta)
 
 
 class LineSearch(NamedTuple):
@@ -127,16 +141,12 @@ def batched_line_search(
 
     The candidates are one batch of parameters (:func:`torch.vmap`) and the first acceptable one is
     selected by tensor operations. Networks that cannot be vectorised, such as
-    :class:`torch.nn.GRU`, are evaluated candidate by candidate, still without reading anything
-    back from the device. Arguments and result are those of the sequential search.
+    :class:`torch.nn.GRU`, and compiled code are evaluated candidate by candidate, still without
+    reading anything back from the device. Arguments and result are those of the sequential search.
     """
     fractions = _fractions(theta, backtrack_factor, max_backtracks)
     candidates = theta + fractions.unsqueeze(-1) * step
-    try:
-        surrogates, kls = torch.vmap(evaluate)(candidates)
-    except RuntimeError:
-        outcomes = [evaluate(candidate) for candidate in candidates]
-        surrogates, kls = (torch.stack(values) for values in zip(*outcomes, strict=True))
+    surrogates, kls = _evaluate_all(evaluate, candidates)
     surrogates, kls = common([surrogates, kls])
     promised = fractions * expected
     accepted = _is_acceptable(surrogates - surrogate_before, promised, kls, max_kl, accept_ratio)
@@ -146,6 +156,16 @@ def batched_line_search(
         values.take(last_tried) for values in (fractions, surrogates, kls, promised)
     )
     return LineSearch(success, torch.where(success, fraction, 0), surrogate, kl, promise)
+
+
+def _evaluate_all(evaluate: Evaluate, candidates: Tensor) -> tuple[Tensor, Tensor]:
+    if not isinstance(evaluate, OneByOne):
+        with suppress(RuntimeError):
+            surrogates, kls = torch.vmap(evaluate)(candidates)
+            return surrogates, kls
+    outcomes = [evaluate(candidate) for candidate in candidates]
+    surrogates, kls = (torch.stack(values) for values in zip(*outcomes, strict=True))
+    return surrogates, kls
 
 
 def _fractions(theta: Tensor, backtrack_factor: float, max_backtracks: int) -> Tensor:

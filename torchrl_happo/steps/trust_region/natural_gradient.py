@@ -20,6 +20,7 @@ __all__ = [
     "flatten",
     "gradient",
     "iterate",
+    "masked_samples",
     "step_length",
     "unflatten",
 ]
@@ -82,7 +83,7 @@ def fisher_vector_product(
     def matvec(vector: Tensor) -> Tensor:
         tangents = gradient(pullback, cotangents, unflatten(vector, parameters).values())
         products = fisher_product(dist, tangents)
-        means = [_masked(product, valid) / count for product in products]
+        means = [masked_samples(product, valid) / count for product in products]
         return flatten(gradient(outputs, parameters.values(), means))
 
     return matvec
@@ -253,7 +254,8 @@ def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: part.view(tensor.shape) for (name, tensor), part in shapes}
 
 
-def _masked(values: Tensor, valid: Tensor | None) -> Tensor:
+def masked_samples(values: Tensor, valid: Tensor | None) -> Tensor:
+    """Return zeros in place of samples that are not valid."""
     if valid is None:
         return values
     return torch.where(valid.reshape(valid.shape + (1,) * (values.ndim - valid.ndim)), values, 0)

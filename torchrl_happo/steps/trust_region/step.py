@@ -18,7 +18,7 @@ from torch.distributions import Distribution
 
 from torchrl_happo.masked import masked_mean
 from torchrl_happo.policy.distributions import kl_divergence
-from torchrl_happo.steps.compile.compiled_model import CompiledModel
+from torchrl_happo.steps.compile.trust_region import CompiledModel
 from torchrl_happo.steps.minibatches import draw_rows
 from torchrl_happo.steps.step import VALID, Problem, setting_of
 from torchrl_happo.steps.trust_region.line_search import LINE_SEARCHES, Evaluate
@@ -232,9 +232,9 @@ class TrustRegionStep:
         compiled = self._compiled
         if compiled is None or compiled.code.is_given_up or len(data) < 2:
             return None
-        theta, before = flatten(self.parameters()).detach(), self.state_dict()
+        before = self.state_dict()
         try:
-            return compiled.at(theta, data, self.draw_rows(data))
+            return compiled.at(data, self.draw_rows(data))
         except Exception as error:
             compiled.code.give_up(error)
             self.load_state_dict(before)
