@@ -56,11 +56,17 @@ class Twins:
         ]
         self.start = copy.deepcopy(self.eager.state_dict())
 
+    def compile(self):
+        """Two updates: Python runs what comes for the first time. Masks are other data."""
+        self.batch = self.masked(torch.Generator().manual_seed(0))
+        for _ in range(2):
+            self.update(tolerance=1e-7)
+        return self
+
     def reset(self):
-        """Go back to the first state, as it is after one update, which nothing compiles."""
+        """Go back to the first state, in which optimisers have none."""
         for updater in self.both:
             updater.load_state_dict(copy.deepcopy(self.start))
-            updater.check_finite = True
         return self
 
     def update(self, batch=None, *, tolerance=1e-10):
@@ -104,18 +110,14 @@ def happo():
         scheduler=partial(ExponentialLR, gamma=0.5),
         max_grad_norm=0.5,
     )
-    for _ in range(2):
-        twins.update()
-    return twins
+    return twins.compile()
 
 
 @pytest.fixture(scope="module")
 def hatrpo():
     """Twins that draw the rows of their Fisher matrix, compiled by two updates."""
     twins = Twins(HATRPOLoss, loss_kwargs={"max_kl": 0.02, "fisher_fraction": 0.4})
-    for _ in range(2):
-        twins.update(tolerance=1e-7)
-    return twins
+    return twins.compile()
 
 
 def test_happo_is_that_of_eager(happo):
@@ -124,7 +126,9 @@ def test_happo_is_that_of_eager(happo):
     for _ in range(3):
         happo.update()
     assert_equal(happo.eager, happo.compiled)
-    assert happo.backend.graphs == 4  # the agents' passes before and after, their step, the critic's
+    assert (
+        happo.backend.graphs == 4
+    )  # the agents' passes before and after, their step, the critic's
     assert len(happo.compiled.steps["critic"]._compiled.code.compiler.functions) == 4
 
 
@@ -139,17 +143,17 @@ def test_hatrpo_is_that_of_eager(hatrpo):
 
 
 @pytest.mark.parametrize(("name", "graphs"), [("happo", 4), ("hatrpo", 6)])
-def test_no_recompilation(name, graphs, request):
-    """A hundred updates: random order, a ragged last minibatch, agents that come and go.
+def test_no_recompilation(name, graphs, request, caplog):
+    """Forty updates: random order, a ragged last minibatch, agents that come and go.
 
-    Data without masks was compiled as well. Of HATRPO: passes before and after, surrogate and
-    gradient, Fisher-vector product, trial; and the critic.
+    Of HATRPO there are: passes before and after, surrogate and gradient, Fisher-vector product,
+    trial; and the critic.
     """
     twins = request.getfixturevalue(name).reset()
     generator = torch.Generator().manual_seed(0)
-    for number in range(100):
+    for number in range(40):
         batch = twins.masked(generator)
-        if number < 30:  # the same numbers again and again would prove no more
+        if number < 10:  # the same numbers again and again would prove no more
             # Rounding adds up to another line search.
             twins.compiled.load_state_dict(twins.eager.state_dict())
             twins.update(batch, tolerance=1e-7)
@@ -157,6 +161,7 @@ def test_no_recompilation(name, graphs, request):
         else:
             twins.compiled(batch)
     assert twins.backend.graphs == graphs
+    assert "not compiled" not in caplog.text
 
 
 def test_a_schedule_is_seen(happo, caplog):
@@ -179,7 +184,7 @@ def test_a_gradient_that_is_not_finite_is_taken_back(happo, caplog):
     for updater in happo.both:
         before = copy.deepcopy(updater.state_dict()["steps"])
         bad = happo.batch.clone()
-        bad["agents", "action_log_prob"][0, 0] = -1e300
+        bad["agents", "action_log_prob"][:] = -1e300
         updater(bad)
         assert "was not finite" in caplog.text
         caplog.clear()
@@ -190,7 +195,7 @@ def test_a_gradient_that_is_not_finite_is_taken_back(happo, caplog):
 
 
 def test_networks_that_were_moved_are_followed(happo, caplog):
-    """Copies, other types and loaded states are followed; another mode is compiled anew."""
+    """Other types, loaded states and modes are followed; another setting is compiled anew."""
     happo.reset()
     for updater in happo.both:
         updater(happo.batch)
@@ -200,9 +205,11 @@ def test_networks_that_were_moved_are_followed(happo, caplog):
         updater(happo.batch)
         updater.load_state_dict(state)
         updater(happo.batch)
+        updater.loss.critic_network.eval()
+        updater(happo.batch)
     assert happo.backend.graphs == 4
     for updater in happo.both:
-        updater.loss.critic_network.eval()
+        updater.loss.loss_critic_type = "l1"
         updater(happo.batch)
     assert_equal(*happo.both)
     assert happo.backend.graphs == 5
@@ -231,14 +238,10 @@ def test_happo_with_other_settings(distribution, loss_kwargs, kwargs):
     assert twins.backend.graphs == 4
 
 
-@pytest.mark.parametrize(
-    ("distribution", "loss_kwargs"),
-    [(Categorical, {"line_search": "batched"}), (TanhNormal, {"blocks": ["agents"]})],
-    ids=["categorical-batched", "tanh-block"],
-)
-def test_hatrpo_with_other_settings(distribution, loss_kwargs):
-    """Two updates of two more policies, and of all agents at once."""
-    twins = Twins(HATRPOLoss, distribution, loss_kwargs={"max_kl": 0.02, **loss_kwargs})
+def test_hatrpo_with_other_settings():
+    """A discrete policy, whose candidates are tried at once; the numbers of eager."""
+    loss_kwargs = {"max_kl": 0.02, "line_search": "batched"}
+    twins = Twins(HATRPOLoss, Categorical, loss_kwargs=loss_kwargs)
     for _ in range(2):
         twins.update(tolerance=1e-7)
     assert_equal(*twins.both, tolerance=1e-9)

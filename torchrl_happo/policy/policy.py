@@ -37,6 +37,7 @@ from torchrl.modules import IndependentNormal, SafeModule, TanhNormal
 
 from torchrl_happo.policy.distributions import entropy
 from torchrl_happo.policy.joint_row import JointRow
+from torchrl_happo.policy.squashed import Distributions
 
 __all__ = ["Policy"]
 
@@ -56,7 +57,6 @@ class Policy:
         actor (ProbabilisticTensorDictSequential): networks, then the distribution.
 
     Example:
-        >>> import torch
         >>> from tensordict import TensorDict
         >>> from tensordict.nn import TensorDictModule
         >>> from torchrl.modules import ProbabilisticActor
@@ -79,6 +79,7 @@ class Policy:
         self.actor = actor
         #: Evaluates the joint actor and takes one agent's row, where a row alone does not do.
         self.joint_row: JointRow | None = None
+        self._build = Distributions()
 
     @property
     def head(self) -> TensorDictModuleBase:
@@ -207,7 +208,8 @@ class Policy:
 
     def distribution(self, parameters: Parameters) -> Distribution:
         """The distribution with these parameters."""
-        return self.head.distribution_class(**parameters, **self.head.distribution_kwargs)
+        head = self.head
+        return self._build(head.distribution_class, parameters, head.distribution_kwargs)
 
     def log_prob(self, parameters: Parameters, data: TensorDictBase) -> Tensor | TensorDictBase:
         """Log-probability of the actions in ``data``, as the distribution files it."""
@@ -235,9 +237,8 @@ class Policy:
 
     def action(self, data: TensorDictBase) -> Tensor | TensorDictBase:
         """The stored actions, as the distribution takes them."""
-        if len(self.action_keys) == 1:
-            return data.get(self.action_keys[0])
-        return data.select(*self.action_keys)
+        keys = self.action_keys
+        return data.get(keys[0]) if len(keys) == 1 else data.select(*keys)
 
     def entropy(
         self, parameters: Parameters, data: TensorDictBase, log_prob: Tensor, log_ratio: Tensor
@@ -272,9 +273,8 @@ class Policy:
         if self.squashes:
             action = data.get(self.action_keys[0])
             # Any location and scale: only the squashing is taken from the distribution.
-            dist = self.distribution(
-                {"loc": torch.zeros_like(action), "scale": torch.ones_like(action)}
-            )
+            zeros, ones = torch.zeros_like(action), torch.ones_like(action)
+            dist = self.distribution({"loc": zeros, "scale": ones})
             assert isinstance(dist, TransformedDistribution)
             transform = dist.transforms[0]
             preimage = transform.inv(action)

@@ -56,7 +56,8 @@ class CompiledModel:
 
     Three functions: surrogate and gradient; the product of the Fisher matrix and a vector, by a
     Jacobian-vector and a vector-Jacobian product; surrogate and divergence at other parameters.
-    Each computes the forward pass that it needs anew.
+    Each computes the forward pass that it needs anew. Of stacked networks, as of a block, dynamo
+    cannot trace the call with other weights: their step runs as it is.
 
     Args:
         step (TrustRegionStep): the step.
