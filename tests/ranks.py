@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing as mp
 
-SECONDS = 120
+SECONDS = 300
 #: How they are started. A fork is quicker and sees what was changed in memory (``mutants.py``), but
 #: torch cannot differentiate in one once it has used a CUDA device.
 METHOD = "spawn"

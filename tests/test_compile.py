@@ -332,3 +332,14 @@ def test_cudagraphs_without_a_device(caplog):
         updaters[-1](batch)
     assert_equal(*updaters, tolerance=0)
     assert [record.message.split()[0] for record in caplog.records] == ["cudagraphs=True"]
+
+
+def test_rows_of_a_joint_actor_share_no_code():
+    """An agent that is evaluated by its joint actor has a row of its own in its code."""
+    loss = HAPPOLoss(make_actor(), make_critic())
+    updater = SequentialUpdater(loss, compile={"backend": Backend()})
+    templates = [updater._passes[agent.name].code.template for agent in loss.agents]
+    assert len({template() for template in templates}) == 1
+    for agent in loss.agents:
+        agent.evaluate_jointly()
+    assert len({template() for template in templates}) == 3
