@@ -6,15 +6,18 @@ that a new version is checked in one place.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from torchrl.modules import TanhNormal
 from torchrl.objectives.utils import _sum_td_features
 
 __all__ = [
+    "SquashedNormals",
     "entropy_of",
     "mask_keys",
     "set_time_limit",
@@ -62,3 +65,38 @@ def single_network(stack: nn.Module) -> nn.Module:
 def set_time_limit(env: Any, max_steps: int) -> None:
     """Set the steps after which level-based foraging ends an episode (lbforaging 2.0.0)."""
     env.unwrapped._max_episode_steps = max_steps
+
+
+class SquashedNormals:
+    """Builds the squashed normals of one policy, with the arguments of their class.
+
+    :class:`~torchrl.modules.TanhNormal` copies its bounds to the device and reads back whether they
+    are the trivial ones, each time that it is built. Here it is built once for each device, and
+    then given other parameters (TorchRL 0.14.1).
+
+    Example:
+        >>> build = SquashedNormals()
+        >>> dist = build(loc=torch.zeros(2), scale=torch.ones(2), high=2.0)
+        >>> dist.high, build(loc=torch.ones(2), scale=dist.scale, high=2.0).loc
+        (tensor(2.), tensor([1., 1.]))
+    """
+
+    def __init__(self) -> None:
+        self._built: dict[torch.device, tuple[dict[str, Any], TanhNormal]] = {}
+
+    def __reduce__(self) -> tuple[type[SquashedNormals], tuple[()]]:
+        return SquashedNormals, ()  # transforms cannot be copied
+
+    def __call__(self, *, loc: Tensor, scale: Tensor, **settings: Any) -> TanhNormal:
+        """Return the distribution with these parameters and settings."""
+        if loc.ndim == 0 or torch.compiler.is_compiling():
+            return TanhNormal(loc=loc, scale=scale, **settings)
+        before, built = self._built.get(loc.device, ({}, None))
+        same = before.keys() == settings.keys() and all(before[n] is settings[n] for n in before)
+        if built is None or not same:
+            built = TanhNormal(loc=loc.detach()[:0], scale=scale.detach()[:0], **settings)
+            self._built[loc.device] = settings, built
+        dist = copy.copy(built)
+        del dist.base_dist  # a normal that the copies would share
+        dist.update(loc, scale)
+        return dist

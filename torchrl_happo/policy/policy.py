@@ -31,13 +31,13 @@ from tensordict.nn import (
 )
 from tensordict.utils import unravel_key
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, Normal, TransformedDistribution
+from torch.distributions import Distribution, Independent, Normal
 from torch.func import functional_call
 from torchrl.modules import IndependentNormal, SafeModule, TanhNormal
 
 from torchrl_happo.policy.distributions import entropy
 from torchrl_happo.policy.joint_row import JointRow
-from torchrl_happo.policy.squashed import Distributions
+from torchrl_happo.versions import SquashedNormals
 
 __all__ = ["Policy"]
 
@@ -79,7 +79,7 @@ class Policy:
         self.actor = actor
         #: Evaluates the joint actor and takes one agent's row, where a row alone does not do.
         self.joint_row: JointRow | None = None
-        self._build = Distributions()
+        self._squash = SquashedNormals()
 
     @property
     def head(self) -> TensorDictModuleBase:
@@ -209,7 +209,8 @@ class Policy:
     def distribution(self, parameters: Parameters) -> Distribution:
         """The distribution with these parameters."""
         head = self.head
-        return self._build(head.distribution_class, parameters, head.distribution_kwargs)
+        kind = self._squash if head.distribution_class is TanhNormal else head.distribution_class
+        return kind(**parameters, **head.distribution_kwargs)
 
     def log_prob(self, parameters: Parameters, data: TensorDictBase) -> Tensor | TensorDictBase:
         """Log-probability of the actions in ``data``, as the distribution files it."""
@@ -274,8 +275,7 @@ class Policy:
             action = data.get(self.action_keys[0])
             # Any location and scale: only the squashing is taken from the distribution.
             zeros, ones = torch.zeros_like(action), torch.ones_like(action)
-            dist = self.distribution({"loc": zeros, "scale": ones})
-            assert isinstance(dist, TransformedDistribution)
+            dist = self._squash(loc=zeros, scale=ones, **self.head.distribution_kwargs)
             transform = dist.transforms[0]
             preimage = transform.inv(action)
             data.set(PREIMAGE, preimage)
