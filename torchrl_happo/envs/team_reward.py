@@ -53,6 +53,9 @@ class TeamReward(TeamTotal):
             costs. Name them where two teams play each other.
         out_key (NestedKey, optional): key of the team's reward, at the root or under a name
             that is no group with an agent dimension. Defaults to ``"reward"``.
+        in_place (bool, optional): whether the team's reward replaces the reward of each agent, at
+            its key and in its shape, instead of standing beside it. A script goes on to read
+            ``env.reward_key``, which TorchRL only has where there is one. Defaults to ``False``.
 
     Raises:
         ValueError: if the reduction is none of the above; at the first use, if ``in_keys`` are
@@ -73,6 +76,17 @@ class TeamReward(TeamTotal):
         torch.Size([4, 3, 1])
         >>> rollout["next", "episode_reward"].shape
         torch.Size([4, 3, 1])
+
+        A script that reads ``env.reward_key`` keeps it, and every agent is paid the same:
+
+        >>> env = TransformedEnv(
+        ...     VmasEnv("navigation", num_envs=4, max_steps=100),
+        ...     TeamReward("mean", in_place=True),
+        ... )
+        >>> env.reward_key
+        ('agents', 'reward')
+        >>> env.rollout(3)["next", "agents", "reward"].std(-2).max()
+        tensor(0.)
 
         Two teams that play each other have a reward each:
 
@@ -96,8 +110,9 @@ class TeamReward(TeamTotal):
         *,
         in_keys: Sequence[NestedKey] | None = None,
         out_key: NestedKey = "reward",
+        in_place: bool = False,
     ) -> None:
-        super().__init__(reduction, in_keys, out_key)
+        super().__init__(reduction, in_keys, out_key, in_place)
 
     def transform_reward_spec(self, reward_spec: Composite) -> Composite:
         """Add the team's reward to the specs of the agents' rewards."""

@@ -23,6 +23,7 @@ class TeamTotal(Transform):
         reduction (str or None): ``"mean"``, ``"sum"``, or ``None`` if the agents share it.
         in_keys (sequence of NestedKey or None): the agents' entries; ``None``: all there are.
         out_key (NestedKey): key of the team's entry.
+        in_place (bool): whether the team's entry replaces those of the agents.
     """
 
     #: The entry: ``"reward"`` or ``"cost"``.
@@ -34,6 +35,7 @@ class TeamTotal(Transform):
         reduction: Literal["mean", "sum"] | None,
         in_keys: Sequence[NestedKey] | None,
         out_key: NestedKey,
+        in_place: bool = False,
     ) -> None:
         name = type(self).__name__
         if reduction not in _REDUCTIONS:
@@ -46,6 +48,7 @@ class TeamTotal(Transform):
                 f"leave them out to take all the {self.entry}s of the environment."
             )
         self._named: list[NestedKey] | None = None
+        self.in_place = in_place
         super().__init__(in_keys=in_keys, out_keys=[out_key])
         self.reduction = reduction
         self._verified = False
@@ -58,6 +61,15 @@ class TeamTotal(Transform):
     def out_key(self) -> NestedKey:
         """The key that the team's entry is written to."""
         return self.out_keys[0]
+
+    @property
+    def out_keys(self) -> Sequence[NestedKey]:
+        """The keys that are written: one of the team, or in place those of its agents."""
+        return self.in_keys if self.in_place else self._written
+
+    @out_keys.setter
+    def out_keys(self, value: Sequence[NestedKey]) -> None:
+        self._written = [unravel_key(key) for key in value]
 
     @property
     def in_keys(self) -> Sequence[NestedKey]:
@@ -97,11 +109,24 @@ class TeamTotal(Transform):
         values = self._of_agents(next_tensordict)
         if self.reduction is None:
             self._verify_shared(values)
-        return next_tensordict.set(self.out_key, self._reduce(values))
+        total = self._reduce(values)
+        if not self.in_place:
+            return next_tensordict.set(self.out_key, total)
+        for key in self.in_keys:
+            value = next_tensordict.get(key)
+            is_group = value.ndim > total.ndim
+            # A copy: the agents of a group would share memory, which collectors write to.
+            team = total.unsqueeze(-2).expand_as(value).clone() if is_group else total
+            next_tensordict.set(key, team)
+        return next_tensordict
 
     def _add_spec(self, spec: Composite) -> Composite:
         """Add the team's entry to the specs that hold those of the agents."""
         self._check_keys(spec)
+        if self.in_place:
+            for key in self.in_keys:  # a sum may leave the bounds of one agent's entry
+                spec[key] = Unbounded(spec[key].shape, device=spec.device, dtype=spec[key].dtype)
+            return spec
         value = self._reduce(self._of_agents(spec.zero()))
         spec[self.out_key] = Unbounded(shape=value.shape, dtype=value.dtype, device=value.device)
         return spec
@@ -135,7 +160,7 @@ class TeamTotal(Transform):
 
     def _is_there(self, tensordict: TensorDictBase) -> bool:
         """Return whether the only entry is the team's already, ``[*B, 1]`` under its key."""
-        if list(self.in_keys) != self.out_keys:
+        if self.in_place or list(self.in_keys) != self.out_keys:
             return False
         value = tensordict.get(self.out_key, default=None)
         return value is not None and value.shape == (*tensordict.batch_size, 1)
@@ -160,7 +185,7 @@ class TeamTotal(Transform):
 
     def _check_keys(self, spec: Composite) -> None:
         """Refuse keys that the environment lacks, and to write over what it has."""
-        in_keys, out_key, name = list(self.in_keys), self.out_key, type(self).__name__
+        in_keys, name = list(self.in_keys), type(self).__name__
         existing = list(spec.keys(True, True))
         unknown = [key for key in in_keys if key not in existing]
         if unknown or not in_keys:
@@ -169,6 +194,9 @@ class TeamTotal(Transform):
                 f"{name} got in_keys {got} no {self.entry}s of this environment; choose among "
                 f"{existing}."
             )
+        if self.in_place:
+            return
+        out_key = self.out_key
         if out_key in existing:
             if in_keys == [out_key] and spec[out_key].ndim == spec.ndim + 1:
                 return  # it is the team's entry already
@@ -190,6 +218,7 @@ def written_keys(env: EnvBase, kind: type[TeamTotal]) -> list[NestedKey]:
     """Return the keys that all transforms of a kind write in an environment."""
     keys, inner = [], env
     while isinstance(inner, TransformedEnv):
-        keys += [each.out_key for each in inner.transform.modules() if isinstance(each, kind)]
+        transforms = [each for each in inner.transform.modules() if isinstance(each, kind)]
+        keys += [each.out_key for each in transforms if not each.in_place]
         inner = inner.base_env
     return keys

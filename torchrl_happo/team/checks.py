@@ -9,7 +9,7 @@ from tensordict import NestedKey, TensorDictBase
 from torch import nn
 
 from torchrl_happo.team.agent import Agent
-from torchrl_happo.team.entries import has, next_key, tensors_of
+from torchrl_happo.team.entries import has, next_key, path_of, tensors_of
 from torchrl_happo.team.team import CriticKeys, Team
 
 __all__ = ["check_agent_keys", "check_batch", "check_team_shape"]
@@ -60,7 +60,10 @@ def check_agent_keys(agent: Agent, batch: TensorDictBase) -> None:
     """Refuse a batch without an agent's observations, actions or log-probabilities."""
     whose = f"agent {agent.name!r}"
     for key in (*agent.actor.in_keys, *agent.policy.action_keys):
-        _require(batch, key, whose, "collect with the loss's own actor")
+        remedy = "collect with the loss's own actor"
+        if path_of(key)[-1].startswith("_"):
+            remedy = "TorchRL's collectors drop names that begin with '_': rename it without"
+        _require(batch, key, whose, remedy)
     for key in agent.policy.log_prob_keys:
         _require(batch, key, whose, "build its actor with return_log_prob=True and collect with it")
 
@@ -176,7 +179,9 @@ def _check_estimable(team: Team, batch: TensorDictBase, critic: CriticKeys) -> N
     check_team_shape(team, batch, next_key(critic.reward))
     for name in ("done", "terminated"):
         key = next_key(getattr(critic, name))
-        _require(batch, key, "the advantage", f"call loss.set_keys({name}=...)")
+        call = f"loss.set_keys({name}=...)"
+        remedy = f"call {call}" if len(key) == 2 else f"leave {call} out"
+        _require(batch, key, "the advantage", remedy)
         if batch.get(key).dtype != torch.bool:
             raise ValueError(
                 f"The entry {key!r} is of {batch.get(key).dtype}, but it must say yes or no: write "

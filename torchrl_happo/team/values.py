@@ -18,18 +18,50 @@ from torchrl_happo.arguments import first_line
 from torchrl_happo.masked import VALID
 from torchrl_happo.policy.policy import Parameters
 from torchrl_happo.team.agent import Agent
-from torchrl_happo.team.entries import has, leaves, next_key, tensors_of
+from torchrl_happo.team.entries import has, leaves, next_key, path_of, tensors_of
 from torchrl_happo.team.masks import Masks
 from torchrl_happo.team.team import Team
 
-__all__ = ["check_actions", "check_finite", "check_log_prob", "explained", "fill_ends"]
+__all__ = [
+    "check_actions",
+    "check_finite",
+    "check_log_prob",
+    "explained",
+    "fill_ends",
+    "share_ends",
+]
 
 _NOT_FINITE = "The entry {!r} of the batch holds NaN or infinite numbers; nothing was updated."
 _DIFFERING = (
     "The rewards {!r} differ between the agents of the team, but HAPPO maximises one shared "
-    'reward; append TeamReward("mean") or TeamReward("sum") to the environment\'s transforms and '
-    'call loss.set_keys(reward="reward").'
+    'reward; append TeamReward("mean") to the environment\'s transforms and leave '
+    'set_keys(reward=...) out, or keep it and append TeamReward("mean", in_place=True).'
 )
+
+
+def share_ends(team: Team, batch: TensorDictBase) -> TensorDictBase:
+    """Return a batch with the ends of each agent, where only the environment's are there.
+
+    An environment that is over is over for all of its agents: what ``set_keys(done=("agents",
+    "done"))`` names is read from the root's ``"done"`` if the group has none.
+
+    Args:
+        team (Team): says where its critics read the ends.
+        batch (TensorDictBase): joint data of batch size ``[*B]``. Not modified.
+    """
+    filled, steps = batch, tuple(batch.batch_size)
+    for critic in team.critics.values():
+        for key in (critic.done, critic.terminated):
+            *group, name = path_of(key)
+            rows = batch.get(("next", *group), None) if group else None
+            if not isinstance(rows, TensorDictBase) or has(batch, next_key(key)):
+                continue
+            sizes = tuple(rows.batch_size[len(steps) :]) or (team.num_agents,)
+            value = batch.get(next_key(name), None)
+            if value is not None and value.shape == (*steps, 1) and len(sizes) == 1:
+                filled = batch.copy() if filled is batch else filled
+                filled.set(next_key(key), value.unsqueeze(-2).expand(*steps, *sizes, 1))
+    return filled
 
 
 def fill_ends(team: Team, batch: TensorDictBase) -> TensorDictBase:

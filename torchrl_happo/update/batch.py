@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from functools import cached_property
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.utils import unravel_key
 from torch import Tensor
 
@@ -24,7 +24,7 @@ from torchrl_happo.team.checks import check_batch, check_team_shape
 from torchrl_happo.team.entries import has, next_key
 from torchrl_happo.team.masks import Masks
 from torchrl_happo.team.team import Team
-from torchrl_happo.team.values import check_finite, explained, fill_ends
+from torchrl_happo.team.values import check_finite, explained, fill_ends, share_ends
 from torchrl_happo.transaction import recordable
 
 __all__ = ["TeamBatch"]
@@ -69,7 +69,9 @@ class TeamBatch:
         learners: Learners | None = None,
     ) -> None:
         batch = recordable(batch)
-        self.team = team = team.seen_in(batch) if isinstance(batch, TensorDictBase) else team
+        if isinstance(batch, TensorDictBase):  # anything else is refused below
+            team, batch = team.seen_in(batch), share_ends(team, batch)
+        self.team = team
         self.critics = critics
         self.source = batch
         self.learners = Learners() if learners is None else learners
@@ -138,9 +140,16 @@ class TeamBatch:
         keys, dims = critic.keys, batch.batch_dims
         batch = batch.copy() if self.masks is None else self.masks.cut_at_padding(batch).copy()
         places = [next_key(key) for key in (keys.done, keys.terminated)]
-        if batch.get(places[0]).ndim > dims + 1 and critic.values_the_team(batch):
-            for place in places:  # the team is done when all of its agents are
-                batch.set(place, batch.get(place).all(dims))
+        per_agent = [k for k in (*places, next_key(keys.reward)) if batch.get(k).ndim > dims + 1]
+        if per_agent and critic.values_the_team(batch):
+            for key in per_agent:
+                value = batch.get(key)
+                # The team is done when all of its agents are; they are paid the same.
+                value = value.all(dims) if key in places else self._shared(key, value)
+                for group in (key[1:-1], key[:-1]) if len(key) > 2 else ():
+                    # A group with an agent dimension has no place for an entry of the team.
+                    batch.set(group, TensorDict(dict(batch.get(group).items()), batch.batch_size))
+                batch.set(key, value)
         ids = batch.get(("collector", "traj_ids"), None)
         if ids is not None and batch.shape[-1] > 1:
             ids = ids.reshape(batch.shape)
@@ -149,6 +158,16 @@ class TeamBatch:
             last[..., :-1] = ids[..., 1:] != ids[..., :-1]
             batch.set(places[0], done | last.reshape(*last.shape, *(1,) * (done.ndim - dims)))
         return batch
+
+    def _shared(self, key: NestedKey, reward: Tensor) -> Tensor:
+        """Return the one reward of the agents that act at a step; 0 where nobody acts."""
+        dims = self.batch.batch_dims
+        mask = None if self.masks is None else self.masks.entry(key)
+        if mask is None:
+            return reward.select(dims, 0)
+        mask = mask.reshape(*mask.shape, *(1,) * (reward.ndim - mask.ndim))
+        paid = torch.where(mask, reward, -torch.inf).amax(dims)
+        return torch.where(mask.any(dims), paid, torch.zeros_like(paid))
 
     # -- the agents ----------------------------------------------------------------------------
 
