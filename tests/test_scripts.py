@@ -31,19 +31,49 @@ pytest.importorskip("vmas")
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_two_teams_of_the_readme():
-    """The script of the README for two teams runs as it stands, with shorter episodes."""
-    (script,) = re.findall(r"```python\n(.*?)\n```", README.read_text(), re.DOTALL)
-    for long, short in (("32", "4"), ("StepCounter(100)", "StepCounter(5)"), ("00", "")):
-        assert long in script
+#: What makes the scripts of the README short enough for a test.
+SHORT = {
+    "frames_per_batch=6000, total_frames=600_000": "frames_per_batch=120, total_frames=240",
+    "num_envs=60": "num_envs=6",
+    "StepCounter(100)": "StepCounter(10)",
+    "minibatch_size=1500": "minibatch_size=50",
+    "num_epochs=10": "num_epochs=2",
+}
+
+
+def shortened(script):
+    """The script with few frames; each replacement that is made must be needed."""
+    for long, short in SHORT.items():
         script = script.replace(long, short)
+    return script
+
+
+def blocks(language):
+    """The code blocks of the README in a language."""
+    return re.findall(rf"```{language}\n(.*?)\n```", README.read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("script", blocks("python"))
+def test_each_script_of_the_readme(script):
+    """It runs as it stands, with fewer frames."""
+    short = shortened(script)
+    assert short.count("120") == script.count("6000") > 0
     names: dict = {}
-    exec(script, names)
-    assert sorted(names["metrics"]["predators"].keys()) == [
-        *(f"adversary_{index}" for index in range(3)),
-        "critic",
-    ]
-    assert sorted(names["metrics"]["prey"].keys()) == ["agent", "critic"]
+    exec(short, names)
+    assert {*names["metrics"].keys()} == {*(f"agents_{index}" for index in range(4)), "critic"}
+
+
+def test_the_change_of_the_readme():
+    """What stands after it runs, but for the networks, whose lines are cut short there."""
+    (diff,) = blocks("diff")
+    after = [line[1:] for line in diff.splitlines() if line[:1] in "+ " and "(...)" not in line]
+    assert sum(line.startswith("-") for line in diff.splitlines()) == 5
+    base_env = VmasEnv("navigation", num_envs=6, max_steps=10)
+    names = {**globals(), "base_env": base_env}
+    names["actor"], names["critic"] = make_networks(base_env)
+    exec(shortened("\n".join(after)), names)
+    assert names["metrics"]["agents_0/kl"] > 0
+    assert names["batch"]["next", "agents", "episode_reward"].isfinite().all()
 
 
 def make_env(scenario="navigation", num_envs=6):

@@ -1,4 +1,46 @@
-"""HAPPO and HATRPO for TorchRL: train a team of different agents, one after the other."""
+"""HAPPO and HATRPO for TorchRL: train a team of different agents, one after the other.
+
+A script needs four names: `TeamReward` makes one reward of the agents' own, `HAPPOLoss` (or
+`HATRPOLoss`, ...) holds actors and critic, `SequentialUpdater` is called with each batch of a
+collector, and `make_actor` and `make_critic` build networks from an environment's specs.
+
+- **Algorithms**, a page each: `torchrl_happo.objectives.happo`, `torchrl_happo.objectives.hatrpo`,
+  `torchrl_happo.objectives.haa2c`, `torchrl_happo.objectives.coppo`,
+  `torchrl_happo.objectives.a2po`.
+- **Examples and tuning**: `torchrl_happo.examples`.
+- **Metrics** with their healthy ranges: `torchrl_happo.update.metrics`.
+- **The parts of an update**, each replaceable: `torchrl_happo.update.order`,
+  `torchrl_happo.update.correction`, `torchrl_happo.steps.step`.
+- **Runs, checkpoints, export**: `torchrl_happo.recipe`; `python -m torchrl_happo.train --help`.
+
+# Troubleshooting
+
+An error is one sentence with a cure. What else may puzzle, by symptom:
+
+- *"... differ between the agents of the team"*: the theory has one reward. Append
+  `TeamReward("mean")` and leave `set_keys(reward=...)` out, or keep it with `in_place=True`.
+- *"reward_key requested but more than one key present"* (TorchRL): `TeamReward` has added the
+  team's reward. Append it with `in_place=True`, or name `("agents", "reward")` yourself.
+- *"... HAPPO updates one agent after the other and needs a network for each"*: build the actor with
+  `share_params=False`, or pass `blocks=["agents"]` for agents that move as one.
+- *"... share the parameter ..."*: of two agents, or of an actor and a critic. Build them apart.
+- *"The batch has no entry ... '_h'"*: TorchRL's collectors drop names that begin with `_`.
+- *"... cannot read the batch"*: a network got shapes that it was not built for; the sentence lists
+  what it got. Often the critic reads unlike agents as one group.
+- *"The gradient of ... was not finite; its update was taken back"* (a warning): look for infinite
+  rewards or a policy at the bound of its actions; the parameters are those before.
+- *"... was differentiated without an entry 'factor'"* (a warning): a loop of MAPPO around
+  `HAPPOLoss` moves all agents at once. Use `SequentialUpdater`, or
+  `torchrl_happo.examples.happo_by_hand`.
+- *It does not learn*: the symptoms in `torchrl_happo.examples` say what to touch. First look at
+  `kl` (do the agents move?) and `explained_variance` (does the critic know anything?).
+- *Episodes end at a time limit and values are too low*: `VmasEnv(max_steps=...)` terminates; pass
+  `max_steps=None` and append `StepCounter(...)`.
+- *An update is slow*: `torch.set_num_threads(1)` on small machines, larger minibatches,
+  `compile=True`; on a GPU `cudagraphs=True`.
+- *The loss or policy is missing after a process was killed*: `updater.state_dict()` is everything;
+  save it with `torch.save` and load it with `weights_only=True`.
+"""
 
 from __future__ import annotations
 

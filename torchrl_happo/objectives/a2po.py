@@ -1,4 +1,17 @@
-"""Agent-by-agent policy optimisation."""
+r"""Agent-by-agent policy optimisation (A2PO): the advantage is estimated again for each agent.
+
+With the product :math:`\rho` of the ratios of those before, the :math:`k`-th of :math:`n` agents
+maximises :math:`\mathbb{E}[\min(l A, \mathrm{clip}(l, 1 \pm \epsilon_k) A)]`,
+:math:`l = r \, \mathrm{clip}(\rho, 1 \pm \epsilon / 2)`, in ranges
+:math:`\epsilon_k` that grow with its place. :math:`A` is
+estimated with traces :math:`\lambda \min(1, \rho)`.
+
+**Keys.** Those of HAPPO, and the values of the batch. **Defaults.** Those of HAPPO,
+``clip_growth=0.5``; the order of the paper is ``SequentialUpdater(..., order="semi_greedy")``.
+
+**When to use it.** When ``factor_ess`` falls far below 1 for the last agents: the traces forget
+what the moves of the others have made improbable.
+"""
 
 from __future__ import annotations
 

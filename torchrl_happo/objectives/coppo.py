@@ -1,4 +1,15 @@
-"""Coordinated proximal policy optimisation: all agents at once, each in view of the others."""
+r"""Coordinated proximal policy optimisation (CoPPO): all agents at once, in view of the others.
+
+At every step of one common optimiser agent :math:`i` maximises
+:math:`\mathbb{E}[\min(l_i A, \mathrm{clip}(l_i, 1 \pm \epsilon) A)]` with
+:math:`l_i = r_i \, \mathrm{clip}(\prod_{j \ne i} r_j, 1 \pm \epsilon / 2)`.
+
+**Keys.** Those of HAPPO, of one group. There is no factor: the group is one unit of the update.
+**Defaults.** Those of HAPPO; the inner range is half of ``clip_epsilon``.
+
+**When to use it.** With many agents of one group, for which one after the other takes too long, and
+with agents that share parameters.
+"""
 
 from __future__ import annotations
 

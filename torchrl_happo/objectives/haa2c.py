@@ -1,4 +1,13 @@
-"""Heterogeneous-agent advantage actor-critic."""
+r"""Heterogeneous-agent advantage actor-critic (HAA2C).
+
+Each agent in turn maximises :math:`\mathbb{E}[r M]`, with the factor of
+:mod:`torchrl_happo.objectives.happo`, and nothing is clipped.
+
+**Keys.** Those of HAPPO. **Defaults.** Those of HAPPO, without ``clip_epsilon``.
+
+**When to use it.** As the plain member of the family: to see what clipping adds. Only few epochs
+(the reference takes 5) and a small learning rate keep a policy near the one that acted.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,29 @@
-"""Heterogeneous-agent proximal policy optimisation."""
+r"""Heterogeneous-agent proximal policy optimisation (HAPPO).
+
+Agents are updated one after the other in an order :math:`i_1, \dots, i_n`. Agent :math:`i_m`
+maximises the clipped surrogate (eq. 13 of https://arxiv.org/abs/2109.11251)
+
+.. math::
+    \mathbb{E}\left[\min\left(r M, \mathrm{clip}(r, 1 - \epsilon, 1 + \epsilon) M\right)\right],
+    \qquad r = \frac{\pi_\theta(a^{i_m} | o^{i_m})}{\pi_\text{old}(a^{i_m} | o^{i_m})},
+    \qquad M = A \prod_{j < m} \frac{\pi_\text{new}(a^{i_j} | o^{i_j})}
+    {\pi_\text{old}(a^{i_j} | o^{i_j})}.
+
+The product is the *factor*: what the updates of the agents before have done to the probability of
+the joint action. It is neither clipped nor standardised.
+
+**Keys**, in TorchRL's multi-agent layout (``agents`` stands for any group). Read are
+``("agents", "observation")`` ``[*B, n_agents, obs_dim]``, ``("agents", "action")``
+``[*B, n_agents, action_dim]``, ``("agents", "action_log_prob")`` ``[*B, n_agents]``, and the
+team's ``("next", "reward")``, ``("next", "done")``, ``("next", "terminated")``, ``[*B, 1]``.
+Optional are ``"advantage"`` with ``"value_target"``, ``"factor"``, each ``[*B, 1]`` or
+``[*B, n_agents, 1]``, and ``("agents", "active")``, bool ``[*B, n_agents]``. An update writes
+nothing into the batch.
+
+**Defaults.** ``clip_epsilon=0.2``, ``entropy_coeff=0.01``; GAE with 0.99 and 0.95.
+
+**When to use it.** First, for unlike agents. For agents that are alike MAPPO may learn faster.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +39,7 @@ from torchrl.modules import ValueNorm
 from torchrl.modules.distributions import has_analytic_entropy
 from torchrl.objectives import ClipPPOLoss
 
-from torchrl_happo.arguments import (
-    check_counts,
-    check_critic,
-    check_entropy_coeff,
-)
+from torchrl_happo.arguments import check_counts, check_critic, check_entropy_coeff
 from torchrl_happo.masked import masked_mean
 from torchrl_happo.objectives.base import Actors, SequentialLoss
 from torchrl_happo.objectives.clipping import (
@@ -42,17 +63,8 @@ __all__ = ["HAPPOLoss"]
 class HAPPOLoss(SequentialLoss, ClipPPOLoss):
     r"""Heterogeneous-agent PPO loss (Kuba et al., 2022).
 
-    Agents are updated one after the other in an order :math:`i_1, \dots, i_n`. Agent
-    :math:`i_m` maximises the clipped surrogate (eq. 13 of https://arxiv.org/abs/2109.11251)
-
-    .. math::
-        \mathbb{E}\left[\min\left(r M, \mathrm{clip}(r, 1 - \epsilon, 1 + \epsilon) M\right)\right],
-        \qquad r = \frac{\pi_\theta(a^{i_m} | o^{i_m})}{\pi_\text{old}(a^{i_m} | o^{i_m})},
-        \qquad M = A \prod_{j < m} \frac{\pi_\text{new}(a^{i_j} | o^{i_j})}
-        {\pi_\text{old}(a^{i_j} | o^{i_j})},
-
-    where the product is the *factor*: what the updates of the agents before have done to the
-    probability of the joint action. The factor is neither clipped nor standardised.
+    Agents are updated one after the other, each by its clipped surrogate of the joint advantage
+    times the *factor*; :mod:`torchrl_happo.objectives.happo` has the equation.
 
     The loss is :class:`~torchrl.objectives.ClipPPOLoss` for a whole team. The differences:
 
@@ -109,16 +121,6 @@ class HAPPOLoss(SequentialLoss, ClipPPOLoss):
         blocks (collection of str): groups whose agents are updated together as one unit; they may
             share parameters. Defaults to ``()``.
         device (torch.device, optional): device of the buffers. Defaults to the networks'.
-
-    The tensordict follows TorchRL's multi-agent layout (``agents`` stands for any group):
-
-    - ``("agents", "observation")``: ``[*B, n_agents, obs_dim]``
-    - ``("agents", "action")``: ``[*B, n_agents, action_dim]``
-    - ``("agents", "action_log_prob")``: ``[*B, n_agents]``
-    - ``("next", "reward")``, ``("next", "done")``, ``("next", "terminated")``: ``[*B, 1]``, the
-      team's (see :class:`~torchrl_happo.TeamReward`)
-    - optional ``"factor"``: ``[*B, 1]`` or ``[*B, n_agents, 1]``
-    - optional ``("agents", "active")``: bool ``[*B, n_agents]``
 
     Raises:
         TypeError: if an actor is not probabilistic.

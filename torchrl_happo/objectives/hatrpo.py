@@ -1,4 +1,26 @@
-"""Heterogeneous-agent trust region policy optimisation."""
+r"""Heterogeneous-agent trust region policy optimisation (HATRPO).
+
+With the factor of :mod:`torchrl_happo.objectives.happo` each agent in turn solves
+:math:`\max \mathbb{E}[r M]` inside a ball of radius :math:`\delta` around its old policy:
+
+1. :math:`g` is the gradient of :math:`\mathbb{E}[r M]` at the old parameters.
+2. The Fisher matrix is :math:`F = \mathbb{E}[J^\top \mathcal{M} J]`, with the network's Jacobian
+   :math:`J` and the distribution's own Fisher matrix :math:`\mathcal{M}` in its parameters. The
+   network is linearised once; a product :math:`F v` costs two passes.
+3. Conjugate gradient solves :math:`(F + \lambda I) x = g`.
+4. The full step is :math:`\sqrt{2 \delta / x^\top (F + \lambda I) x} \; x`.
+5. It is shortened by ``backtrack_factor`` until the true divergence is below :math:`\delta` and the
+   surrogate has risen by at least ``accept_ratio`` of what :math:`g` promised. If that never
+   happens, the parameters are as before, bit for bit.
+
+**Keys.** Those of HAPPO.
+
+**Defaults.** ``max_kl=0.01``, ``damping=0.1``, ten iterations, ten tries, ``accept_ratio=0.5``.
+
+**When to use it.** When a step must be safe whatever the learning rate, when there is no time to
+tune, and where agents are few and batches large: it takes one step a batch. With many small batches
+HAPPO uses each of them longer.
+"""
 
 from __future__ import annotations
 

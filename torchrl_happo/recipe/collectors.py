@@ -101,7 +101,7 @@ def _engine_options(kind: CollectorConfig) -> dict[str, Any]:
     """Return what Ray, or ``torch.distributed``, needs to know."""
     if isinstance(kind, RayCollector):
         if find_spec("ray") is None:
-            raise ConfigError("collector=ray needs Ray: pip install torchrl_happo[ray].")
+            raise ConfigError("collector=ray needs Ray: pip install 'torchrl_happo[ray]'.")
         cluster: dict[str, Any] = {"address": kind.address, "log_to_driver": False}
         if kind.address is None:
             cluster = {"num_cpus": kind.num_workers, "include_dashboard": False, **cluster}

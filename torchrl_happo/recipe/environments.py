@@ -165,7 +165,7 @@ def _build(task: TaskConfig, num_envs: int, device: str) -> EnvBase:
     if simulator.package is not None and find_spec(simulator.package) is None:
         raise ConfigError(
             f"The task {task.name!r} needs {simulator.package}: "
-            f"pip install torchrl_happo[{simulator.extra}]."
+            f"pip install 'torchrl_happo[{simulator.extra}]'."
         )
     try:
         return simulator.build(task, num_envs, device)

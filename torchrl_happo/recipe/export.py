@@ -44,7 +44,7 @@ def export_agent(agent: AgentPolicy, target: Path) -> Path:
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if missing:
         raise ConfigError(
-            f"An ONNX model needs {' and '.join(missing)}: pip install torchrl_happo[export]."
+            f"An ONNX model needs {' and '.join(missing)}: pip install 'torchrl_happo[export]'."
         )
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses operators nobody asked for
     torch.onnx.export(

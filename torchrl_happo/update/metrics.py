@@ -1,4 +1,46 @@
-"""One agent's policy before and after its step, and what is reported of the move."""
+"""One agent's policy before and after its step, and a glossary of what an update reports.
+
+``SequentialUpdater`` returns scalars under the name of each agent and of each critic. Ratios, means
+and divergences run over an agent's valid decisions of the whole batch, before and after its step.
+
+Of every agent:
+
+- ``position``: its place in the order of this batch, from 0. Random orders: all places, over time.
+- ``factor_mean``: mean of the factor that it was given; 1 for the first. Healthy: 0.9 to 1.1.
+- ``factor_max``: the largest factor of a decision. Healthy: below 10.
+- ``factor_ess``: effective sample size of the factor, relative to the batch: 1 for the first,
+  smaller the further those before have moved. Healthy: above 0.8; below 0.5 the agent learns from
+  half of its batch.
+- ``surrogate_before``, ``surrogate``: mean of the corrected advantage before, and times the ratio
+  after its step. Healthy: the second is the larger.
+- ``ratio_mean``: healthy 0.98 to 1.02. ``ratio_max``, ``ratio_min``: the extremes.
+- ``kl``: exact divergence of the old from the new policy (an estimate, where there is no closed
+  form). Healthy: 0.001 to 0.05; for HATRPO at most ``max_kl``.
+- ``entropy``: of the new policy. Falls slowly; of densities it may be negative.
+- ``grad_norm``: norm of the gradient before clipping, a mean over its steps. Finite.
+
+Of a first-order step (HAPPO, HAA2C, CoPPO, A2PO, critics):
+
+- ``loss``: mean over the minibatches of all epochs, entropy bonus and weights included.
+- ``epochs``: passes that were made; fewer than ``num_epochs`` where ``target_kl`` stopped them.
+- ``clip_fraction`` (HAPPO, CoPPO, A2PO): share of decisions outside the clipping range. Healthy:
+  0.02 to 0.3.
+
+Of HATRPO:
+
+- ``line_search_success``: 1, or 0 if no step was accepted. Healthy: 1 nearly always.
+- ``step_fraction``: accepted share of the full step. Healthy: 0.5 to 1; 0 without success.
+- ``step_kl``: divergence of the last step tried. Healthy: near ``max_kl``.
+- ``improvement``, ``expected_improvement``: of the surrogate, by the last step tried and by its
+  gradient. Healthy: the first at least half of the second.
+- ``curvature``: ``x @ (F + damping) @ x`` along the direction. Positive and finite.
+- ``cg_residual``: relative residual of conjugate gradient. Healthy: below 0.1.
+
+Of a critic, beside its ``loss``, ``grad_norm`` and ``epochs``:
+
+- ``explained_variance``: share of the variance of the returns that its values explained before the
+  fit. Rises towards 1; at or below 0 the critic knows nothing.
+"""
 
 from __future__ import annotations
 

@@ -224,7 +224,7 @@ def _import_envpool() -> Any:
         import envpool
     except ImportError as error:
         raise ImportError(
-            "EnvPoolEnv needs EnvPool; install it by: pip install torchrl_happo[mujoco]."
+            "EnvPoolEnv needs EnvPool; install it by: pip install 'torchrl_happo[mujoco]'."
         ) from error
     return envpool
 

@@ -1,0 +1,147 @@
+"""The documentation builds without a warning, and its glossary has what an update reports."""
+
+from __future__ import annotations
+
+import ast
+import re
+import runpy
+import tomllib
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from team import make_actor, make_batch, make_critic
+
+import torchrl_happo
+from torchrl_happo import (
+    A2POLoss,
+    CoPPOLoss,
+    HAA2CLoss,
+    HAPPOLoss,
+    HATRPOLoss,
+    SequentialUpdater,
+    examples,
+    objectives,
+)
+from torchrl_happo.update import metrics
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_site_builds_without_a_warning(tmp_path, monkeypatch):
+    """``.ci/docs`` writes a page for each module, in which the names of the package resolve."""
+    pytest.importorskip("pdoc")
+    build = runpy.run_path(str(ROOT / ".ci" / "docs"))["build"]
+    for name in torchrl_happo.__all__:  # put back after the test
+        monkeypatch.setattr(torchrl_happo, name, getattr(torchrl_happo, name), raising=False)
+    build(tmp_path)
+    start = (tmp_path / "torchrl_happo.html").read_text()
+    assert "Troubleshooting" in start
+    assert 'id="HAPPOLoss"' in start
+    for name in ("happo", "hatrpo", "haa2c", "coppo", "a2po"):
+        page = (tmp_path / "torchrl_happo" / "objectives" / f"{name}.html").read_text()
+        for word in ("Keys", "Defaults", "When to use it"):
+            assert f"<strong>{word}" in page, (name, word)
+        assert ":math:" not in page
+
+
+LOSSES = {
+    "happo": HAPPOLoss,
+    "hatrpo": partial(HATRPOLoss, kl_split="weighted"),
+    "haa2c": HAA2CLoss,
+    "coppo": CoPPOLoss,
+    "a2po": A2POLoss,
+}
+TERM = re.compile(r"^- ((?:``\w+``(?: \([^)]*\))?(?:, )?)+):", re.MULTILINE)
+
+
+def glossary():
+    """The metrics that the glossary explains."""
+    listed = [name for entry in TERM.findall(metrics.__doc__) for name in entry.split("``")[1::2]]
+    extremes = re.findall(r"``(ratio_max)``, ``(ratio_min)``", metrics.__doc__)
+    return {*listed, *extremes[0]}
+
+
+def reported():
+    """The metrics that updates with all losses return."""
+    names = set()
+    for loss_class in LOSSES.values():
+        actor = make_actor()
+        updater = SequentialUpdater(loss_class(actor, make_critic()), num_epochs=1)
+        names |= {key[-1] for key in updater(make_batch(actor)).keys(True, True)}
+    return names
+
+
+def test_the_glossary_has_what_an_update_reports():
+    """No metric more, and none less."""
+    torch.manual_seed(0)
+    assert glossary() == reported()
+
+
+def test_what_the_pages_name_exists():
+    """Metrics in the advice on tuning are in the glossary; modules that are linked are there."""
+    named = set(re.findall(r"^- `(\w+)`", examples.__doc__, re.MULTILINE))
+    assert named - {"torchrl_happo"} == named & glossary()
+    assert len(named) >= 6
+    for page in (torchrl_happo, examples):
+        for module in re.findall(r"`(torchrl_happo(?:\.\w+)+)`", page.__doc__):
+            path = ROOT / Path(*module.split("."))
+            assert path.is_dir() or path.with_suffix(".py").is_file(), module
+    assert {f"{name.upper()}Loss" for name in LOSSES} == {
+        n.upper()[:-4] + "Loss" for n in objectives.__all__
+    }
+
+
+def sentences(path):
+    """All strings of a module, with ``...`` for what is filled in."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.JoinedStr):
+            parts = (v.value if isinstance(v, ast.Constant) else "..." for v in node.values)
+            yield "".join(parts)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_sentences_of_the_troubleshooting_are_the_librarys():
+    """Each error that is quoted stands in the code of the library, up to its gaps."""
+    said = [
+        text
+        for path in Path(torchrl_happo.__file__).parent.rglob("*.py")
+        for text in sentences(path)
+        if text is not torchrl_happo.__doc__ and "# Troubleshooting" not in text
+    ]
+    quotes = re.findall(r'\*"([^"]*)"\*(?! \(TorchRL\))', " ".join(torchrl_happo.__doc__.split()))
+    assert len(quotes) >= 6
+    for quote in quotes:
+        parts = [part.strip() for part in re.split(r"'\w+'|\.\.\.", quote)]
+        assert any(all(part in text for part in parts) for text in said), quote
+
+
+def test_the_long_description_stands_alone():
+    """On a package index no picture and no link leads into the repository, and all text remains."""
+    hook = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["metadata"]
+    readme = (ROOT / "README.md").read_text()
+    text = readme
+    for change in hook["hooks"]["fancy-pypi-readme"]["substitutions"]:
+        text = re.sub(change["pattern"], change["replacement"], text)
+    links = re.findall(r"\]\(([^)]*)\)", text)
+    assert links
+    assert all(link.startswith("https://") for link in links)
+    assert "Learning curves" in readme
+    assert "Learning curves" not in text
+    assert "`benchmarks/scale.md`" in text
+
+
+def test_links_of_the_readme_lead_somewhere():
+    """Files of the repository that README and CONTRIBUTING name are there."""
+    for page in ("README.md", "CONTRIBUTING.md"):
+        links = re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / page).read_text())
+        for link in links:
+            assert link.startswith("https://") or (ROOT / link).exists(), link
+
+
+def test_the_citation_has_the_version():
+    """``CITATION.cff`` is of the version that is packaged."""
+    (version,) = re.findall(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert version == torchrl_happo.__version__
