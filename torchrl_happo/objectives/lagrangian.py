@@ -1,4 +1,13 @@
-"""HAPPO with a price on costs: MAPPO-Lagrangian for agents that are updated one after the other."""
+r"""HAPPO with a price on costs: MAPPO-Lagrangian for agents that are updated one after the other.
+
+The advantage of :mod:`torchrl_happo.objectives.happo` becomes
+:math:`A - \sum_k \lambda_k A_{C_k}`, with multipliers that grow while costs are above their bounds.
+
+**Keys.** Those of HAPPO, and those of costs (:mod:`torchrl_happo.objectives.costs`).
+**Defaults.** Those of HAPPO; learned multipliers from 0.5, with a learning rate of 0.05.
+
+**When to use it.** When the mean cost of an episode has a bound, which training may exceed.
+"""
 
 from __future__ import annotations
 
@@ -52,8 +61,7 @@ class HAPPOLagrangianLoss(WithCosts, HAPPOLoss):
         multiplier (str): ``"learned"``: :math:`\lambda = \mathrm{softplus}(\xi)`, and :math:`\xi`
             makes a step of Adam before each update; ``"projected"``: as in the paper, after each
             agent's turn
-            :math:`\lambda_i \leftarrow \max(0, \lambda_i + \eta ((J_C - d)(1 - \gamma) +
-            \mathbb{E}[r A_C]))`; ``"fixed"``: a penalty that stays. Defaults to ``"learned"``.
+            :math:`\lambda_i \leftarrow \max(0, \lambda_i + \eta ((1 - \gamma)(J_C - d) + E[r A_C]))`; ``"fixed"``: a penalty that stays. Defaults to ``"learned"``.
         initial_multiplier (float): :math:`\lambda` at the start. Defaults to ``0.5``.
         multiplier_lr (float): learning rate :math:`\eta`. Defaults to ``0.05``.
         by_agent (bool, optional): whether each agent has multipliers of its own. Defaults to

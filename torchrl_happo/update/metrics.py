@@ -36,6 +36,11 @@ Of HATRPO:
 - ``curvature``: ``x @ (F + damping) @ x`` along the direction. Positive and finite.
 - ``cg_residual``: relative residual of conjugate gradient. Healthy: below 0.1.
 
+Of HAPPO-Lagrangian, for each cost (here ``cost``):
+
+- ``multiplier_cost``: the price of the cost for this agent. Settles where the bound is just kept.
+- ``episode_cost``: mean cost of the episodes that ended. Healthy: near its bound, or below it.
+
 Of a critic, beside its ``loss``, ``grad_norm`` and ``epochs``:
 
 - ``explained_variance``: share of the variance of the returns that its values explained before the
