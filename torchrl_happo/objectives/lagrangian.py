@@ -61,7 +61,8 @@ class HAPPOLagrangianLoss(WithCosts, HAPPOLoss):
         multiplier (str): ``"learned"``: :math:`\lambda = \mathrm{softplus}(\xi)`, and :math:`\xi`
             makes a step of Adam before each update; ``"projected"``: as in the paper, after each
             agent's turn
-            :math:`\lambda_i \leftarrow \max(0, \lambda_i + \eta ((1 - \gamma)(J_C - d) + E[r A_C]))`; ``"fixed"``: a penalty that stays. Defaults to ``"learned"``.
+            :math:`\lambda_i \leftarrow \max(0, \lambda_i + \eta ((1 - \gamma)(J_C - d) + E[r A_C]))`;
+            ``"fixed"``: a penalty that stays. Defaults to ``"learned"``.
         initial_multiplier (float): :math:`\lambda` at the start. Defaults to ``0.5``.
         multiplier_lr (float): learning rate :math:`\eta`. Defaults to ``0.05``.
         by_agent (bool, optional): whether each agent has multipliers of its own. Defaults to
@@ -158,8 +159,8 @@ class HAPPOLagrangianLoss(WithCosts, HAPPOLoss):
 def adam_ascent(state: Tensor, excess: Tensor, lr: float) -> Tensor:
     r"""Return the state of learned multipliers after a step of Adam up the dual.
 
-    The dual's gradient is :math:`\partial \lambda (J_C - d) / \partial \xi =
-    \sigma(\xi) (J_C - d)`.
+    The dual's gradient is
+    :math:`\partial \lambda (J_C - d) / \partial \xi = \sigma(\xi) (J_C - d)`.
 
     Args:
         state (Tensor): :math:`\xi`, Adam's two moments and its number of steps, ``[4, *shape]``.
