@@ -61,7 +61,7 @@ class HAPPOLagrangianLoss(WithCosts, HAPPOLoss):
         multiplier (str): ``"learned"``: :math:`\lambda = \mathrm{softplus}(\xi)`, and :math:`\xi`
             makes a step of Adam before each update; ``"projected"``: as in the paper, after each
             agent's turn
-            :math:`\lambda_i \leftarrow \max(0, \lambda_i + \eta ((1 - \gamma)(J_C - d) + E[r A_C]))`;
+            :math:`\lambda_i \leftarrow [\lambda_i + \eta ((1 - \gamma)(J_C - d) + E[r A_C])]_+`;
             ``"fixed"``: a penalty that stays. Defaults to ``"learned"``.
         initial_multiplier (float): :math:`\lambda` at the start. Defaults to ``0.5``.
         multiplier_lr (float): learning rate :math:`\eta`. Defaults to ``0.05``.
