@@ -23,6 +23,7 @@ from torchrl_happo import (
     HAPPOLagrangianLoss,
     HAPPOLoss,
     HATRPOLoss,
+    MACPOLoss,
     SequentialUpdater,
     examples,
     objectives,
@@ -62,23 +63,22 @@ LOSSES = {
     "coppo": CoPPOLoss,
     "a2po": A2POLoss,
     "lagrangian": partial(HAPPOLagrangianLoss, cost_limit=1.0),
+    "macpo": partial(MACPOLoss, cost_limit=1.0),
 }
-TERM = re.compile(r"^- ((?:``\w+``(?: \([^)]*\))?(?:, )?)+):", re.MULTILINE)
 
 
 def glossary():
-    """The metrics that the glossary explains."""
-    listed = [name for entry in TERM.findall(metrics.__doc__) for name in entry.split("``")[1::2]]
-    extremes = re.findall(r"``(ratio_max)``, ``(ratio_min)``", metrics.__doc__)
-    return {*listed, *extremes[0]}
+    """The metrics that the glossary explains: each stands before a colon, with others or alone."""
+    words = re.findall(r"((?:``\w+``(?: \([^)]*\))?(?:, )?)+):", metrics.__doc__)
+    return {name for entry in words for name in entry.split("``")[1::2]}
 
 
 def reported():
     """The metrics that updates with all losses return."""
     names = set()
-    for loss_class in LOSSES.values():
+    for name, loss_class in LOSSES.items():
         actor = make_actor()
-        costs = (make_critic(),) if loss_class is LOSSES["lagrangian"] else ()
+        costs = (make_critic(),) if name in ("lagrangian", "macpo") else ()
         updater = SequentialUpdater(loss_class(actor, make_critic(), *costs), num_epochs=1)
         batch = make_batch(actor)
         batch["next", "cost"] = batch["next", "episode_cost"] = torch.ones_like(

@@ -6,7 +6,8 @@ collector, and `make_actor` and `make_critic` build networks from an environment
 
 - **Algorithms**, a page each: `torchrl_happo.objectives.happo`, `torchrl_happo.objectives.hatrpo`,
   `torchrl_happo.objectives.haa2c`, `torchrl_happo.objectives.coppo`,
-  `torchrl_happo.objectives.a2po`, `torchrl_happo.objectives.lagrangian`.
+  `torchrl_happo.objectives.a2po`, `torchrl_happo.objectives.lagrangian`,
+  `torchrl_happo.objectives.macpo`.
 - **Examples and tuning**: `torchrl_happo.examples`.
 - **Metrics** with their healthy ranges: `torchrl_happo.update.metrics`.
 - **The parts of an update**, each replaceable: `torchrl_happo.update.order`,

@@ -1,4 +1,15 @@
-"""Multi-agent constrained policy optimisation: HATRPO within a bound of a cost."""
+r"""Multi-agent constrained policy optimisation (MACPO): HATRPO within a bound of a cost.
+
+Each agent in turn solves the problem of :mod:`torchrl_happo.objectives.hatrpo` among the steps that
+keep :math:`(1 - \gamma)(J_C - d) + \mathbb{E}[(r - 1) M A_C] \le 0`, with the mean cost
+:math:`J_C` of an episode and its bound :math:`d`.
+
+**Keys.** Those of HAPPO, and those of costs (:mod:`torchrl_happo.objectives.costs`).
+**Defaults.** Those of HATRPO; ``cost_limit`` has none.
+
+**When to use it.** When a bound must be kept from the first update on. One cost, few agents, large
+batches; HAPPO-Lagrangian is cheaper and may exceed the bound on its way.
+"""
 
 from __future__ import annotations
 

@@ -41,6 +41,14 @@ Of HAPPO-Lagrangian, for each cost (here ``cost``):
 - ``multiplier_cost``: the price of the cost for this agent. Settles where the bound is just kept.
 - ``episode_cost``: mean cost of the episodes that ended. Healthy: near its bound, or below it.
 
+Of MACPO, beside those of HATRPO:
+
+- ``case``: 0 recovery, 1 the bound is being restored, 2 bound and trust region limit the step,
+  3 the bound is out of reach, 4 the cost has no slope. Healthy: seldom 0.
+- ``excess``: how far the costs are above their bound, times 1 - gamma. Healthy: at most 0.
+- ``price``: multiplier of the cost in this step.
+- ``cost_change``: what the step changes of the cost.
+
 Of a critic, beside its ``loss``, ``grad_norm`` and ``epochs``:
 
 - ``explained_variance``: share of the variance of the returns that its values explained before the
