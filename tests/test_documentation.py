@@ -54,6 +54,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
         for word in ("Keys", "Defaults", "When to use it"):
             assert f"<strong>{word}" in page, (name, word)
         assert ":math:" not in page
+        assert "<code>~" not in page
 
 
 LOSSES = {
