@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import settings
@@ -29,3 +34,14 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(no_device)
+
+
+@pytest.fixture(scope="session")
+def pretended():
+    """What crossed between host and a pretended device in one update of each case, by name."""
+    script = Path(__file__).with_name("pretended_device.py")
+    command = [sys.executable, "-W", "ignore", str(script)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-4000:]
+    rows = map(json.loads, result.stdout.splitlines())
+    return {row["case"]: row["crossings"] for row in rows}

@@ -58,18 +58,29 @@ def test_equal_to_the_cpu(loss_class, distribution):
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-3, atol=1e-4)
 
 
+@pytest.fixture
+def double():
+    """In single precision another order of sums alone moves HATRPO by 3e-5."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
 @pytest.mark.parametrize("options", [{"cudagraphs": True}, {"cudagraphs": True, "compile": True}])
 @pytest.mark.parametrize("loss_class", LOSSES)
-def test_graphs_are_equal_to_eager(loss_class, options):
-    """Three updates, the first of which captures, leave the parameters of eager ones."""
+@pytest.mark.usefixtures("double")
+def test_graphs_are_equal_to_eager(loss_class, options, caplog):
+    """Four updates, the second of which captures, leave the parameters of eager ones."""
     ends = []
     for settings in ({}, options):
         updater, batch = make_updater(loss_class, "cuda", **settings)
-        for _ in range(3):
+        for _ in range(4):
             metrics = updater(batch)
         assert all(v.isfinite().all() for v in metrics.values(True, True))
         ends.append(parameters(updater))
-    torch.testing.assert_close(ends[1], ends[0], rtol=1e-4, atol=1e-5)
+    assert "not compiled" not in caplog.text
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-7, atol=1e-9)
 
 
 def test_graphs_follow_ragged_minibatches_and_schedules():
@@ -89,10 +100,10 @@ def test_graphs_follow_ragged_minibatches_and_schedules():
 @pytest.mark.parametrize("cudagraphs", [False, True])
 @pytest.mark.parametrize("loss_class", LOSSES)
 def test_no_synchronisation(loss_class, cudagraphs):
-    """After the first ones an update waits for the device nowhere."""
+    """After the first ones, which capture, an update waits for the device nowhere."""
     updater, batch = make_updater(loss_class, "cuda", cudagraphs=cudagraphs)
     updater.check_finite = False
-    for _ in range(2):
+    for _ in range(3):
         updater(batch)
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")

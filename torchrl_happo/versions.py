@@ -7,6 +7,8 @@ that a new version is checked in one place.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from torchrl.objectives.utils import _sum_td_features
 __all__ = [
     "SquashedNormals",
     "entropy_of",
+    "filling_in_place",
     "mask_keys",
     "set_time_limit",
     "simulator",
@@ -50,6 +53,32 @@ def entropy_of(loss: Any, dist: Distribution, shape: torch.Size) -> Tensor | Ten
 def weighted_entropy(loss: Any, entropy: Tensor | TensorDictBase) -> Tensor:
     """Return minus the entropy times the coefficients of a PPO loss (TorchRL 0.14.1)."""
     return loss._weighted_loss_entropy(entropy)
+
+
+@contextmanager
+def filling_in_place(estimator: Any) -> Iterator[None]:
+    """Let an estimator fill in missing next observations without looking whether any is missing.
+
+    TorchRL puts the observation of a step in the place of a next one that is NaN, as a collector
+    with ``compact_obs=True`` leaves it at the end of a trajectory. It reads back from the device
+    whether there is one, and then works on a copy, in which its values get lost (TorchRL 0.14.1).
+    """
+    estimator._sanitize_next_obs_nan = _fill_next
+    try:
+        yield
+    finally:
+        del estimator._sanitize_next_obs_nan
+
+
+def _fill_next(data: TensorDictBase, keys: Sequence[NestedKey]) -> TensorDictBase:
+    for key in keys:
+        next_key = ("next", *key) if isinstance(key, tuple) else ("next", key)
+        now, after = data.get(key, None), data.get(next_key, None)
+        if now is None or after is None or now.shape != after.shape:
+            continue
+        if now.is_floating_point():
+            data.set(next_key, torch.where(after.isnan(), now, after))
+    return data
 
 
 def simulator(env: Any) -> Any:

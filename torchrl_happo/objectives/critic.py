@@ -27,6 +27,7 @@ from torchrl_happo.policy.memory import INIT, StepwiseCritic, has_memory, state_
 from torchrl_happo.steps.step import Problem
 from torchrl_happo.team.team import CriticKeys
 from torchrl_happo.team.values import explained
+from torchrl_happo.versions import filling_in_place
 
 __all__ = ["Critic", "WithCritics", "critic_keys", "value_estimator"]
 
@@ -89,9 +90,11 @@ class Critic:
         """Write advantage, returns and values into a batch, in place."""
         with torch.no_grad():
             if self.estimator is not None:
-                self.estimator()(batch)
+                estimator = self.estimator()
             else:
-                value_estimator(self, MultiAgentGAE)(batch)
+                estimator = value_estimator(self, MultiAgentGAE)
+            with filling_in_place(estimator):
+                estimator(batch)
 
     def loss(self, data: TensorDictBase) -> tuple[Tensor, Tensor | None, Tensor]:
         """Return the loss of each value, the share of clipped values, and the prediction.

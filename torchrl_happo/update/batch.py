@@ -2,6 +2,17 @@
 
 Data has *items* along the first dimension: single steps, or chunks of ``sequence_length``
 consecutive steps for recurrent networks.
+
+An update without checks of values (``check_finite=False``) reads numbers back from the device at
+these places alone, each of which waits for it:
+
+- where a batch has masks, which items count: ``_somewhere`` and ``TeamBatch.has_values`` here, once
+  for each agent and twice for each critic (several processes: ``_acting_somewhere``, once);
+- with a value normalisation and masks, the returns that count: ``TeamBatch.valid_returns``;
+- ``target_kl``: the divergence after each epoch, ``FirstOrderStep.run``;
+- ``line_search="sequential"``: a flag for each try, ``sequential_line_search``;
+- ``kl_split`` ``"weighted"`` and ``"greedy"``: gains and divergences, ``TeamBudget``;
+- ``order="semi_greedy"``, and an order of the user's own, may read what they look at.
 """
 
 from __future__ import annotations

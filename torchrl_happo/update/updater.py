@@ -92,7 +92,8 @@ class SequentialUpdater:
             batch. Defaults to ``None``: as the loss's ``normalize_advantage``, else ``True``.
         check_finite (bool, optional): whether to look for NaN, infinite numbers and unlike rewards
             in each batch (``False``: the first), and for a non-finite gradient, which waits for
-            the device. Defaults to ``None``: ``True`` on the CPU alone.
+            the device (``False``: :mod:`torchrl_happo.update.batch` lists what does). Defaults to
+            ``None``: ``True`` on the CPU alone.
         compile (bool or mapping): whether to compile the agents' steps and passes and the critic's
             steps, once for all agents of one architecture; or keyword arguments of
             :func:`torch.compile`. Defaults to ``False``.
@@ -182,7 +183,7 @@ class SequentialUpdater:
             target_kl=target_kl,
             replay_buffer=replay_buffer,
         )
-        changes: dict[str, Any] = {
+        own: dict[str, Any] = {
             "optimizer": critic_optimizer,
             "num_epochs": critic_epochs,
             "minibatch_size": critic_minibatch_size,
@@ -192,8 +193,7 @@ class SequentialUpdater:
         workshop = Assembly(loss, compile, cudagraphs, self.learners, self._minibatch_generator)
         agent_step = loss.step_factory(first_order) if step is None else step
         if critic_step is None:
-            changed = {name: value for name, value in changes.items() if value is not None}
-            critic_step = replace(first_order, **changed)
+            critic_step = replace(first_order, **{k: v for k, v in own.items() if v is not None})
         self._passes = {agent.name: workshop.passes(agent) for agent in loss.agents}
         self.steps: dict[str, Step] = workshop.steps(agent_step, critic_step)
         self.budget = make_budget(loss, self._passes, self.steps)

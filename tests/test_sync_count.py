@@ -1,0 +1,43 @@
+"""What an update reads back from the device, and copies to it, with ``check_finite=False``.
+
+Counted on the pretended device (``pretended_device.py``). Blind to what a library does below
+torch's operations, and to the first update, which looks at values once.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+#: The process that pretends takes long to import torch and to update every team.
+pytestmark = pytest.mark.slow
+
+#: Cases with a read-back, each of which the documentation of ``SequentialUpdater`` names.
+NAMED = {"hatrpo sequential", "happo early stop", "happo dying", "hatrpo dying"}
+
+
+def kinds(crossings):
+    """Number of crossings by kind and file."""
+    found = [(kind, where.split(":")[0]) for kind, where in crossings]
+    return {each: found.count(each) for each in sorted(set(found))}
+
+
+def test_nothing_crosses(pretended):
+    """Every distribution, entropy bonus, minibatches, epochs, value norms, clipped values."""
+    assert {name: found for name, found in pretended.items() if found and name not in NAMED} == {}
+
+
+@pytest.mark.parametrize(
+    ("case", "wanted"),
+    [
+        # A flag for each try of two agents.
+        ("hatrpo sequential", {("read", "line_search.py"): 2 * 3}),
+        # The divergence of two agents, of which none stays within the bound for two epochs.
+        ("happo early stop", {("read", "first_order.py"): 2}),
+        # Which steps count: two agents, the critic; and whether any value counts.
+        ("happo dying", {("nonzero", "batch.py"): 3, ("read", "batch.py"): 1}),
+        ("hatrpo dying", {("nonzero", "batch.py"): 3, ("read", "batch.py"): 1}),
+    ],
+)
+def test_what_crosses_is_named(pretended, case, wanted):
+    """No more than what the documentation says."""
+    assert kinds(pretended[case]) == wanted
