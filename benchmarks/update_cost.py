@@ -297,7 +297,8 @@ def double_backward(updater: SequentialUpdater, batch: TensorDict) -> Update:
         return matvec
 
     for inner in updater.steps.values():
-        inner.distribution = partial(remember, inner.distribution)
+        if hasattr(inner, "distribution"):  # not the critic's
+            inner.distribution = partial(remember, inner.distribution)
     linearised = trust_region.fisher_vector_product
 
     def update() -> None:
