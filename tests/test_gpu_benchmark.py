@@ -13,7 +13,6 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.slow
 def test_rehearsal(tmp_path):
     """Updates and a learning curve: one file with every row, one table."""
     options = ["--device", "cpu", "--tiny", "--results", tmp_path, "--only", "updates", "learning"]
