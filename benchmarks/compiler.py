@@ -1,4 +1,4 @@
-"""What ``compile=True`` gains, and what it costs before.
+"""Time what ``compile=True`` gains, and what it costs before.
 
     python benchmarks/compiler.py --json compiler.json
     python benchmarks/compiler.py --report-only --json compiler.json

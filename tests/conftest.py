@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def pretended():
-    """What crossed between host and a pretended device in one update of each case, by name."""
+    """Return what crossed between host and a pretended device in one update, by case."""
     script = Path(__file__).with_name("pretended_device.py")
     command = [sys.executable, "-W", "ignore", str(script)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""What the tables of mended calls are made of."""
+"""Parts of the tables of mended calls."""
 
 from __future__ import annotations
 

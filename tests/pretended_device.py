@@ -248,7 +248,7 @@ def cases():
 
 
 def crossings(make_loss, distribution, bounds, settings, dying):
-    """What crosses in the second update."""
+    """Return what crosses in the second update."""
     with NoNumbers(allow_non_fake_inputs=True), contextlib.ExitStack() as stack:
         stack.enter_context(Crossings())
         norm = {}

@@ -1,4 +1,4 @@
-"""What a batch says is read: ends of trajectories, masks, keys, absent observations."""
+"""A batch is read as it says: ends of trajectories, masks, keys, absent observations."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_absent_next_observations():
 @pytest.mark.parametrize("critic", [make_critic, team_critic], ids=["of each", "of the team"])
 @pytest.mark.parametrize("checks", [True, False])
 def test_nan_behind_a_terminated_step(critic, checks):
-    """What follows the end of an episode is worth 0, whatever is written there."""
+    """The value behind the end of an episode is 0, whatever is written there."""
     outcomes = []
     for value in (0.0, float("nan"), float("inf")):
         updater, batch = team(critic)

@@ -1,4 +1,4 @@
-"""What stands in public multi-agent PPO scripts works as it stands, or says which line to drop."""
+"""Lines of public multi-agent PPO scripts work as they stand, or say what to drop."""
 
 from __future__ import annotations
 

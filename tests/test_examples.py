@@ -63,7 +63,7 @@ def test_all_of_them_are_run_and_short():
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_trainer_goes_on_from_its_checkpoint(tmp_path):
-    """What a trainer saves and another one loads is the team, its optimisers and its counters."""
+    """A trainer saves the team, its optimisers and its counters, and another one loads them."""
     pytest.importorskip("torchrl.checkpoint")
     trainer = importlib.import_module("torchrl_happo.examples.trainer")
     (first, saved), (second, loaded) = (

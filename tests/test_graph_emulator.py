@@ -106,7 +106,7 @@ def test_equal_to_eager(device, distribution, algorithm, caplog):
 
 
 def test_a_capture_that_fails_changes_nothing(device, caplog):
-    """What the warm-ups have moved is put back, and the update goes on without graphs."""
+    """Parameters that warm-ups moved are put back; the update goes on without graphs."""
     device.breaks = True
     *updaters, batch = twins()
     with caplog.at_level(logging.WARNING):
@@ -118,7 +118,7 @@ def test_a_capture_that_fails_changes_nothing(device, caplog):
 
 
 def test_agents_that_die_make_no_new_graphs(device):
-    """Numbers of steps that never come again are not captured; those kept are few."""
+    """Numbers of steps that never come again are not captured; few graphs are kept."""
     *updaters, batch = twins(minibatch_size=12)
     captures = []
     for number in range(8):
@@ -175,7 +175,7 @@ def test_the_batch_of_a_trust_region_is_copied_once(device, monkeypatch):
 
 
 def test_restored_optimisers_are_followed(device):
-    """New moments have new graphs, those of before are not written any more."""
+    """New moments have new graphs; the moments of before are not written any more."""
     *updaters, batch = twins()
     for _ in range(3):
         update(updaters, batch)

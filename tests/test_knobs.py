@@ -66,7 +66,7 @@ def test_a_pair_of_thresholds_is_set_anew():
 
 
 def test_gae_is_the_one_of_several_agents():
-    """ValueEstimators.GAE stands in most scripts: the numbers are those of MAGAE."""
+    """ValueEstimators.GAE stands in most scripts: the numbers equal MAGAE's."""
     outcomes = []
     for kind in (ValueEstimators.GAE, ValueEstimators.MAGAE):
         updater, batch = team()

@@ -104,7 +104,7 @@ class TestMultipliers:
         assert updater.loss.multipliers.unique().numel() == N_AGENTS
 
     def test_learned_ones_follow_torch(self):
-        """Three steps equal those of torch's Adam on the dual written out."""
+        """Three steps equal the steps of torch's Adam on the dual written out."""
         xi = torch.tensor([0.3, -1.0], requires_grad=True)
         optimizer = torch.optim.Adam([xi], lr=0.1)
         state = torch.stack([xi.detach(), *torch.zeros(3, 2)])

@@ -70,7 +70,7 @@ def test_every_task_composes(task, algorithm):
 @pytest.mark.no_cover  # test_every_task_composes is measured
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_every_algorithm_composes_with_every_family(algorithm):
-    """What a task adds to its family's settings composes in ``test_recipe_tuned.py``."""
+    """Settings that a task adds to its family's compose in ``test_recipe_tuned.py``."""
     for task in {task.partition("/")[0]: task for task in BUILT_IN}.values():
         check_composed(task, algorithm)
 

@@ -64,7 +64,7 @@ def test_each_script_of_the_readme(script):
 
 
 def test_the_change_of_the_readme():
-    """What stands after it runs, but for the networks, whose lines are cut short there."""
+    """The code after it runs, but for the networks, whose lines are cut short there."""
     (diff,) = blocks("diff")
     after = [line[1:] for line in diff.splitlines() if line[:1] in "+ " and "(...)" not in line]
     assert sum(line.startswith("-") for line in diff.splitlines()) == 5

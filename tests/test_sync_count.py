@@ -1,4 +1,4 @@
-"""What an update reads back from the device, and copies to it, with ``check_finite=False``.
+"""Count what an update reads back from the device, and copies to it, with ``check_finite=False``.
 
 Counted on the pretended device (``pretended_device.py``). Blind to what a library does below
 torch's operations, and to the first update, which looks at values once.

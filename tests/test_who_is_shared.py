@@ -93,7 +93,7 @@ def listed():
 @pytest.mark.parametrize("build", [lambda: make_actor(depth=1), listed], ids=["stack", "list"])
 @BOTH
 def test_a_frozen_agent_stays_and_the_others_move(build, loss_class):
-    """Its ratio is 1, so that the factor of those after it is as without it."""
+    """Its ratio is 1, so that the factor of the agents after it is as without it."""
     torch.manual_seed(0)
     actor = build()
     loss = loss_class(actor, make_critic())
@@ -163,7 +163,7 @@ def test_blocks_of_any_network(kind, loss_class):
 
 @BOTH
 def test_groups_two_levels_deep(loss_class):
-    """Keys of any depth: the numbers are those of a team whose groups lie at the root."""
+    """Keys of any depth: the numbers equal a team's whose groups lie at the root."""
     outcomes = []
     for deep in (False, True):
         torch.manual_seed(0)
@@ -193,7 +193,7 @@ def test_groups_two_levels_deep(loss_class):
 
 
 def updated(loss, **settings):
-    """What an update with a batch of its own makes of a loss."""
+    """Return what an update with a batch of its own makes of a loss."""
     torch.manual_seed(1)
     updater = SequentialUpdater(loss, **{"num_epochs": 3, "optimizer": SGD, **settings})
     metrics = updater(make_batch(loss.actor_network))

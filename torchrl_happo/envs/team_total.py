@@ -23,7 +23,7 @@ class TeamTotal(Transform):
         reduction (str or None): ``"mean"``, ``"sum"``, or ``None`` if the agents share it.
         in_keys (sequence of NestedKey or None): the agents' entries; ``None``: all there are.
         out_key (NestedKey): key of the team's entry.
-        in_place (bool): whether the team's entry replaces those of the agents.
+        in_place (bool): whether the team's entry replaces the agents' entries.
     """
 
     #: The entry: ``"reward"`` or ``"cost"``.
@@ -64,7 +64,7 @@ class TeamTotal(Transform):
 
     @property
     def out_keys(self) -> Sequence[NestedKey]:
-        """The keys that are written: one of the team, or in place those of its agents."""
+        """The keys that are written: the team's one or, in place, the keys of its agents."""
         return self.in_keys if self.in_place else self._written
 
     @out_keys.setter

@@ -27,8 +27,8 @@ of the command line.
 
 What a symptom means (`torchrl_happo.update.metrics` explains the metrics), and what to touch:
 
-- `factor_ess` of the last agents below 0.5: those before have moved too far for this batch. Fewer
-  epochs, a smaller `clip_epsilon` or `max_kl`, a larger batch.
+- `factor_ess` of the last agents below 0.5: the agents before have moved too far for this batch.
+  Fewer epochs, a smaller `clip_epsilon` or `max_kl`, a larger batch.
 - `clip_fraction` above 0.3: many decisions have left the trusted range. A smaller learning rate,
   fewer epochs.
 - `clip_fraction` 0 and `kl` below 1e-4: the agents hardly move. A larger rate, more epochs.

@@ -1,7 +1,7 @@
 r"""Agent-by-agent policy optimisation (A2PO): the advantage is estimated again for each agent.
 
-With the product :math:`\rho` of the ratios of those before, the :math:`k`-th of :math:`n` agents
-maximises :math:`\mathbb{E}[\min(l A, \mathrm{clip}(l, 1 \pm \epsilon_k) A)]`,
+With the product :math:`\rho` of the ratios of the agents before, the :math:`k`-th of :math:`n`
+agents maximises :math:`\mathbb{E}[\min(l A, \mathrm{clip}(l, 1 \pm \epsilon_k) A)]`,
 :math:`l = r \, \mathrm{clip}(\rho, 1 \pm \epsilon / 2)`, in ranges
 :math:`\epsilon_k` that grow with its place. :math:`A` is
 estimated with traces :math:`\lambda \min(1, \rho)`.
@@ -48,7 +48,8 @@ class A2POLoss(HAPPOLoss):
     trajectory goes on, and then standardised
     (:class:`~torchrl_happo.update.reestimation.Reestimated`, which
     :class:`~torchrl_happo.SequentialUpdater` takes by itself). The order of the paper is
-    ``order="semi_greedy"``. The returns that the critic is fitted to are those of the first agent.
+    ``order="semi_greedy"``. The critic is fitted to the returns of the first
+    agent.
 
     Args:
         actor_network (ProbabilisticTensorDictSequential or mapping of str to it): as for

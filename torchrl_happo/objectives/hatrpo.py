@@ -13,7 +13,7 @@ With the factor of :mod:`torchrl_happo.objectives.happo` each agent in turn solv
    surrogate has risen by at least ``accept_ratio`` of what :math:`g` promised. If that never
    happens, the parameters are as before, bit for bit.
 
-**Keys.** Those of HAPPO.
+**Keys.** The keys of HAPPO.
 
 **Defaults.** ``max_kl=0.01``, ``damping=0.1``, ten iterations, ten tries, ``accept_ratio=0.5``.
 

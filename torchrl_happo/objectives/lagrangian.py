@@ -3,7 +3,7 @@ r"""HAPPO with a price on costs: MAPPO-Lagrangian for agents that are updated on
 The advantage of :mod:`torchrl_happo.objectives.happo` becomes
 :math:`A - \sum_k \lambda_k A_{C_k}`, with multipliers that grow while costs are above their bounds.
 
-**Keys.** Those of HAPPO, and those of costs (:mod:`torchrl_happo.objectives.costs`).
+**Keys.** The keys of HAPPO, and the keys of costs (:mod:`torchrl_happo.objectives.costs`).
 **Defaults.** Those of HAPPO; learned multipliers from 0.5, with a learning rate of 0.05.
 
 **When to use it.** When the mean cost of an episode has a bound, which training may exceed.

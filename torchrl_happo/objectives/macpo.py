@@ -4,7 +4,7 @@ Each agent in turn solves the problem of :mod:`torchrl_happo.objectives.hatrpo` 
 keep :math:`(1 - \gamma)(J_C - d) + \mathbb{E}[(r - 1) M A_C] \le 0`, with the mean cost
 :math:`J_C` of an episode and its bound :math:`d`.
 
-**Keys.** Those of HAPPO, and those of costs (:mod:`torchrl_happo.objectives.costs`).
+**Keys.** The keys of HAPPO, and the keys of costs (:mod:`torchrl_happo.objectives.costs`).
 **Defaults.** Those of HATRPO; ``cost_limit`` has none.
 
 **When to use it.** When a bound must be kept from the first update on. One cost, few agents, large

@@ -1,4 +1,4 @@
-"""What MACPO's agents read besides the factor: the advantage of the cost, and its excess."""
+"""Give MACPO's agents the advantage of the cost and its excess, besides the factor."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class BoundedCost(RatioFactor):
         ((self.name, limit),) = loss.cost_limits.items()
         costs = episode_costs(batch, loss)
         self.costs = torch.where(costs.isnan(), loss.last_costs, costs)
-        gamma = float(getattr(loss.value_estimator, "gamma", 0.99))
+        gamma = getattr(loss.value_estimator, "gamma", 0.99)
         # As long as nothing is known the bound counts as reached: the cost may not grow.
         self.excess = (1 - gamma) * (self.costs - limit).nan_to_num(nan=0.0)[0]
 

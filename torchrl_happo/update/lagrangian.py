@@ -75,7 +75,7 @@ class PricedCosts(RatioFactor):
         """Multiply the factor by an agent's ratio, and move projected multipliers."""
         if self.loss.multiplier == "projected":
             column = self.batch.team.agents.index(agent) if self.loss.by_agent else slice(None)
-            gamma = float(getattr(self.loss.value_estimator, "gamma", 0.99))
+            gamma = getattr(self.loss.value_estimator, "gamma", 0.99)
             excess = (1 - gamma) * self.excess[:, column] + self._moved_costs(agent, log_ratio)
             own = self.state[0, :, column if self.loss.by_agent else 0]
             excess = excess if self.loss.by_agent else excess.mean(-1)

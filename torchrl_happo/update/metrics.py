@@ -9,8 +9,8 @@ Of every agent:
 - ``factor_mean``: mean of the factor that it was given; 1 for the first. Healthy: 0.9 to 1.1.
 - ``factor_max``: the largest factor of a decision. Healthy: below 10.
 - ``factor_ess``: effective sample size of the factor, relative to the batch: 1 for the first,
-  smaller the further those before have moved. Healthy: above 0.8; below 0.5 the agent learns from
-  half of its batch.
+  smaller the further the agents before have moved. Healthy: above 0.8; below 0.5 the agent learns
+  from half of its batch.
 - ``surrogate_before``, ``surrogate``: mean of the corrected advantage before, and times the ratio
   after its step. Healthy: the second is the larger.
 - ``ratio_mean``: healthy 0.98 to 1.02. ``ratio_max``, ``ratio_min``: the extremes.
@@ -41,7 +41,7 @@ Of HAPPO-Lagrangian, for each cost (here ``cost``):
 - ``multiplier_cost``: the price of the cost for this agent. Settles where the bound is just kept.
 - ``episode_cost``: mean cost of the episodes that ended. Healthy: near its bound, or below it.
 
-Of MACPO, beside those of HATRPO:
+Of MACPO, beside the metrics of HATRPO:
 
 - ``case``: 0 recovery, 1 the bound is being restored, 2 bound and trust region limit the step,
   3 the bound is out of reach, 4 the cost has no slope. Healthy: seldom 0.

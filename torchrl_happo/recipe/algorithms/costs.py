@@ -1,4 +1,4 @@
-"""What the algorithms share that keep a cost below a bound."""
+"""The settings and networks of algorithms that keep a cost below a bound."""
 
 from __future__ import annotations
 

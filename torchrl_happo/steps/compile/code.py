@@ -25,11 +25,11 @@ logger = logging.getLogger(__name__)
 
 
 class Compiler:
-    """What the steps of a team share: compiled functions, the memory of graphs, complaints.
+    """Holds what a team's steps share: compiled functions, the memory of graphs, complaints.
 
     Args:
         options (mapping, optional): keyword arguments of :func:`torch.compile`; with its default
-            backend random numbers are those of eager torch. ``None``: functions run as they are.
+            backend random numbers equal eager torch's. ``None``: functions run as they are.
         cudagraphs (bool): whether functions are replayed from CUDA graphs. Defaults to ``False``.
     """
 

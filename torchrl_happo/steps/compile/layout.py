@@ -13,7 +13,7 @@ __all__ = ["Layout"]
 
 
 class Layout(NamedTuple):
-    """What must not change from one tensordict of items to the next: all but their number.
+    """The layout of a tensordict of items: all but the number of items.
 
     Attributes:
         leaves (tuple): key, shape of an item, type and device of each tensor.

@@ -52,7 +52,7 @@ class Compilable(Protocol):
 
 
 class CompiledModel:
-    r"""What :class:`~torchrl_happo.steps.TrustRegionStep` asks of the policy, compiled.
+    r"""The functions of a policy that a trust-region step calls, compiled.
 
     Three functions: surrogate and gradient; the product of the Fisher matrix and a vector, by a
     Jacobian-vector and a vector-Jacobian product; surrogate and divergence at other parameters.

@@ -44,7 +44,7 @@ class ConstrainedProblem(Problem):
 class ConstrainedTrustRegion(TrustRegion):
     """Settings of a constrained trust-region step; called with a problem, they build its step.
 
-    Arguments are those of :class:`~torchrl_happo.steps.trust_region.step.TrustRegion`.
+    It has the arguments of :class:`~torchrl_happo.steps.trust_region.step.TrustRegion`.
     """
 
     def __call__(self, problem: Problem) -> ConstrainedStep:
@@ -150,7 +150,7 @@ class ConstrainedProposal:
             max_kl (float, optional): radius in place of the step's own; 0: none at all.
 
         Returns:
-            scalars: those of a trust-region step; ``case`` (:class:`.dual.Case`), ``price``,
+            the scalars of a trust-region step; ``case`` (:class:`.dual.Case`), ``price``,
             ``excess``, and ``cost_change``, of the surrogate of the cost by the step that was made.
         """
         settings, problem = self.step.settings, self.step.problem

@@ -26,7 +26,7 @@ _NO_SLOPE = 1e-8
 
 
 class Case:
-    """What limits a step, as the metric ``case`` reports it."""
+    """The limits of a step, as the metric ``case`` reports them."""
 
     RECOVERY = 0
     """The bound cannot be kept in the trust region: the cost falls as far as it may."""
@@ -80,7 +80,7 @@ def solve_dual(
         (2, 1.322876, 0.411438)
     """
     tiny = torch.finfo(q.dtype).tiny
-    radius = torch.as_tensor(2 * max_kl, dtype=q.dtype, device=q.device)
+    radius = 2 * max_kl
     keeps, has_slope = excess < 0, s > _NO_SLOPE
     slope = torch.where(has_slope, s, 1)
     room = radius - excess.square() / slope

@@ -142,7 +142,8 @@ def batched_line_search(
     The candidates are one batch of parameters (:func:`torch.vmap`) and the first acceptable one is
     selected by tensor operations. Networks that cannot be vectorised, such as
     :class:`torch.nn.GRU`, and compiled code are evaluated candidate by candidate, still without
-    reading anything back from the device. Arguments and result are those of the sequential search.
+    reading anything back from the device. It has the arguments and the result of the sequential
+    search.
     """
     fractions = _fractions(theta, backtrack_factor, max_backtracks)
     candidates = theta + fractions.unsqueeze(-1) * step
