@@ -16,7 +16,7 @@ from torch.distributions import Distribution
 
 from torchrl_happo.steps.step import Problem
 from torchrl_happo.steps.trust_region.dual import Case, Combination, solve_dual
-from torchrl_happo.steps.trust_region.line_search import LINE_SEARCHES, Evaluate
+from torchrl_happo.steps.trust_region.line_search import LINE_SEARCHES
 from torchrl_happo.steps.trust_region.natural_gradient import flatten, unflatten
 from torchrl_happo.steps.trust_region.solve import Direction, LocalModel, find_direction
 from torchrl_happo.steps.trust_region.step import TrustRegion, TrustRegionStep
@@ -78,11 +78,9 @@ class ConstrainedStep(TrustRegionStep):
         assert self.problem.cost is not None
         assert self.problem.excess is not None
         with uncached_autocast():
-            model, evaluate, _ = self._model(data)
-            of_cost, evaluate_cost, _ = self._model(data, self.problem.cost)
-            gain = model.common(learners.mean)
-            # One Fisher matrix for both.
-            cost = of_cost._replace(fisher_product=model.fisher_product).common(learners.mean)
+            # One forward pass and one Fisher matrix for both.
+            models, evaluate = self.local_models(data, [self.surrogate, self.problem.cost])
+            gain, cost = (model.common(learners.mean) for model in models)
             up, down = (
                 find_direction(
                     each,
@@ -93,7 +91,7 @@ class ConstrainedStep(TrustRegionStep):
                 for each in (gain, cost)
             )
         excess = self.problem.excess(data)
-        return ConstrainedProposal(self, gain, cost, up, down, excess, evaluate, evaluate_cost)
+        return ConstrainedProposal(self, gain, cost, up, down, excess, evaluate)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +103,7 @@ class ConstrainedProposal:
         model, cost_model (LocalModel): gain and cost near the present parameters.
         direction, cost_direction (Direction): their natural gradients.
         excess (Tensor): the cost less its bound.
-        evaluate, evaluate_cost (callable): from parameters to gain or cost, and mean divergence.
+        evaluate (callable): from parameters to gain, cost and mean divergence.
     """
 
     step: ConstrainedStep
@@ -114,8 +112,7 @@ class ConstrainedProposal:
     direction: Direction
     cost_direction: Direction
     excess: Tensor
-    evaluate: Evaluate
-    evaluate_cost: Evaluate
+    evaluate: Callable[[Tensor], tuple[Tensor, ...]]
 
     def combination(self, max_kl: float) -> Combination:
         """Return how the step is made of the two natural gradients, for a radius."""
@@ -165,8 +162,7 @@ class ConstrainedProposal:
         allowance = (-self.excess).clamp_min(0)
 
         def within_bound(flat: Tensor) -> tuple[Tensor, Tensor]:
-            gain, kl = self.evaluate(flat)
-            cost, _ = self.evaluate_cost(flat)
+            gain, cost, kl = self.evaluate(flat)
             (cost,) = mean([cost], number)
             # Whatever breaks a condition of its own is as far as infinity.
             kl = torch.where(cost - cost_before <= allowance, kl, float("inf"))
@@ -191,8 +187,7 @@ class ConstrainedProposal:
             success = search.success & (step != 0).any()
             fraction = torch.where(success, search.fraction, 0)
             moved = torch.where(success, theta + fraction * step, theta)
-            gain, kl = mean(self.evaluate(moved), number)
-            (cost,) = mean(self.evaluate_cost(moved)[:1], number)
+            gain, cost, kl = mean(self.evaluate(moved), number)
             for name, value in unflatten(moved, trained).items():
                 trained[name].copy_(value)
         residual = self.direction.residual.norm() / self.direction.target.norm().clamp_min(

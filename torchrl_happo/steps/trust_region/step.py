@@ -7,7 +7,7 @@ Read :meth:`TrustRegionStep.propose`, then :meth:`TrustRegionProposal.apply`; th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -54,23 +54,19 @@ class TrustRegion:
         max_kl (float, mapping or callable): bound :math:`\delta` of the mean divergence, in nats;
             by name of agent or group; or a callable from an agent's name to it, which is asked
             anew for each batch, as a schedule wants. Defaults to ``0.01``.
-        damping (float): :math:`\lambda`, added to the diagonal of the Fisher matrix.
-            Defaults to ``0.1``.
+        damping (float): added to the diagonal of the Fisher matrix. Defaults to ``0.1``.
         cg_iterations (int): iterations of conjugate gradient. Defaults to ``10``.
-        cg_tolerance (float): conjugate gradient stops once the squared norm of the residual is
-            below this. Defaults to ``1e-10``.
+        cg_tolerance (float): squared residual at which they stop. Defaults to ``1e-10``.
         backtrack_factor (float): ratio of a step fraction to the one tried before, in (0, 1).
             Defaults to ``0.8``.
-        max_backtracks (int): number of step fractions to try, the full step included.
-            Defaults to ``10``.
+        max_backtracks (int): step fractions to try, the full step included. Defaults to ``10``.
         accept_ratio (float): least accepted ratio of actual to expected improvement, in [0, 1).
             Defaults to ``0.5``.
         fisher_fraction (float): share of the batch's rows, drawn at random, that the Fisher matrix
             is averaged over, in (0, 1]. Defaults to ``1.0``.
         line_search (str, optional): ``"sequential"`` tries one fraction after the other and stops
-            at the first that is acceptable, which reads one flag per try; ``"batched"`` evaluates
-            all at once without reading anything. Defaults to ``None``: batched on accelerators,
-            sequential on the CPU.
+            at the first acceptable one, a flag read per try; ``"batched"`` evaluates all at once
+            and reads nothing. Defaults to ``None``: batched on accelerators, sequential on the CPU.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -193,9 +189,15 @@ class TrustRegionStep:
             )
         return TrustRegionProposal(self, model, direction, evaluate)
 
-    def _model(self, data: TensorDictBase, objective: _Objective | None = None) -> _At:
-        """Return the policy and its surrogate, or another objective, near the parameters."""
-        objective = objective or self.surrogate
+    def _model(self, data: TensorDictBase) -> _At:
+        """Return the policy and its surrogate near the present parameters."""
+        (model,), evaluate = self.local_models(data, [self.surrogate])
+        return model, evaluate, iterate  # type: ignore[return-value]
+
+    def local_models(
+        self, data: TensorDictBase, objectives: Sequence[_Objective]
+    ) -> tuple[list[LocalModel], Callable[[Tensor], tuple[Tensor, ...]]]:
+        """Return objectives near the parameters by one forward pass, and the trial of others."""
         named = dict(self.problem.named_parameters())
         # Copies that share the values: no gradient is left behind at the network's own.
         leaves = {name: p.detach().requires_grad_() for name, p in self.trained().items()}
@@ -207,25 +209,23 @@ class TrustRegionStep:
 
         old = policy(data)
         with torch.enable_grad():
-            surrogate = objective(old, data)
+            values = [objective(old, data) for objective in objectives]
         # The Fisher matrix is a mean over states, which a share of them estimates.
         rows = self.draw_rows(data)
         sample = old if rows is None else policy(data[rows])
         counted = valid if valid is None or rows is None else valid[rows]
-        model = LocalModel(
-            surrogate.detach(),
-            flatten(gradient([surrogate], leaves.values())),
-            fisher_vector_product(sample, leaves, valid=counted, batch_ndim=batch_ndim),
-            self.count(data),
-            self.count(data if rows is None else data[rows]),
-        )
+        product = fisher_vector_product(sample, leaves, valid=counted, batch_ndim=batch_ndim)
+        numbers = self.count(data), self.count(data if rows is None else data[rows])
+        slopes = [flatten(gradient([value], leaves.values())) for value in values]
+        at = zip(values, slopes, strict=True)
+        models = [LocalModel(value.detach(), slope, product, *numbers) for value, slope in at]
 
-        def evaluate(flat: Tensor) -> tuple[Tensor, Tensor]:
+        def evaluate(flat: Tensor) -> tuple[Tensor, ...]:
             new = self.distribution({**named, **unflatten(flat, leaves)}, data)
             kl = kl_divergence(old, new, batch_ndim=batch_ndim)
-            return objective(new, data), masked_mean(kl, valid)
+            return *(objective(new, data) for objective in objectives), masked_mean(kl, valid)
 
-        return model, evaluate, iterate
+        return models, evaluate
 
     def _compiled_model(self, data: TensorDictBase) -> _At | None:
         """Return the same from compiled code; ``None`` if that cannot be had."""
