@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any
 
 from torchrl_happo.objectives import A2POLoss
 from torchrl_happo.recipe.algorithms.happo import Happo
@@ -14,6 +14,8 @@ from torchrl_happo.recipe.config import choice, default_of, number
 class A2po(Happo):
     """Agent-by-agent policy optimisation: agents in order, each with its own new advantage."""
 
+    loss = A2POLoss
+
     order: str = choice("semi_greedy", "random", "fixed", default="semi_greedy")
     """Of the agents: the best and a random one in turns, drawn anew, or as they are named."""
     clip_growth: float = number(default_of(A2POLoss, "clip_growth"), at_least=0, at_most=1)
@@ -21,14 +23,6 @@ class A2po(Happo):
     trace: str = choice("paper", "code", default=default_of(A2POLoss, "trace"))
     """code: lambda twice from the second agent on, as the authors' code has it."""
 
-    def make_loss(self, actors: dict[str, Any], critic: Any, **critic_settings: Any) -> A2POLoss:
-        """Build the loss of a team."""
-        return A2POLoss(
-            actors,
-            critic,
-            clip_epsilon=self.clipping,
-            entropy_coeff=self.entropy_coeff,
-            clip_growth=self.clip_growth,
-            trace=cast(Literal["paper", "code"], self.trace),
-            **critic_settings,
-        )
+    def own_settings(self) -> dict[str, Any]:
+        """Return how clipping grows, and which trace."""
+        return {"clip_growth": self.clip_growth, "trace": self.trace}

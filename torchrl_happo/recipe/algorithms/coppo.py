@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torchrl_happo.objectives import CoPPOLoss
 from torchrl_happo.recipe.algorithms.happo import Happo
@@ -13,12 +12,4 @@ from torchrl_happo.recipe.algorithms.happo import Happo
 class Coppo(Happo):
     """Coordinated PPO: all agents of a group at once, each in view of the others' ratios."""
 
-    def make_loss(self, actors: dict[str, Any], critic: Any, **critic_settings: Any) -> CoPPOLoss:
-        """Build the loss of a team."""
-        return CoPPOLoss(
-            actors,
-            critic,
-            clip_epsilon=self.clipping,
-            entropy_coeff=self.entropy_coeff,
-            **critic_settings,
-        )
+    loss = CoPPOLoss

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torchrl_happo.objectives import HAPPOLoss
 from torchrl_happo.recipe.algorithms.sequential import SequentialConfig
@@ -13,6 +13,8 @@ from torchrl_happo.recipe.config import default_of, number
 @dataclass
 class Happo(SequentialConfig):
     """Heterogeneous-agent PPO: agents in order, each with a network and an Adam of its own."""
+
+    loss: ClassVar[type[HAPPOLoss]] = HAPPOLoss
 
     clip_epsilon: float = number(default_of(HAPPOLoss, "clip_epsilon"), above=0, below=1)
     """How far a ratio may go from 1 and still gain by it."""
@@ -29,14 +31,19 @@ class Happo(SequentialConfig):
         high = self.clip_epsilon_high
         return self.clip_epsilon if high is None else (self.clip_epsilon, high)
 
-    def make_loss(self, actors: dict[str, Any], critic: Any, **critic_settings: Any) -> HAPPOLoss:
+    def own_settings(self) -> dict[str, Any]:
+        """Return the arguments of the loss that an algorithm has besides HAPPO's."""
+        return {}
+
+    def make_loss(self, actors: dict[str, Any], critic: Any, **settings: Any) -> HAPPOLoss:
         """Build the loss of a team."""
-        return HAPPOLoss(
+        return self.loss(
             actors,
             critic,
             clip_epsilon=self.clipping,
             entropy_coeff=self.entropy_coeff,
-            **critic_settings,
+            **self.own_settings(),
+            **settings,
         )
 
     def updater_settings(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any
 
 from torchrl_happo.objectives import HAPPOLagrangianLoss
 from torchrl_happo.recipe.algorithms.costs import WithCosts
@@ -14,6 +14,8 @@ from torchrl_happo.recipe.config import ConfigError, TrainConfig, choice, defaul
 @dataclass
 class HappoLagrangian(WithCosts, Happo):
     """HAPPO with a price on costs, which keeps the mean cost of an episode below a bound."""
+
+    loss = HAPPOLagrangianLoss
 
     multiplier: str = choice(
         *("learned", "projected", "fixed"), default=default_of(HAPPOLagrangianLoss, "multiplier")
@@ -35,17 +37,10 @@ class HappoLagrangian(WithCosts, Happo):
                 "raise it, or take algorithm.multiplier=projected."
             )
 
-    def make_loss(
-        self, actors: dict[str, Any], critic: Any, **settings: Any
-    ) -> HAPPOLagrangianLoss:
-        """Build the loss of a team."""
-        return HAPPOLagrangianLoss(
-            actors,
-            critic,
-            clip_epsilon=self.clipping,
-            entropy_coeff=self.entropy_coeff,
-            multiplier=cast(Literal["learned", "projected", "fixed"], self.multiplier),
-            initial_multiplier=self.initial_multiplier,
-            multiplier_lr=self.multiplier_lr,
-            **settings,
-        )
+    def own_settings(self) -> dict[str, Any]:
+        """Return how the multipliers move."""
+        return {
+            "multiplier": self.multiplier,
+            "initial_multiplier": self.initial_multiplier,
+            "multiplier_lr": self.multiplier_lr,
+        }
