@@ -63,6 +63,34 @@ def gru():
     return nn.GRU(3, 4, batch_first=True), lambda out: out[0]
 
 
+class Packed(nn.Module):
+    """Packs six sequences of unlike lengths, as TorchRL does where episodes end within a row."""
+
+    lengths = torch.tensor([1, 5, 3, 5, 4, 1])
+
+    def __init__(self, memory, state_of):
+        super().__init__()
+        self.memory, self.state_of = memory, state_of
+        self.first = nn.Parameter(torch.randn(2, 6, 4))
+
+    def forward(self, x):
+        pack = nn.utils.rnn.pack_padded_sequence
+        packed = pack(x, self.lengths, batch_first=True, enforce_sorted=False)
+        out, last = self.memory(packed, self.state_of(self.first))
+        out, _ = nn.utils.rnn.pad_packed_sequence(out, batch_first=True)
+        lasts = last if isinstance(last, tuple) else (last,)
+        return torch.cat([out, *(last.transpose(0, 1) for last in lasts)], 1)
+
+
+def packed_gru():
+    return Packed(nn.GRU(3, 4, num_layers=2, batch_first=True), lambda s: s), lambda out: out
+
+
+def packed_lstm():
+    memory = nn.LSTM(3, 4, num_layers=2, batch_first=True)
+    return Packed(memory, lambda s: (s, 2 * s)), lambda out: out
+
+
 def attention():
     layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
     return nn.Sequential(nn.Linear(3, 4), layer), lambda out: out
@@ -80,6 +108,8 @@ def normalised_over_two_dimensions():
     "make",
     [
         gru,
+        packed_gru,
+        packed_lstm,
         attention,
         normalised,
         partial(normalised, bias=False),
@@ -88,9 +118,9 @@ def normalised_over_two_dimensions():
     ],
 )
 def test_fisher_product_of_networks_with_fused_kernels(make):
-    """Whole sequences through a GRU, attention and layer norms, against the autograd Hessian.
+    """Whole and packed sequences through memories, attention, layer norms: the autograd Hessian.
 
-    The first gradient in the same context is torch's own, too.
+    The outputs and the first gradient in the same context are torch's own.
     """
     torch.manual_seed(0)
     net, read = make()
@@ -110,6 +140,7 @@ def test_fisher_product_of_networks_with_fused_kernels(make):
     expected = hessian_product(kl_divergence(old, plain).mean(), params, vector)
     product = fisher_vector_product(dist, params)(vector)
     assert expected.abs().max() > 1e-4
+    torch.testing.assert_close(dist.logits, plain.logits, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(product, expected, rtol=1e-9, atol=1e-12)
     for ours, torchs in zip(
         gradient([dist.logits[..., 0].sum()], params.values()),

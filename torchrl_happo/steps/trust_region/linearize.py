@@ -2,8 +2,9 @@
 
 The Fisher-vector product differentiates a network's backward pass with respect to what that pass is
 given (:func:`~torchrl_happo.steps.trust_region.natural_gradient.fisher_vector_product`). Some of
-torch's fused kernels have no such derivative, and that of layer normalisation costs more than all
-the rest of a small network, as it comes with derivatives that are not wanted here.
+torch's fused kernels have no such derivative. Two others cost more than all the rest of a small
+network: that of layer normalisation comes with derivatives that are not wanted here, and that of a
+recurrent network over packed sequences fills a tensor of the size of the batch at every step.
 """
 
 from __future__ import annotations
@@ -44,12 +45,12 @@ def linearizable() -> Iterator[None]:
     """
     recurrent = torch.backends.cudnn.flags(enabled=False)
     attention = sdpa_kernel(SDPBackend.MATH)
-    with recurrent, attention, _LinearizableLayerNorm():
+    with recurrent, attention, _LinearizableLayers():
         yield
 
 
-class _LinearizableLayerNorm(TorchFunctionMode):
-    """Puts :class:`_LayerNorm` in the place of :func:`torch.nn.functional.layer_norm`."""
+class _LinearizableLayers(TorchFunctionMode):
+    """Evaluates layer normalisations and packed sequences by the functions of this module."""
 
     def __torch_function__(
         self,
@@ -60,6 +61,8 @@ class _LinearizableLayerNorm(TorchFunctionMode):
     ) -> Any:
         if func is F.layer_norm:
             return _layer_norm(*args, **(kwargs or {}))
+        if func in (torch.gru, torch.lstm) and _is_packed(*args):
+            return _packed_sequences(func, *args)
         return func(*args, **(kwargs or {}))
 
 
@@ -142,3 +145,59 @@ class _LayerNormPullback(torch.autograd.Function):
         if db is not None:
             transposed = transposed + db
         return transposed, *[None] * 8
+
+
+def _is_packed(data: Tensor, batch_sizes: object, *rest: Any) -> bool:
+    """Whether a recurrent network runs forward, without dropout, along packed sequences."""
+    has_bias, _, dropout, training, bidirectional = rest[2:]
+    dropped = dropout and training
+    return isinstance(batch_sizes, Tensor) and has_bias and not (dropped or bidirectional)
+
+
+def _packed_sequences(
+    kind: Callable[..., Any],
+    data: Tensor,
+    batch_sizes: Tensor,
+    state: Tensor | tuple[Tensor, Tensor],
+    weights: Sequence[Tensor],
+    has_bias: bool,
+    n_layers: int,
+    *_: Any,
+) -> tuple[Tensor, ...]:
+    """Evaluate a GRU or an LSTM along packed sequences, cell by cell.
+
+    Sequences are sorted by length, so that the first ``batch_sizes[t]`` of them have a step ``t``.
+    Torch takes each step as a slice of ``data``, whose derivative is a tensor of the size of
+    ``data``; all steps cut at once have one derivative in all, a concatenation.
+
+    Args:
+        kind (callable): :func:`torch.gru` or :func:`torch.lstm`.
+        data (Tensor): inputs, all sequences' first steps first, ``[sum(batch_sizes), n_inputs]``.
+        batch_sizes (Tensor): numbers of sequences that have a step, on the CPU.
+        state (Tensor or tuple of Tensor): first states, ``[n_layers, n_sequences, hidden_size]``.
+        weights (sequence of Tensor): four tensors a layer, as :class:`torch.nn.GRU` holds them.
+        has_bias (bool): always ``True`` here.
+        n_layers (int): number of layers.
+
+    Returns:
+        outputs ``[sum(batch_sizes), hidden_size]``, then the last states.
+    """
+    cell: Callable[..., Any] = torch.gru_cell if kind is torch.gru else torch.lstm_cell
+    sizes: list[int] = batch_sizes.tolist()
+    states = (state,) if isinstance(state, Tensor) else state
+    lasts = []
+    for layer in range(n_layers):
+        own = [s[layer] for s in states]
+        outputs, ended = [], []
+        for x in data.split(sizes):
+            if len(x) < len(own[0]):
+                cut = [s.split([len(x), len(s) - len(x)]) for s in own]
+                own = [running for running, _ in cut]
+                ended.append([done for _, done in cut])
+            new = cell(x, own if len(own) > 1 else own[0], *weights[4 * layer : 4 * layer + 4])
+            own = [new] if isinstance(new, Tensor) else list(new)
+            outputs.append(own[0])
+        data = torch.cat(outputs)
+        # The shortest sequences ended first and stand last.
+        lasts.append([torch.cat(parts) for parts in zip(own, *reversed(ended), strict=True)])
+    return data, *(torch.stack(last) for last in zip(*lasts, strict=True))
