@@ -81,10 +81,8 @@ def main() -> None:
     torch.set_num_threads(1)
     seconds = measure(options.repetitions)
     for kind, by_name in seconds.items():
-        ratio = by_name["hatrpo"] / by_name["happo"]
-        print(
-            f"{kind:>6}  HAPPO {by_name['happo']:.2f} s  HATRPO {by_name['hatrpo']:.2f} s  {ratio:.2f}"
-        )
+        happo, hatrpo = by_name["happo"], by_name["hatrpo"]
+        print(f"{kind:>6}  HAPPO {happo:.2f} s  HATRPO {hatrpo:.2f} s  {hatrpo / happo:.2f}")
     if options.json:
         record = {"seconds": seconds, "torch": torch.__version__}
         options.json.write_text(json.dumps(record, indent=1) + "\n")

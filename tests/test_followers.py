@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
+from exact import games
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from recipe_helpers import table, tiny_config
 from team import N_AGENTS, make_actor, make_batch, make_critic, perturb, same_state, state_of
 from torchrl.modules import IndependentNormal
@@ -18,7 +22,7 @@ from torchrl_happo.steps import FirstOrder
 from torchrl_happo.update.batch import TeamBatch
 from torchrl_happo.update.budget import weighted_shares
 from torchrl_happo.update.correction import RatioFactor
-from torchrl_happo.update.reestimation import Reestimated
+from torchrl_happo.update.reestimation import Reestimated, reestimate
 
 NAMES = [f"agents_{i}" for i in range(N_AGENTS)]
 KEYS = {"value": ("agents", "state_value"), "action": ("agents", "action")}
@@ -329,10 +333,11 @@ def a2po(**kwargs):
     return loss, data, Reestimated(data, loss=loss)
 
 
+@pytest.mark.parametrize("c_thresh", [1.0, 1.25, math.inf])
 @pytest.mark.parametrize("trace", ["paper", "code"])
-def test_a2po_estimates_the_advantage_again(trace):
+def test_a2po_estimates_the_advantage_again(trace, c_thresh):
     """GAE for the first agent; for the second the sum over its traces, from its definition."""
-    loss, data, correction = a2po(trace=trace)
+    loss, data, correction = a2po(trace=trace, c_thresh=c_thresh)
     first, second, _ = loss.agents
     gae = data.batch["advantage"][..., 0]
     own = gae if gae.ndim == 2 else gae[..., 0]
@@ -340,7 +345,7 @@ def test_a2po_estimates_the_advantage_again(trace):
     log_ratio = 0.5 * torch.randn(24, dtype=torch.float64)
     correction.include(first, log_ratio)
     rho = log_ratio.exp().reshape(4, 6)
-    c = (0.75 if trace == "paper" else 0.5625) * rho.clamp(max=1.0)
+    c = (0.75 if trace == "paper" else 0.5625) * rho.clamp(max=c_thresh)
     ends = data.batch["next", "done"][..., 0]
     gae = gae if gae.ndim == 2 else gae[..., 1]
     wanted = torch.zeros_like(gae)
@@ -357,6 +362,52 @@ def test_a2po_estimates_the_advantage_again(trace):
                     break
     torch.testing.assert_close(correction.advantage(second), wanted, rtol=1e-12, atol=1e-12)
     assert not torch.allclose(wanted, gae)
+
+
+@settings(max_examples=25)
+@given(
+    played=games(min_agents=2, max_agents=2, max_states=2, max_actions=2, gamma=st.just(0.8)),
+    seed=st.integers(0, 2**32),
+)
+def test_the_advantage_estimated_again_is_exact(played, seed):
+    """With whole ratios and lambda 1, on average over every course that a game can take.
+
+    Three steps of a random game, the first agent's policy replaced by another one, and any values:
+    given the first state and action, the mean of the estimate is the value of that action under
+    the new policies, by backward induction, less the critic's value.
+    """
+    game, old = played
+    generator = torch.Generator().manual_seed(seed)
+    new = [game.random_policies(generator=generator)[0], old[1]]
+    horizon, gamma = 3, game.gamma
+    values = torch.randn(game.n_states, generator=generator, dtype=torch.float64)
+
+    before, after = (game.joint_policy(policies).flatten(1) for policies in (old, new))
+    reward, moves = game.reward.flatten(1), game.transition.flatten(1, -2)
+    action_value = torch.zeros_like(reward)
+    for _ in range(horizon):
+        action_value = reward + gamma * moves @ (after * action_value).sum(1)
+
+    # Every course of states and actions, and its probability given the first state and action.
+    steps = [range(game.n_states), range(reward.shape[1])] * horizon
+    states, actions = torch.tensor(list(product(*steps))).unflatten(1, (horizon, 2)).unbind(-1)
+    moved = moves[states[:, :-1], actions[:, :-1], states[:, 1:]]
+    probability = (moved * before[states, actions][:, 1:]).prod(1)
+
+    value = values[states]
+    next_value = torch.cat([value[:, 1:], torch.zeros_like(value[:, :1])], 1)
+    delta = reward[states, actions] + gamma * next_value - value
+    gae = delta.clone()
+    for t in reversed(range(horizon - 1)):
+        gae[:, t] += gamma * gae[:, t + 1]
+    done = torch.arange(horizon).expand_as(states) == horizon - 1
+    ratio = (after / before)[states, actions]
+    advantage = reestimate(gae, ratio, done, gamma=gamma, lmbda=1.0)[:, 0]
+
+    mean = torch.zeros_like(reward).index_put(
+        (states[:, 0], actions[:, 0]), probability * advantage, accumulate=True
+    )
+    torch.testing.assert_close(mean, action_value - values[:, None], rtol=1e-10, atol=1e-10)
 
 
 def test_a2po_with_ratios_of_one_is_happo():
@@ -407,6 +458,8 @@ def test_a2po_refuses_what_it_cannot_estimate():
         SequentialUpdater(loss)(batch)
     with pytest.raises(ValueError, match="clip_growth must be between"):
         A2POLoss(make_actor(), None, clip_growth=2.0)
+    with pytest.raises(ValueError, match=r"c_thresh must be at least 1, got 0\.5"):
+        A2POLoss(make_actor(), None, c_thresh=0.5)
     with pytest.raises(ValueError, match='trace must be "paper" or "code"'):
         A2POLoss(make_actor(), None, trace="both")
 

@@ -4,10 +4,11 @@ With the product :math:`\rho` of the ratios of the agents before, the :math:`k`-
 agents maximises :math:`\mathbb{E}[\min(l A, \mathrm{clip}(l, 1 \pm \epsilon_k) A)]`,
 :math:`l = r \, \mathrm{clip}(\rho, 1 \pm \epsilon / 2)`, in ranges
 :math:`\epsilon_k` that grow with its place. :math:`A` is
-estimated with traces :math:`\lambda \min(1, \rho)`.
+estimated with traces :math:`\lambda \min(\bar c, \rho)`.
 
 **Keys.** Those of HAPPO, and the values of the batch. **Defaults.** Those of HAPPO,
-``clip_growth=0.5``; the order of the paper is ``SequentialUpdater(..., order="semi_greedy")``.
+``clip_growth=0.5``, ``c_thresh=1``; the order of the paper is
+``SequentialUpdater(..., order="semi_greedy")``.
 
 **When to use it.** When ``factor_ess`` falls far below 1 for the last agents: the traces forget
 what the moves of the others have made improbable.
@@ -44,8 +45,8 @@ class A2POLoss(HAPPOLoss):
         \epsilon_k = \epsilon (w k / n + 1 - w).
 
     Its advantage :math:`A` is estimated again, for the policies as they are now:
-    :math:`A_t = \delta_t + \gamma c_{t+1} A_{t+1}` with :math:`c = \lambda \min(1, \rho)`, where a
-    trajectory goes on, and then standardised
+    :math:`A_t = \delta_t + \gamma c_{t+1} A_{t+1}` with
+    :math:`c = \lambda \min(\bar c, \rho)`, where a trajectory goes on, and then standardised
     (:class:`~torchrl_happo.update.reestimation.Reestimated`, which
     :class:`~torchrl_happo.SequentialUpdater` takes by itself). The order of the paper is
     ``order="semi_greedy"``. The critic is fitted to the returns of the first
@@ -62,11 +63,14 @@ class A2POLoss(HAPPOLoss):
             Defaults to ``0.5``.
         trace (str): ``"paper"``: :math:`c` has one :math:`\lambda`; ``"code"``: two, from the
             second agent on, as in the authors' code. Defaults to ``"paper"``.
+        c_thresh (float): :math:`\bar c`, the largest ratio that a trace takes; named as in
+            :class:`~torchrl.objectives.value.VTrace`. With ``math.inf`` and ``lmbda=1`` the
+            estimate is unbiased, at a variance that grows with every step. Defaults to ``1.0``.
         **kwargs: as for :class:`HAPPOLoss`.
 
     Raises:
-        ValueError: if ``clip_growth`` is not in [0, 1], ``trace`` is another word, or as
-            :class:`HAPPOLoss` does.
+        ValueError: if ``clip_growth`` is not in [0, 1], ``trace`` is another word, ``c_thresh`` is
+            below 1, or as :class:`HAPPOLoss` does.
 
     Example:
         >>> import torch
@@ -88,15 +92,19 @@ class A2POLoss(HAPPOLoss):
         *,
         clip_growth: float = 0.5,
         trace: Literal["paper", "code"] = "paper",
+        c_thresh: float = 1.0,
         **kwargs: Any,
     ) -> None:
         if not 0 <= clip_growth <= 1:
             raise ValueError(f"clip_growth must be between 0 and 1, got {clip_growth!r}.")
         if trace not in ("paper", "code"):
             raise ValueError(f'trace must be "paper" or "code", got {trace!r}.')
+        if not c_thresh >= 1:  # the first agent's ratio is 1, and its advantage that of GAE
+            raise ValueError(f"c_thresh must be at least 1, got {c_thresh!r}.")
         super().__init__(actor_network, critic_network, **kwargs)
         self.clip_growth = clip_growth
         self.trace = trace
+        self.c_thresh = c_thresh
 
     def clip_scale(self, place: int) -> float:
         """Return the clipping threshold of the agent at a place in the order, counted from 0."""

@@ -56,8 +56,9 @@ def reestimate(
 class Reestimated(RatioFactor):
     r"""The correction of A2PO: another advantage for each agent, besides the factor.
 
-    The trace is :math:`c = \lambda \min(1, \rho)` with the factor :math:`\rho`, so that the first
-    agent has the advantage of GAE. Each agent's is standardised over its own valid decisions.
+    The trace is :math:`c = \lambda \min(\bar c, \rho)` with the factor :math:`\rho`, which is 1 for
+    the first agent: it has the advantage of GAE. Each agent's is standardised over its own valid
+    decisions.
 
     Args:
         batch (TeamBatch): the batch of the update.
@@ -92,7 +93,7 @@ class Reestimated(RatioFactor):
         batch, dims = self.batch, self.batch.batch.batch_dims
         own = agent.share_of(batch.batch.get(batch.team.keys.advantage), dims)
         done = agent.share_of(self.done, dims)
-        ratio = self.log_factor.exp().clamp_max(1.0).reshape(batch.batch.batch_size)
+        ratio = self.log_factor.exp().clamp_max(self.loss.c_thresh).reshape(batch.batch.batch_size)
         twice = self.loss.trace == "code" and self.num_moved > 0
         trace = ratio * self.lmbda ** (2 if twice else 1)
         if own.ndim > dims:  # time last

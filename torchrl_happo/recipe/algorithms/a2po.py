@@ -23,6 +23,10 @@ class A2po(Happo):
     trace: str = choice("paper", "code", default=default_of(A2POLoss, "trace"))
     """code: lambda twice from the second agent on, as the authors' code has it."""
 
+    c_thresh: float = number(default_of(A2POLoss, "c_thresh"), at_least=1)
+    """Largest ratio that a trace takes; inf: all of it, without a bias and with more variance."""
+
     def own_settings(self) -> dict[str, Any]:
         """Return how clipping grows, and which trace."""
-        return {"clip_growth": self.clip_growth, "trace": self.trace}
+        names = ("clip_growth", "trace", "c_thresh")
+        return {name: getattr(self, name) for name in names}
