@@ -24,7 +24,7 @@ class A2po(Happo):
     """code: lambda twice from the second agent on, as the authors' code has it."""
 
     c_thresh: float = number(default_of(A2POLoss, "c_thresh"), at_least=1)
-    """Largest ratio that a trace takes; inf: all of it, without a bias and with more variance."""
+    """Largest ratio that a trace takes; 1e9: all of it, without a bias and with more variance."""
 
     def own_settings(self) -> dict[str, Any]:
         """Return how clipping grows, and which trace."""
