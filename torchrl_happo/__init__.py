@@ -7,7 +7,7 @@ collector, and `make_actor` and `make_critic` build networks from an environment
 - **Algorithms**, a page each: `torchrl_happo.objectives.happo`, `torchrl_happo.objectives.hatrpo`,
   `torchrl_happo.objectives.haa2c`, `torchrl_happo.objectives.coppo`,
   `torchrl_happo.objectives.a2po`, `torchrl_happo.objectives.lagrangian`,
-  `torchrl_happo.objectives.macpo`.
+  `torchrl_happo.objectives.macpo`, `torchrl_happo.objectives.mat`.
 - **Examples and tuning**: `torchrl_happo.examples`.
 - **Metrics** with their healthy ranges: `torchrl_happo.update.metrics`.
 - **The parts of an update**, each replaceable: `torchrl_happo.update.order`,
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
         make_critic,
         memory_transforms,
     )
+    from torchrl_happo.networks.transformer.build import make_transformer
     from torchrl_happo.objectives import (
         A2POLoss,
         CoPPOLoss,
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
         HAPPOLoss,
         HATRPOLoss,
         MACPOLoss,
+        MATLoss,
     )
     from torchrl_happo.policy.actor_list import ActorList
     from torchrl_happo.update.updater import SequentialUpdater
@@ -77,11 +79,13 @@ __all__ = [
     "HAPPOLoss",
     "HATRPOLoss",
     "MACPOLoss",
+    "MATLoss",
     "SequentialUpdater",
     "TeamReward",
     "joint_policy",
     "make_actor",
     "make_critic",
+    "make_transformer",
     "memory_transforms",
 ]
 
@@ -94,7 +98,7 @@ _HOMES = {
     **dict.fromkeys(
         (
             *("A2POLoss", "CoPPOLoss", "HAA2CLoss"),
-            *("HAPPOLagrangianLoss", "HAPPOLoss", "HATRPOLoss", "MACPOLoss"),
+            *("HAPPOLagrangianLoss", "HAPPOLoss", "HATRPOLoss", "MACPOLoss", "MATLoss"),
         ),
         "objectives",
     ),
@@ -103,6 +107,7 @@ _HOMES = {
     **dict.fromkeys(
         ("joint_policy", "make_actor", "make_critic", "memory_transforms"), "networks.actors"
     ),
+    "make_transformer": "networks.transformer.build",
 }
 
 

@@ -7,6 +7,7 @@ from torchrl_happo.objectives.happo import HAPPOLoss
 from torchrl_happo.objectives.hatrpo import HATRPOLoss
 from torchrl_happo.objectives.lagrangian import HAPPOLagrangianLoss
 from torchrl_happo.objectives.macpo import MACPOLoss
+from torchrl_happo.objectives.mat import MATLoss
 
 __all__ = [
     "A2POLoss",
@@ -16,4 +17,5 @@ __all__ = [
     "HAPPOLoss",
     "HATRPOLoss",
     "MACPOLoss",
+    "MATLoss",
 ]

@@ -104,7 +104,7 @@ class SequentialLoss(WithCritics):
             self._own_keys = critic_keys(self.critic_network)
         if isinstance(actors, Mapping):
             self.set_keys(**{name: self._written(name) for name in ("action", "sample_log_prob")})
-        check_separate(self._agents, self.critic_network)
+        check_separate(self._agents, self.critic_apart)
         written = [] if self.critic_network is None else self.critic_network.out_keys
         if self.tensor_keys.value not in written and len(written) == 1:
             self.set_keys(value=written[0])

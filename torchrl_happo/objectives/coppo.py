@@ -13,20 +13,15 @@ with agents that share parameters.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any
-
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModule, dispatch
+from tensordict.nn import dispatch
 from torch import Tensor
-from torchrl.modules import ValueNorm
 
-from torchrl_happo.objectives.base import Actors, SequentialLoss
-from torchrl_happo.objectives.happo import HAPPOLoss
+from torchrl_happo.objectives.base import SequentialLoss
+from torchrl_happo.objectives.block import BlockLoss
 from torchrl_happo.objectives.surrogate import clipped_surrogate, corrected_advantage
 from torchrl_happo.team.agent import Agent
-from torchrl_happo.team.split import split_units
 
 __all__ = ["CoPPOLoss", "doubly_clipped_surrogate"]
 
@@ -61,7 +56,7 @@ def doubly_clipped_surrogate(
     return clipped_surrogate(log_ratio + clipped, advantage, *outer)
 
 
-class CoPPOLoss(HAPPOLoss):
+class CoPPOLoss(BlockLoss):
     r"""Coordinated PPO loss (Wu et al., 2021, https://arxiv.org/abs/2111.04051).
 
     All agents of a group move at once. At every step of the optimiser agent :math:`i` maximises
@@ -99,31 +94,6 @@ class CoPPOLoss(HAPPOLoss):
         >>> sorted(updater(batch).keys())
         ['agents', 'critic']
     """
-
-    def __init__(
-        self,
-        actor_network: Actors,
-        critic_network: TensorDictModule | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if "blocks" in kwargs:
-            raise TypeError(
-                "CoPPOLoss moves all agents at once: blocks would not act; leave it out."
-            )
-        if isinstance(actor_network, Mapping) and len(actor_network) > 1:
-            raise ValueError(
-                "CoPPOLoss moves the agents of one group at once, each in view of the others, but "
-                f"there are the groups {list(actor_network)}; put all agents into one group, or "
-                "take HAPPOLoss."
-            )
-        super().__init__(actor_network, critic_network, **kwargs)
-
-    def _init_team(
-        self, actors: Actors, blocks: Collection[str], value_norm: ValueNorm | None, popart: bool
-    ) -> None:
-        """Take the whole group as one unit."""
-        named = actors if isinstance(actors, Mapping) else [split_units(actors)[0].group_name]
-        super()._init_team(actors, list(named), value_norm, popart)
 
     def agent_gain(self, agent: Agent, log_ratio: Tensor, data: TensorDictBase) -> Tensor:
         """Return each member's surrogate in view of its companions, element by element."""

@@ -15,7 +15,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import unravel_key
-from torch import Tensor
+from torch import Tensor, nn
 from torchrl.modules import ValueNorm
 from torchrl.objectives import PPOLoss
 from torchrl.objectives.utils import ValueEstimators, distance_loss
@@ -25,6 +25,7 @@ from torchrl_happo.masked import VALID, count, masked_mean
 from torchrl_happo.objectives.value_norm import RealValues, update_value_norm
 from torchrl_happo.policy.memory import INIT, StepwiseCritic, has_memory, state_specs
 from torchrl_happo.steps.step import Problem
+from torchrl_happo.team.agent import Agent
 from torchrl_happo.team.team import CriticKeys
 from torchrl_happo.team.values import explained
 from torchrl_happo.versions import filling_in_place
@@ -54,6 +55,8 @@ class Critic:
             ``False``.
         estimator (callable, optional): returns the estimator of values and advantages. Defaults to
             ``None``: a :class:`~torchrl.objectives.value.MultiAgentGAE` with TorchRL's defaults.
+        is_owned (bool): whether an agent owns the critic, such as a block that shares an encoder
+            with it: its step then fits both by one optimiser. Defaults to ``False``.
 
     Example:
         >>> from tensordict import TensorDict
@@ -75,6 +78,7 @@ class Critic:
     value_norm: ValueNorm | None = None
     popart: bool = False
     estimator: Callable[[], ValueEstimatorBase] | None = None
+    is_owned: bool = False
 
     @property
     def is_fitted(self) -> bool:
@@ -234,6 +238,18 @@ _Base: Any = PPOLoss if TYPE_CHECKING else object
 class WithCritics(_Base):
     """The critics of a PPO loss of TorchRL: one by default, each fitted for itself."""
 
+    #: Whether an agent owns the critic (see :class:`Critic`).
+    owns_critic: bool = False
+
+    @property
+    def critic_apart(self) -> TensorDictModuleBase | None:
+        """The critic that has parameters of its own; ``None`` if an agent owns it."""
+        return None if self.owns_critic else self.critic_network
+
+    def moved_by(self, agent: Agent) -> nn.Module:
+        """Return everything that an agent's step moves: its actor, and a critic that it owns."""
+        return agent.actor
+
     @property
     def critics(self) -> dict[str, Critic]:
         """The critics by name: ``"critic"``, if the loss has one."""
@@ -255,6 +271,7 @@ class WithCritics(_Base):
                 value_norm=self.value_norm,
                 popart=self.popart,
                 estimator=lambda: self.value_estimator,
+                is_owned=self.owns_critic,
             )
         }
 

@@ -12,11 +12,11 @@ from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
 from torchrl_happo.masked import VALID, masked
-from torchrl_happo.policy.distributions import is_saturated
 from torchrl_happo.policy.joint_row import JointRow
 from torchrl_happo.policy.memory import has_memory
 from torchrl_happo.policy.policy import Parameters, Policy
 from torchrl_happo.policy.rows import Tie, follow_settings, signature
+from torchrl_happo.policy.saturation import is_saturated
 from torchrl_happo.team.entries import has, path_of
 
 __all__ = ["OLD_LOG_PROB", "Agent"]
@@ -154,6 +154,14 @@ class Agent:
         parameters = (unravel_key(key) for key in self.policy.parameter_keys)
         return tuple(dict.fromkeys((*self.keys, *parameters)))
 
+    @cached_property
+    def groups(self) -> tuple[NestedKey | None, ...]:
+        """The agent's group; of a block of several groups, those of its actions, in order."""
+        paths = [path_of(key)[:-1] for key in self.policy.action_keys]
+        if self.group is not None or self.num_members == 1 or not all(paths):
+            return (self.group,)
+        return tuple(unravel_key(path) for path in paths)
+
     def owns(self, key: NestedKey) -> bool:
         """Whether a key belongs to this agent's group."""
         group = () if self.group is None else path_of(self.group)
@@ -220,8 +228,11 @@ class Agent:
         The agent dimension of a group of one does not count: the group's log-probability is that
         of its only agent, and lines up with the advantage as any single agent's does.
         """
-        if self.index is not None or self.group is None:
+        if self.index is not None:
             return data.batch_size
+        if self.group is None:  # at the root, or a block of several groups
+            several = () if self.num_members == 1 else (self.num_members,)
+            return torch.Size([*data.batch_size, *several])
         rows = data.get(self.group).batch_size[data.batch_dims :].numel()
         members = max(self.num_members, rows)
         return data.batch_size if members == 1 else torch.Size([*data.batch_size, members])

@@ -231,14 +231,16 @@ def _check_masks(team: Team, batch: TensorDictBase) -> None:
                 f"The mask {key!r} is of {mask.dtype}, but it must say yes or no: write it as "
                 "torch.bool."
             )
-    places = [team.active_key(agent) for agent in team.agents]
+    places = [key for agent in team.agents for key in team.active_keys(agent)]
     if team.keys.active not in ("active", "mask") and not any(has(batch, key) for key in places):
         raise KeyError(
             f"The batch has no entry {places[0]!r}, as set_keys(active={team.keys.active!r}) says, "
             "that tells who is active; name the entry of each group, or leave active out."
         )
     for agent in team.agents:
-        key = team.active_key(agent)
+        if len(agent.groups) > 1:
+            continue  # each of the block's groups says how many it has
+        (key,) = team.active_keys(agent)
         mask = agent.view(batch, [key]).get(key, None)
         if mask is not None and mask.numel() != batch.numel() * agent.num_members:
             raise ValueError(

@@ -207,11 +207,7 @@ def _step_mask(team: Team, batch: TensorDictBase) -> Tensor | None:
 def _activity(team: Team, batch: TensorDictBase) -> Tensor | None:
     masks: list[Tensor | None] = []
     for agent in team.agents:
-        key = team.active_key(agent)
-        mask = agent.view(batch, [key]).get(key, None)
-        if mask is not None:
-            mask = mask.reshape(*batch.batch_size, agent.num_members).bool()
-        masks.append(mask)
+        masks.append(_activity_of(agent, team.active_keys(agent), batch))
     known = next((mask for mask in masks if mask is not None), None)
     if known is None:
         return None
@@ -226,12 +222,30 @@ def _activity(team: Team, batch: TensorDictBase) -> Tensor | None:
     )
 
 
+def _activity_of(agent: Agent, keys: list[NestedKey], batch: TensorDictBase) -> Tensor | None:
+    """Return at which steps a unit's members act, ``[*B, n_members]``; ``None``: always."""
+    view = agent.view(batch, keys)
+    masks = [view.get(key, None) for key in keys]
+    if all(mask is None for mask in masks):
+        return None
+    rows = []
+    for group, mask in zip(agent.groups, masks, strict=True):
+        if mask is None:  # of a block's groups, one that says nothing is there always
+            shape, device = (
+                batch.get(group).batch_size,
+                batch.get(agent.policy.action_keys[0]).device,
+            )
+            mask = torch.ones(shape, dtype=torch.bool, device=device)
+        rows.append(mask.reshape(*batch.batch_size, -1))
+    return torch.cat(rows, -1).reshape(*batch.batch_size, agent.num_members).bool()
+
+
 def _active_key(team: Team, path: tuple[str, ...]) -> NestedKey | None:
     """Return the key that says who of an entry's group acts; ``None`` if nobody owns the entry."""
     for agent in team.agents:
         at_root = agent.group is None and len(path) == 1
         if agent.owns(path) or (at_root and path[0] in agent.update_keys):
-            return team.active_key(agent)
+            return team.active_keys(agent)[0]
     return (*path[:1], *path_of(team.keys.active)) if len(path) > 1 else None
 
 

@@ -98,6 +98,9 @@ def split_actor(
         )
     key_group = group_of_actor(actor)
     name = group if group is not None else _named(key_group)
+    depending = getattr(actor, "num_agents", None)
+    if depending is not None:  # agents that depend on each other know how many they are
+        return [Agent(name, actor, group=key_group, position=slice(start, start + depending))]
     n_agents = num_agents(actor, name)
     shared = None if n_agents is None else shared_part(actor, n_agents)
     if as_block or n_agents is None or (n_agents == 1 and shared is not None):

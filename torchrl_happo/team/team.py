@@ -83,11 +83,16 @@ class Team:
         """Number of agents in the team, the members of blocks counted one by one."""
         return self.agents[-1].position.stop
 
-    def active_key(self, agent: Agent) -> NestedKey:
-        """Return the key under which a batch may say at which steps an agent acts."""
-        name = path_of(self.keys.active)
-        group = () if agent.group is None else path_of(agent.group)
-        return unravel_key(name if name[: len(group)] == group else (*group, *name))
+    def active_keys(self, agent: Agent) -> list[NestedKey]:
+        """Return the keys under which a batch may say at which steps an agent acts.
+
+        There is one for each group of the agent, of which only a block may have several.
+        """
+        name, keys = path_of(self.keys.active), []
+        for group in agent.groups:
+            path = () if group is None else path_of(group)
+            keys.append(unravel_key(name if name[: len(path)] == path else (*path, *name)))
+        return keys
 
     def seen_in(self, batch: TensorDictBase) -> Team:
         """Return the team as a batch shows it.
@@ -97,19 +102,21 @@ class Team:
         """
         _settle(self.agents, batch)
         if self.keys.active != "active" or any(
-            has(batch, self.active_key(agent)) for agent in self.agents
+            has(batch, key) for agent in self.agents for key in self.active_keys(agent)
         ):
             return self
         keys = copy.copy(self.keys)
         keys.active = "mask"
         other = replace(self, keys=keys)
-        places = [other.active_key(agent) for agent in self.agents if agent.group is not None]
+        grouped = [agent for agent in self.agents if None not in agent.groups]
+        places = [key for agent in grouped for key in other.active_keys(agent)]
         is_mask = (has(batch, key) and batch.get(key).dtype == torch.bool for key in places)
         return other if any(is_mask) else self
 
     def is_masked(self, batch: TensorDictBase) -> bool:
         """Whether a batch holds any mask: of steps, or of agents."""
-        keys = {*self.mask_keys, *(self.active_key(agent) for agent in self.agents)}
+        active = [key for agent in self.agents for key in self.active_keys(agent)]
+        keys = {*self.mask_keys, *active}
         return any(has(batch, place) for key in keys for place in (key, next_key(key)))
 
     def entries_read(self, batch: TensorDictBase) -> list[NestedKey]:

@@ -17,6 +17,7 @@ from torchrl.modules.distributions import MaskedOneHotCategorical, OneHotCategor
 from torchrl_happo.arguments import first_line
 from torchrl_happo.masked import VALID
 from torchrl_happo.policy.policy import Parameters
+from torchrl_happo.policy.side_by_side import SideBySide
 from torchrl_happo.team.agent import Agent
 from torchrl_happo.team.entries import has, leaves, next_key, path_of, tensors_of
 from torchrl_happo.team.masks import Masks
@@ -170,7 +171,7 @@ def check_actions(
         ValueError: naming the action, what was got and what is wanted.
     """
     key, dist = agent.policy.action_keys[0], agent.policy.distribution(parameters)
-    if isinstance(dist, CompositeDistribution):
+    if isinstance(dist, (CompositeDistribution, SideBySide)):
         return
     action = data.get(key)
     one_hot = isinstance(dist, (OneHotCategorical, MaskedOneHotCategorical))

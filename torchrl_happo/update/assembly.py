@@ -61,9 +61,9 @@ class Assembly:
         for name, critic in self.loss.critics.items():
             if critic.estimator is not None:
                 critic.estimator()  # its coefficients are part of the state from the start
-            if critic.is_fitted:
-                if critic.popart:
-                    last_linear(critic.network, most_outputs=self.loss.num_agents)
+            if critic.is_fitted and critic.popart:
+                last_linear(critic.network, most_outputs=self.loss.num_agents)
+            if critic.is_fitted and not critic.is_owned:
                 steps[name] = self.critic_step(name, critic_step)
         return steps
 
@@ -82,9 +82,10 @@ class Assembly:
     def _code(self, agent: Agent) -> Code | None:
         if self.compiler is None:
             return None
-        shares = not self.loss.has_settings_by_agent
+        loss = self.loss
+        shares = not (loss.has_settings_by_agent or loss.owns_critic)
         template = (lambda: agent.template) if shares else None
-        return Code(self.compiler, agent.actor, template=template)
+        return Code(self.compiler, loss.moved_by(agent), template=template)
 
     @staticmethod
     def _build(factory: StepFactory, problem: Problem) -> Step:

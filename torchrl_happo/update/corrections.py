@@ -9,9 +9,11 @@ from torchrl_happo.objectives.a2po import A2POLoss
 from torchrl_happo.objectives.base import SequentialLoss
 from torchrl_happo.objectives.lagrangian import HAPPOLagrangianLoss
 from torchrl_happo.objectives.macpo import MACPOLoss
+from torchrl_happo.objectives.mat import MATLoss
 from torchrl_happo.update.constrained import BoundedCost
 from torchrl_happo.update.correction import Correction, CorrectionFactory, RatioFactor
 from torchrl_happo.update.lagrangian import PricedCosts
+from torchrl_happo.update.owned import OwnedCritic
 from torchrl_happo.update.reestimation import Reestimated
 
 __all__ = ["correction_of"]
@@ -21,6 +23,7 @@ CORRECTIONS: dict[type[SequentialLoss], Callable[..., Correction]] = {
     A2POLoss: Reestimated,
     HAPPOLagrangianLoss: PricedCosts,
     MACPOLoss: BoundedCost,
+    MATLoss: OwnedCritic,
 }
 
 

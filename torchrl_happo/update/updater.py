@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from torchrl_happo.update.batch import TeamBatch
 from torchrl_happo.update.budget import make_budget
 from torchrl_happo.update.correction import Correction, CorrectionFactory
 from torchrl_happo.update.corrections import correction_of
+from torchrl_happo.update.fitting import fit, renormalize_owned, report_of
 from torchrl_happo.update.order import OrderLike, Turns
 from torchrl_happo.update.state import loss_state, restore, state_of
 
@@ -232,7 +234,7 @@ class SequentialUpdater:
     def _follow(self) -> None:
         """Follow networks that were moved, copied or reloaded since the last update."""
         if any(p.requires_grad for p in self._frozen):
-            check_unfrozen(self.loss.agents, self.loss.critic_network)
+            check_unfrozen(self.loss.agents, self.loss.critic_apart)
         for agent in self.loss.agents:
             agent.tie()
         for step in self.steps.values():
@@ -252,6 +254,7 @@ class SequentialUpdater:
             )
         self._draw_alike()
         metrics = TensorDict()
+        renormalize_owned(data, transaction)
         correction = self.correction(data)
         remaining = list(team.agents)
         self.budget.begin()
@@ -264,7 +267,10 @@ class SequentialUpdater:
             remaining = [agent for agent in remaining if agent.name not in metrics.keys()]
         for name in critics:
             if name in self.steps:
-                metrics[name] = self._fit(name, data, transaction)
+                move = partial(self._move, name, transaction=transaction)
+                metrics[name] = fit(name, data, transaction, move)
+            elif critics[name].is_owned:  # it was fitted with its agent's policy
+                metrics[name] = report_of(name, data)
         for step in self.steps.values():
             transaction.remember_once(step)
             step.end_batch()
@@ -306,17 +312,6 @@ class SequentialUpdater:
             rollback()
             logger.warning("The gradient of %s was not finite; its update was taken back.", name)
         return report
-
-    def _fit(self, name: str, data: TeamBatch, transaction: Transaction) -> TensorDict:
-        """Fit a critic, and the statistics of its values."""
-        report = TensorDict()
-        if data.has_values(name):
-            own = data.critic_data(name)
-            critic = data.critics[name]
-            if critic.value_norm is not None:
-                transaction.add(critic.update_norm(data.valid_returns(name), own))
-            report = self._move(name, own, transaction)
-        return report.set("explained_variance", data.explained_variance(name))
 
     # -- state ---------------------------------------------------------------------------------
 

@@ -1,0 +1,1 @@
+"""Transformers over the agents of a team: an encoder, a causal decoder, and how they act."""
