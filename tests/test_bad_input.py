@@ -1,7 +1,7 @@
 """Bad input: every wrong call gets one clear sentence, and leaves everything as it was.
 
-The table is in ``wrong_library.py`` and ``wrong_recipe.py``; what its rows are made of is in
-``wrong_calls.py``.
+The table is in ``wrong_library.py``, ``wrong_transformer.py`` and ``wrong_recipe.py``; what its
+rows are made of is in ``wrong_calls.py``.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from mended_library import CALLS
 from wrong_calls import same
 from wrong_library import BATCHES, LOSSES, STATES, TEAMS, UPDATERS
 from wrong_recipe import BUILDERS, CHECKPOINTS, COMMANDS, CONFIGS
+from wrong_transformer import TRANSFORMER_CALLS, TRANSFORMERS
 
 import torchrl_happo
 from torchrl_happo.recipe.compose import compose_config
 
 PACKAGE = Path(torchrl_happo.__file__).parent
-MENDED = {**CALLS, **DATA}
+MENDED = {**CALLS, **DATA, **TRANSFORMER_CALLS}
 TABLE = [
-    *LOSSES, *UPDATERS, *BATCHES, *TEAMS, *STATES, *BUILDERS, *CONFIGS, *CHECKPOINTS
+    *LOSSES, *UPDATERS, *BATCHES, *TEAMS, *STATES, *BUILDERS, *TRANSFORMERS, *CONFIGS, *CHECKPOINTS
 ]  # fmt: skip
 
 
@@ -52,7 +53,8 @@ def test_mended_call(name):
 
 def test_every_cure_is_tried():
     """A wrong call has a mended one beside it, or its sentence names no cure."""
-    wrong = {wrong.name for wrong in (*LOSSES, *UPDATERS, *BATCHES, *TEAMS, *STATES, *BUILDERS)}
+    tables = (*LOSSES, *UPDATERS, *BATCHES, *TEAMS, *STATES, *BUILDERS, *TRANSFORMERS)
+    wrong = {wrong.name for wrong in tables}
     assert MENDED.keys() | WITHOUT_CURE == wrong | (MENDED.keys() & {w.name for w in CHECKPOINTS})
     assert not MENDED.keys() & WITHOUT_CURE
 

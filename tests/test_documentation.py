@@ -24,6 +24,7 @@ from torchrl_happo import (
     HAPPOLoss,
     HATRPOLoss,
     MACPOLoss,
+    MATLoss,
     SequentialUpdater,
     examples,
     objectives,
@@ -65,6 +66,7 @@ LOSSES = {
     "a2po": A2POLoss,
     "lagrangian": partial(HAPPOLagrangianLoss, cost_limit=1.0),
     "macpo": partial(MACPOLoss, cost_limit=1.0),
+    "mat": MATLoss,
 }
 
 

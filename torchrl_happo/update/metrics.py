@@ -19,11 +19,11 @@ Of every agent:
 - ``entropy``: of the new policy. Falls slowly; of densities it may be negative.
 - ``grad_norm``: norm of the gradient before clipping, a mean over its steps. Finite.
 
-Of a first-order step (HAPPO, HAA2C, CoPPO, A2PO, critics):
+Of a first-order step (HAPPO, HAA2C, CoPPO, A2PO, MAT, critics):
 
 - ``loss``: mean over the minibatches of all epochs, entropy bonus and weights included.
 - ``epochs``: passes that were made; fewer than ``num_epochs`` where ``target_kl`` stopped them.
-- ``clip_fraction`` (HAPPO, CoPPO, A2PO): share of decisions outside the clipping range. Healthy:
+- ``clip_fraction`` (HAPPO, CoPPO, A2PO, MAT): share of decisions outside the clipping range. Healthy:
   0.02 to 0.3.
 
 Of HATRPO:
@@ -49,7 +49,8 @@ Of MACPO, beside the metrics of HATRPO:
 - ``price``: multiplier of the cost in this step.
 - ``cost_change``: what the step changes of the cost.
 
-Of a critic, beside its ``loss``, ``grad_norm`` and ``epochs``:
+Of a critic, beside its ``loss``, ``grad_norm`` and ``epochs`` (a critic that a block owns is fitted
+by the block's step, which has them):
 
 - ``explained_variance``: share of the variance of the returns that its values explained before the
   fit. Rises towards 1; at or below 0 the critic knows nothing.

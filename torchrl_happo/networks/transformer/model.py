@@ -171,7 +171,8 @@ class MultiAgentTransformer(nn.Module):
         remaining, vectors = list(observations), []
         for part, encoder in zip(self.team, self.encoders, strict=True):
             own = [remaining.pop(0) for _ in encoder.entries]
-            vectors.append(self._with_agents(part, encoder(*own), part.head.group.in_keys[0]))
+            vector = encoder(*own).to(self.values[0].weight.dtype)
+            vectors.append(self._with_agents(part, vector, part.head.group.in_keys[0]))
         return vectors
 
     def encode(self, vectors: Sequence[Tensor]) -> Tensor:
@@ -196,7 +197,7 @@ class MultiAgentTransformer(nn.Module):
             action (Tensor): ``[*B, n, *shape]`` for a slice of agents, ``[*B, *shape]`` for one.
             agents (slice or int): their positions in the team.
         """
-        token = self.actions[group](self.readers[group](action))
+        token = self.actions[group](self.readers[group](action).to(self.start.dtype))
         return token if self.who_acts is None else token + self.who_acts[agents]
 
     def decode(self, encoded: Tensor, actions: Sequence[Tensor]) -> Tensor:
