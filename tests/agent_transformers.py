@@ -7,6 +7,7 @@ from tensordict.nn import TensorDictModuleBase
 from test_networks import SpecEnv, team
 from test_observations import KINDS
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
+from torchrl.envs import ExplorationType, set_exploration_type
 
 from torchrl_happo import make_transformer as make
 from torchrl_happo.envs import MatrixGame, permutation_payoff
@@ -61,7 +62,7 @@ class InDouble(TensorDictModuleBase):
 
 def rollout(env, actor, steps=1):
     """Steps of an environment, however many episodes they are of."""
-    with torch.no_grad():
+    with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
         return double(env.rollout(steps, InDouble(actor), break_when_any_done=False))
 
 

@@ -19,12 +19,8 @@ from torchrl.modules import (
     TruncatedNormal,
 )
 
-from torchrl_happo.policy.distributions import (
-    distribution_parameters,
-    entropy,
-    fisher_product,
-    kl_divergence,
-)
+from torchrl_happo.policy.distributions import entropy, kl_divergence
+from torchrl_happo.policy.fisher import distribution_parameters, fisher_product
 from torchrl_happo.steps.trust_region.natural_gradient import fisher_vector_product
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from agent_transformers import game, make_transformer, rollout
 from team import make_actor, make_batch, make_critic
 
 import torchrl_happo
@@ -26,6 +27,7 @@ from torchrl_happo import (
     MACPOLoss,
     MATLoss,
     SequentialUpdater,
+    TPPOLoss,
     examples,
     objectives,
 )
@@ -67,6 +69,7 @@ LOSSES = {
     "lagrangian": partial(HAPPOLagrangianLoss, cost_limit=1.0),
     "macpo": partial(MACPOLoss, cost_limit=1.0),
     "mat": MATLoss,
+    "tppo": TPPOLoss,
 }
 
 
@@ -80,10 +83,12 @@ def reported():
     """The metrics that updates with all losses return."""
     names = set()
     for name, loss_class in LOSSES.items():
-        actor = make_actor()
+        actor, critic = make_actor(), make_critic()
         costs = (make_critic(),) if name in ("lagrangian", "macpo") else ()
-        updater = SequentialUpdater(loss_class(actor, make_critic(), *costs), num_epochs=1)
-        batch = make_batch(actor)
+        if name == "tppo":  # whose critic reads actions
+            actor, critic = make_transformer(game(), size=8, prefix_values=True)
+        updater = SequentialUpdater(loss_class(actor, critic, *costs), num_epochs=1)
+        batch = rollout(game(), actor) if name == "tppo" else make_batch(actor)
         batch["next", "cost"] = batch["next", "episode_cost"] = torch.ones_like(
             batch["next", "reward"]
         )

@@ -44,7 +44,8 @@ from torchrl_happo import (
 )
 from torchrl_happo.networks.discrete import MultiCategorical as MultiCategoricalDistribution
 from torchrl_happo.networks.specs import read_groups
-from torchrl_happo.policy.distributions import entropy, fisher_product, kl_divergence
+from torchrl_happo.policy.distributions import entropy, kl_divergence
+from torchrl_happo.policy.fisher import fisher_product
 from torchrl_happo.team.split import split_team
 
 N = 2  # agents

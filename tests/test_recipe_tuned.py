@@ -46,14 +46,16 @@ def test_a_family_has_settings_for_every_algorithm(task, algorithm):
 
 
 def test_an_algorithm_is_above_the_base_of_its_family():
-    """On particles HAPPO and its followers take whole batches, the others minibatches."""
+    """On particles HAPPO, its followers and MAT take whole batches, the others minibatches."""
     sizes = {
         algorithm: compose_config(
             "task=pettingzoo/simple_spread", f"algorithm={algorithm}"
         ).algorithm.minibatch_size
         for algorithm in ALGORITHMS
     }
-    whole = dict.fromkeys(("happo", "haa2c", "a2po", "coppo", "happo_lagrangian"))
+    whole = dict.fromkeys(
+        ("happo", "haa2c", "a2po", "coppo", "happo_lagrangian", "mat", "mat_dec", "tppo")
+    )
     assert sizes == whole | {"hatrpo": 400, "macpo": 400, "mappo": 400, "ippo": 400}
 
 

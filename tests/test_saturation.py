@@ -17,7 +17,7 @@ from torchrl.modules import ProbabilisticActor, TanhNormal
 from wrong_calls import stack
 
 from torchrl_happo import HAPPOLoss
-from torchrl_happo.policy.saturation import is_saturated
+from torchrl_happo.policy.distributions import is_saturated
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

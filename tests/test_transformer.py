@@ -8,6 +8,7 @@ import pytest
 import torch
 from agent_transformers import TEAMS, UNLIKE, double, game, make_transformer, rollout
 from tensordict import TensorDict
+from torchrl.envs import ExplorationType, set_exploration_type
 
 from torchrl_happo.envs import DifferentialGame
 from torchrl_happo.policy.distributions import kl_divergence
@@ -23,7 +24,7 @@ def test_it_scores_as_it_acts(kind, cached):
     if is_image := any("image" in str(key) for key in actor.in_keys) or "image" in kind:
         actor, critic = actor.float(), critic.float()  # which encoders read in single precision
     close = {"rtol": 0, "atol": 1e-5 if is_image else 1e-12}
-    with torch.no_grad():
+    with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
         data = actor(env.reset() if is_image else double(env.reset()))
         scored = actor[0](data.copy())
         for key in actor[0].out_keys:

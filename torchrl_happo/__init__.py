@@ -7,7 +7,10 @@ collector, and `make_actor` and `make_critic` build networks from an environment
 - **Algorithms**, a page each: `torchrl_happo.objectives.happo`, `torchrl_happo.objectives.hatrpo`,
   `torchrl_happo.objectives.haa2c`, `torchrl_happo.objectives.coppo`,
   `torchrl_happo.objectives.a2po`, `torchrl_happo.objectives.lagrangian`,
-  `torchrl_happo.objectives.macpo`, `torchrl_happo.objectives.mat`.
+  `torchrl_happo.objectives.macpo`, `torchrl_happo.objectives.mat`,
+  `torchrl_happo.objectives.tppo`.
+- **Agents that depend on each other**: `torchrl_happo.networks.transformer`,
+  `torchrl_happo.update.distillation`.
 - **Examples and tuning**: `torchrl_happo.examples`.
 - **Metrics** with their healthy ranges: `torchrl_happo.update.metrics`.
 - **The parts of an update**, each replaceable: `torchrl_happo.update.order`,
@@ -66,6 +69,7 @@ if TYPE_CHECKING:
         HATRPOLoss,
         MACPOLoss,
         MATLoss,
+        TPPOLoss,
     )
     from torchrl_happo.policy.actor_list import ActorList
     from torchrl_happo.update.updater import SequentialUpdater
@@ -81,6 +85,7 @@ __all__ = [
     "MACPOLoss",
     "MATLoss",
     "SequentialUpdater",
+    "TPPOLoss",
     "TeamReward",
     "joint_policy",
     "make_actor",
@@ -98,7 +103,7 @@ _HOMES = {
     **dict.fromkeys(
         (
             *("A2POLoss", "CoPPOLoss", "HAA2CLoss"),
-            *("HAPPOLagrangianLoss", "HAPPOLoss", "HATRPOLoss", "MACPOLoss", "MATLoss"),
+            *("HAPPOLagrangianLoss", "HAPPOLoss", "HATRPOLoss", "MACPOLoss", "MATLoss", "TPPOLoss"),
         ),
         "objectives",
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from torchrl_happo.envs.games.bridge import BridgeGame
 from torchrl_happo.envs.games.matrix import DifferentialGame, MatrixGame
 from torchrl_happo.envs.games.payoffs import (
     climbing_payoff,
@@ -24,6 +25,7 @@ __all__ = [
     "AgentSplit",
     "BatchedPettingZooEnv",
     "BatchedResetVmasEnv",
+    "BridgeGame",
     "DifferentialGame",
     "EnvPoolEnv",
     "MatrixGame",

@@ -8,6 +8,7 @@ from torchrl_happo.objectives.hatrpo import HATRPOLoss
 from torchrl_happo.objectives.lagrangian import HAPPOLagrangianLoss
 from torchrl_happo.objectives.macpo import MACPOLoss
 from torchrl_happo.objectives.mat import MATLoss
+from torchrl_happo.objectives.tppo import TPPOLoss
 
 __all__ = [
     "A2POLoss",
@@ -18,4 +19,5 @@ __all__ = [
     "HATRPOLoss",
     "MACPOLoss",
     "MATLoss",
+    "TPPOLoss",
 ]

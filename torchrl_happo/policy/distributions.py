@@ -1,4 +1,4 @@
-"""Divergences, Fisher matrices and entropies of a policy's distribution, as pure functions.
+"""Divergences and entropies of a policy's distribution, as pure functions.
 
 A distribution is a product of *components*: :class:`~tensordict.nn.CompositeDistribution`
 multiplies distributions of several actions, :class:`~torch.distributions.Independent` those of
@@ -12,10 +12,10 @@ how many leading dimensions count samples, where the action is in the batch shap
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
+from tensordict import TensorDictBase
 from tensordict.nn import CompositeDistribution
 from torch import Tensor
 from torch import distributions as D
@@ -23,15 +23,10 @@ from torchrl.modules import TanhNormal
 
 from torchrl_happo.policy.side_by_side import SideBySide
 
-__all__ = [
-    "distribution_parameters",
-    "entropy",
-    "fisher_product",
-    "kl_divergence",
-]
+__all__ = ["CATEGORICAL", "entropy", "is_saturated", "kl_divergence"]
 
-# TorchRL's masked, ordinal and one-hot classes derive from the first.
-_CATEGORICAL = (D.Categorical, D.OneHotCategorical)
+#: TorchRL's masked, ordinal and one-hot classes derive from the first.
+CATEGORICAL = (D.Categorical, D.OneHotCategorical)
 
 _QUADRATURE_NODES = 32
 _QUADRATURE_RANGE = 6.0
@@ -82,7 +77,7 @@ def kl_divergence(
     for wrapper in (D.Independent, TanhNormal):
         if isinstance(old, wrapper) and isinstance(new, wrapper):
             return kl_divergence(old.base_dist, new.base_dist, batch_ndim=batch_ndim)
-    if isinstance(old, _CATEGORICAL) and isinstance(new, _CATEGORICAL):
+    if isinstance(old, CATEGORICAL) and isinstance(new, CATEGORICAL):
         # torch's own rule takes 0 * inf at masked actions and repairs the value, but not the
         # gradient of the old policy; its indexed assignment cannot be vectorised, either.
         log_ratio = torch.where(old.probs > 0, old.logits - new.logits, 0)
@@ -95,82 +90,6 @@ def kl_divergence(
             "is known; register one with torch.distributions.register_kl or choose another "
             "distribution for the policy."
         ) from error
-
-
-def distribution_parameters(dist: D.Distribution) -> tuple[Tensor, ...]:
-    """The tensors that parametrise a distribution, as :func:`fisher_product` orders them.
-
-    They are ``(loc, scale)`` for normal distributions (those of the base for a
-    :class:`~torchrl.modules.TanhNormal`, hence after its scaling of the mean), the normalised
-    ``logits`` for categorical ones, and the arguments that it was built from for any other;
-    the tuples of a product's components follow each other.
-
-    Args:
-        dist (Distribution): the distribution.
-
-    Returns:
-        tuple of Tensor: the parameters, each beginning with the dimensions of ``dist.batch_shape``.
-
-    Example:
-        >>> import torch
-        >>> from torchrl.modules import IndependentNormal
-        >>> from torchrl_happo.policy.distributions import distribution_parameters
-        >>> dist = IndependentNormal(torch.zeros(3, 2), torch.ones(3, 2))
-        >>> [parameter.shape for parameter in distribution_parameters(dist)]
-        [torch.Size([3, 2]), torch.Size([3, 2])]
-    """
-    parameters = [_component_parameters(component) for component in _components(dist)]
-    return tuple(tensor for group in parameters for tensor in group.values())
-
-
-def fisher_product(dist: D.Distribution, tangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    r"""Product of the distribution's Fisher information matrix with a tangent, sample by sample.
-
-    .. math::
-        M = E_{a \sim \pi}[\nabla_\phi \log \pi(a) \, \nabla_\phi \log \pi(a)^\top]
-          = \nabla^2_{\phi'} D_{KL}(\pi_\phi \| \pi_{\phi'}) |_{\phi' = \phi}
-
-    with respect to the parameters :math:`\phi` of :func:`distribution_parameters`. For example
-
-    - normal: :math:`M t = (t_\mu / \sigma^2, \; 2 t_\sigma / \sigma^2)`;
-    - categorical: :math:`(M t)_a = p_a (t_a - \sum_b p_b t_b)`, zero for masked actions.
-
-    A distribution without a rule of its own is handled by differentiating its divergence twice in
-    the few numbers that parametrise it.
-
-    Args:
-        dist (Distribution): the distribution, in whose parameters no gradient is taken.
-        tangents (sequence of Tensor): one tensor for each of ``distribution_parameters(dist)``,
-            of the same shape.
-
-    Returns:
-        tuple of Tensor: the products, shaped and ordered like ``tangents``.
-
-    Raises:
-        NotImplementedError: if torch has no exact divergence for the distribution, or it cannot be
-            built from its parameters alone.
-        ValueError: if the number of tangents is not that of the parameters.
-
-    Example:
-        >>> import torch
-        >>> from torch.distributions import Categorical
-        >>> from torchrl_happo.policy.distributions import fisher_product
-        >>> fisher_product(Categorical(logits=torch.zeros(2)), [torch.tensor([1.0, 0.0])])
-        (tensor([ 0.2500, -0.2500]),)
-    """
-    count = len(distribution_parameters(dist))
-    if len(tangents) != count:
-        raise ValueError(
-            f"tangents must hold one tensor for each of the {count} parameters of the "
-            f"{type(dist).__name__}, got {len(tangents)}; see distribution_parameters."
-        )
-    products: list[Tensor] = []
-    remaining = iter(tangents)
-    with torch.no_grad():
-        for component in _components(dist):
-            parameters = _component_parameters(component)
-            products += _component_fisher(component, [next(remaining) for _ in parameters])
-    return tuple(products)
 
 
 def entropy(dist: D.Distribution, *, batch_ndim: int | None = None) -> Tensor:
@@ -217,7 +136,7 @@ def entropy(dist: D.Distribution, *, batch_ndim: int | None = None) -> Tensor:
         return entropy(dist.base_dist, batch_ndim=batch_ndim)
     if isinstance(dist, TanhNormal):
         return _sum_action(_tanh_normal_entropy(dist), batch_ndim)
-    if isinstance(dist, _CATEGORICAL):
+    if isinstance(dist, CATEGORICAL):
         log_probs = torch.where(dist.probs > 0, dist.logits, 0)
         return _sum_action(-(dist.probs * log_probs).sum(-1), batch_ndim)
     try:
@@ -229,64 +148,63 @@ def entropy(dist: D.Distribution, *, batch_ndim: int | None = None) -> Tensor:
         ) from error
 
 
-def _components(dist: D.Distribution) -> Iterator[D.Distribution]:
-    """The independent factors of a distribution, with fixed transforms taken off."""
+def is_saturated(
+    dist: D.Distribution, action: Tensor | TensorDictBase, *, batch_ndim: int | None = None
+) -> Tensor:
+    r"""Whether an action lies so near a bound that its log-probability is not reproducible.
+
+    Scoring a stored action of a :class:`~torchrl.modules.TanhNormal` inverts the tanh. Near a bound
+    that inverse is lossy, and TorchRL clamps it at ``1 - torch.finfo(dtype).resolution``; a
+    fresh sample, however, is scored with its true value before the tanh. The two differ by up to
+    several nats. Actions are called saturated where, in any dimension,
+
+    .. math::
+        1 - |y| < \sqrt{\epsilon}, \quad y = \frac{2 a - high - low}{high - low} \in [-1, 1],
+
+    with :math:`\epsilon` the spacing of the dtype at 1: 3.5e-4 in float32, 1.5e-8 in float64.
+    An action beyond a bound is saturated, too. Other distributions score stored actions
+    faithfully: for them the result is ``False`` everywhere.
+
+    Args:
+        dist (Distribution): the distribution.
+        action (Tensor or TensorDictBase): stored actions; a tensordict with an entry for each
+            component if ``dist`` is a :class:`~tensordict.nn.CompositeDistribution`.
+
+    Keyword Args:
+        batch_ndim (int, optional): number of leading dimensions that count samples. Defaults to
+            ``len(dist.batch_shape)``.
+
+    Returns:
+        Tensor: booleans of shape ``dist.batch_shape[:batch_ndim]``.
+
+    Example:
+        >>> import torch
+        >>> from torchrl.modules import TanhNormal
+        >>> from torchrl_happo.policy.distributions import is_saturated
+        >>> dist = TanhNormal(torch.zeros(3, 1), torch.ones(3, 1), low=-2.0, high=2.0)
+        >>> is_saturated(dist, torch.tensor([[2.0], [1.0], [-1.9999]]))
+        tensor([ True, False,  True])
+    """
+    batch_ndim = len(dist.batch_shape) if batch_ndim is None else batch_ndim
+    if isinstance(dist, SideBySide):
+        return dist.each(lambda part, own: is_saturated(part, own).long(), action).bool()
     if isinstance(dist, CompositeDistribution):
-        for component in dist.dists.values():
-            yield from _components(component)
-    elif isinstance(dist, (D.Independent, D.TransformedDistribution)):
-        yield from _components(dist.base_dist)
-    else:
-        yield dist
+        flags = [
+            is_saturated(component, action[name], batch_ndim=batch_ndim)
+            for name, component in dist.dists.items()
+        ]
+        return torch.stack(flags).any(0)
+    if isinstance(dist, D.Independent):
+        return is_saturated(dist.base_dist, action, batch_ndim=batch_ndim)
+    if not isinstance(dist, TanhNormal):
+        return torch.zeros(dist.batch_shape[:batch_ndim], dtype=torch.bool, device=action.device)
+    distance = torch.minimum(action - dist.low, dist.high - action) / ((dist.high - dist.low) / 2)
+    near_bound = distance < math.sqrt(torch.finfo(action.dtype).eps)
+    return near_bound.flatten(batch_ndim).any(-1) if near_bound.ndim > batch_ndim else near_bound
 
 
 def _sum_action(values: Tensor, batch_ndim: int) -> Tensor:
     return values.flatten(batch_ndim).sum(-1) if values.ndim > batch_ndim else values
-
-
-def _component_parameters(component: D.Distribution) -> dict[str, Tensor]:
-    if isinstance(component, (*_CATEGORICAL, D.Bernoulli)):
-        return {"logits": component.logits}
-    if isinstance(component, D.Beta):
-        return {name: getattr(component, name) for name in ("concentration1", "concentration0")}
-    # What a distribution was built from is what it stores under the name of an argument.
-    stored = vars(component)
-    return {name: stored[name] for name in component.arg_constraints if name in stored}
-
-
-def _component_fisher(component: D.Distribution, tangents: list[Tensor]) -> list[Tensor]:
-    if isinstance(component, _CATEGORICAL):
-        probs = component.probs
-        # A masked action's logit is minus infinity and so may be its tangent.
-        tangent = torch.where(probs > 0, tangents[0], 0)
-        return [probs * (tangent - (probs * tangent).sum(-1, keepdim=True))]
-    if isinstance(component, D.Normal):
-        precision = component.scale.square().reciprocal()
-        return [precision * tangents[0], 2 * precision * tangents[1]]
-    if isinstance(component, D.Laplace):
-        # The divergence's kink at equality hides the curvature from automatic differentiation.
-        precision = component.scale.square().reciprocal()
-        return [precision * tangent for tangent in tangents]
-    return _fisher_by_differentiation(component, tangents)
-
-
-def _fisher_by_differentiation(component: D.Distribution, tangents: list[Tensor]) -> list[Tensor]:
-    """Hessian-vector product of the divergence in the parameters of one component."""
-    parameters = {k: p.detach() for k, p in _component_parameters(component).items()}
-    kind: Callable[..., D.Distribution] = type(component)
-    try:
-        old = kind(**parameters)
-    except TypeError as error:
-        raise NotImplementedError(
-            f"No Fisher matrix of {kind.__name__} is known, and {' and '.join(parameters)} alone "
-            "do not build one to differentiate; choose another distribution for the policy."
-        ) from error
-    with torch.enable_grad():
-        moving = {k: p.clone().requires_grad_() for k, p in parameters.items()}
-        kl = kl_divergence(old, kind(**moving))
-        leaves = list(moving.values())
-        gradient = torch.autograd.grad(kl.sum(), leaves, create_graph=True)
-        return list(torch.autograd.grad(gradient, leaves, tangents, materialize_grads=True))
 
 
 def _tanh_normal_entropy(dist: TanhNormal) -> Tensor:

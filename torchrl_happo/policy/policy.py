@@ -294,7 +294,7 @@ class Policy:
 
     @cached_property
     def may_saturate(self) -> bool:
-        """Whether actions may be :func:`~torchrl_happo.policy.saturation.is_saturated`."""
+        """Whether actions may be :func:`~torchrl_happo.policy.distributions.is_saturated`."""
         head = self.head
         kinds = [head.distribution_class]
         if self.is_composite:

@@ -29,4 +29,11 @@ class Learner:
     policy: TensorDictModuleBase
     updater: Updater
     actors: dict[str, Any]
-    """The actor of each group, parts of the policy."""
+    """The actor of each group, parts of the policy that is deployed."""
+    deployed: TensorDictModuleBase | None = None
+    """The policy to evaluate and to use, if it is another than the one that collects."""
+
+    @property
+    def result(self) -> TensorDictModuleBase:
+        """The policy to evaluate and to use."""
+        return self.policy if self.deployed is None else self.deployed

@@ -230,9 +230,9 @@ def load(
     env = build_env(config, num_envs)
     learner = make_learner(config, env)
     checkpoint.restore(content, learner.updater)
-    for transform in memory_transforms(learner.policy):
+    for transform in memory_transforms(learner.result):
         env = env.append_transform(transform)
-    return Trained(config, env, learner.policy, own_agents(config, env, learner))
+    return Trained(config, env, learner.result, own_agents(config, env, learner))
 
 
 def build_env(config: TrainConfig, num_envs: int) -> EnvBase:

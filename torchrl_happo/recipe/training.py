@@ -171,7 +171,7 @@ class _Writing:
         self.display.update(self.progress.frames, row["return"])
 
     def evaluation(self, learner: Learner) -> None:
-        self.records.add_evaluation({**self.progress.position, **self.evaluate(learner.policy)})
+        self.records.add_evaluation({**self.progress.position, **self.evaluate(learner.result)})
 
     def checkpoint(self, learner: Learner) -> None:
         self.checkpoints.save(self.config, learner.updater, self.progress)

@@ -12,11 +12,11 @@ from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
 from torchrl_happo.masked import VALID, masked
+from torchrl_happo.policy.distributions import is_saturated
 from torchrl_happo.policy.joint_row import JointRow
 from torchrl_happo.policy.memory import has_memory
 from torchrl_happo.policy.policy import Parameters, Policy
 from torchrl_happo.policy.rows import Tie, follow_settings, signature
-from torchrl_happo.policy.saturation import is_saturated
 from torchrl_happo.team.entries import has, path_of
 
 __all__ = ["OLD_LOG_PROB", "Agent"]

@@ -34,6 +34,7 @@ class CriticKeys:
         terminated (NestedKey): whether an episode ends, under ``"next"``.
         states (frozenset of NestedKey): states of its memory, which the update makes anew.
         init (NestedKey, optional): where its memory reads that an episode begins.
+        actions (frozenset of NestedKey): actions that it reads, which the next step has not.
         needs_next (bool): whether the next observations are read; an estimator with
             ``shifted=True`` takes them from the following steps.
     """
@@ -47,18 +48,21 @@ class CriticKeys:
     terminated: NestedKey
     states: frozenset[NestedKey] = frozenset()
     init: NestedKey | None = None
+    actions: frozenset[NestedKey] = frozenset()
     needs_next: bool = True
 
     @property
     def observations(self) -> list[NestedKey]:
         """Keys that the environment must have written, now and at the next step."""
-        return [key for key in self.reads if key not in self.states and key != self.init]
+        made = {*self.states, *self.actions, self.init}
+        return [key for key in self.reads if key not in made]
 
     def entries_read(self, batch: TensorDictBase) -> list[NestedKey]:
         """Return the keys whose numbers enter an update with this batch."""
         if has(batch, self.advantage):
             return [*self.reads, self.advantage, self.value_target]
-        after = (self.reward, *self.reads) if self.needs_next else (self.reward,)
+        seen = [key for key in self.reads if key not in self.actions] if self.needs_next else []
+        after = (self.reward, *seen)
         return [*self.reads, *(next_key(key) for key in after)]
 
 

@@ -36,7 +36,7 @@ from torchrl_happo.team.entries import has, next_key
 from torchrl_happo.team.masks import Masks
 from torchrl_happo.team.team import Team
 from torchrl_happo.team.values import check_finite, explained, fill_ends, share_ends
-from torchrl_happo.transaction import recordable
+from torchrl_happo.transaction import Undo, recordable
 
 __all__ = ["TeamBatch"]
 
@@ -311,6 +311,13 @@ class TeamBatch:
         valid = self._valid_values(critic)
         own = returns.reshape(-1, 1) if valid is None else returns[valid].unsqueeze(-1)
         return self.learners.gather(own)
+
+    def renormalize(self, critic: str, data: TensorDictBase) -> Undo:
+        """Update the statistics of a critic's values; return a callable that puts them back."""
+        own = self.critics[critic]
+        if own.value_norm is None:
+            return lambda: None
+        return own.update_norm(self.valid_returns(critic), data)
 
     def explained_variance(self, critic: str) -> Tensor:
         """Return the share of the variance of the returns that a critic's values explain."""

@@ -23,8 +23,8 @@ Of a first-order step (HAPPO, HAA2C, CoPPO, A2PO, MAT, critics):
 
 - ``loss``: mean over the minibatches of all epochs, entropy bonus and weights included.
 - ``epochs``: passes that were made; fewer than ``num_epochs`` where ``target_kl`` stopped them.
-- ``clip_fraction`` (HAPPO, CoPPO, A2PO, MAT): share of decisions outside the clipping range. Healthy:
-  0.02 to 0.3.
+- ``clip_fraction`` (HAPPO, CoPPO, A2PO, MAT): share of decisions outside the clipping range.
+  Healthy: 0.02 to 0.3.
 
 Of HATRPO:
 

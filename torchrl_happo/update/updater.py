@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +29,6 @@ from torchrl_happo.update.batch import TeamBatch
 from torchrl_happo.update.budget import make_budget
 from torchrl_happo.update.correction import Correction, CorrectionFactory
 from torchrl_happo.update.corrections import correction_of
-from torchrl_happo.update.fitting import fit, renormalize_owned, report_of
 from torchrl_happo.update.order import OrderLike, Turns
 from torchrl_happo.update.state import loss_state, restore, state_of
 
@@ -254,7 +252,8 @@ class SequentialUpdater:
             )
         self._draw_alike()
         metrics = TensorDict()
-        renormalize_owned(data, transaction)
+        for name in [name for name, c in critics.items() if c.is_owned and c.is_fitted]:
+            transaction.add(data.renormalize(name, data.critic_batches[name]))
         correction = self.correction(data)
         remaining = list(team.agents)
         self.budget.begin()
@@ -266,11 +265,8 @@ class SequentialUpdater:
                 metrics[name] = report.set("position", torch.tensor(place))
             remaining = [agent for agent in remaining if agent.name not in metrics.keys()]
         for name in critics:
-            if name in self.steps:
-                move = partial(self._move, name, transaction=transaction)
-                metrics[name] = fit(name, data, transaction, move)
-            elif critics[name].is_owned:  # it was fitted with its agent's policy
-                metrics[name] = report_of(name, data)
+            if name in self.steps or critics[name].is_owned:
+                metrics[name] = self._fit(name, data, transaction)
         for step in self.steps.values():
             transaction.remember_once(step)
             step.end_batch()
@@ -312,6 +308,15 @@ class SequentialUpdater:
             rollback()
             logger.warning("The gradient of %s was not finite; its update was taken back.", name)
         return report
+
+    def _fit(self, name: str, data: TeamBatch, transaction: Transaction) -> TensorDict:
+        """Fit a critic that has a step of its own, and the statistics of its values."""
+        report = TensorDict()
+        if name in self.steps and data.has_values(name):
+            own = data.critic_data(name)
+            transaction.add(data.renormalize(name, own))
+            report = self._move(name, own, transaction)
+        return report.set("explained_variance", data.explained_variance(name))
 
     # -- state ---------------------------------------------------------------------------------
 

@@ -18,7 +18,8 @@ from torchrl_happo.networks.observations import read_entry
 from torchrl_happo.networks.specs import Group, agent_specs, read_groups
 from torchrl_happo.networks.transformer.actor import TransformerActor
 from torchrl_happo.networks.transformer.heads import team_head
-from torchrl_happo.networks.transformer.model import MultiAgentTransformer, Size, TeamPart
+from torchrl_happo.networks.transformer.model import MultiAgentTransformer
+from torchrl_happo.networks.transformer.parts import Size, TeamPart
 
 __all__ = ["TransformerValues", "make_transformer"]
 

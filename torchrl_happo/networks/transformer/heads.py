@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from torchrl_happo.networks.heads import PolicyHead
-from torchrl_happo.networks.transformer.model import TeamPart
+from torchrl_happo.networks.transformer.parts import TeamPart
 from torchrl_happo.policy.side_by_side import SideBySide
 
 __all__ = ["distribution_of", "team_head"]

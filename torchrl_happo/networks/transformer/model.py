@@ -4,51 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from torchrl_happo.networks.architecture import Architecture
-from torchrl_happo.networks.heads import PolicyHead
-from torchrl_happo.networks.observations import Entry, ObservationEncoder
+from torchrl_happo.networks.observations import ObservationEncoder
 from torchrl_happo.networks.transformer.attention import Cache, DecoderBlock, EncoderBlock
+from torchrl_happo.networks.transformer.parts import Size, TeamPart
 
-__all__ = ["MultiAgentTransformer", "Size", "TeamPart"]
-
-
-@dataclass(frozen=True)
-class Size:
-    """The size of a transformer.
-
-    Attributes:
-        features (int): of every token. Defaults to ``64``.
-        heads (int): of every attention; they divide ``features``. Defaults to ``1``.
-        blocks (int): of encoder and decoder each. Defaults to ``1``.
-    """
-
-    features: int = 64
-    heads: int = 1
-    blocks: int = 1
-
-
-@dataclass(frozen=True)
-class TeamPart:
-    """One group of the team: what it sees, how it acts.
-
-    Attributes:
-        head (PolicyHead): the distribution of its actions.
-        action (Entry): its action, as the decoder reads it.
-    """
-
-    head: PolicyHead
-    action: Entry
-
-    @property
-    def n_agents(self) -> int:
-        """Number of agents of the group."""
-        return self.head.group.n_agents or 1
+__all__ = ["MultiAgentTransformer"]
 
 
 class MultiAgentTransformer(nn.Module):
@@ -76,6 +42,9 @@ class MultiAgentTransformer(nn.Module):
         output_gain (float): gain of the last layers of the policies. Defaults to ``0.01``.
         device (torch.device or str, optional): device of the parameters. Defaults to torch's.
 
+    Attributes:
+        choosing (tuple of int): the positions of the agents in the order in which they choose.
+
     Raises:
         ValueError: if a group has another number of agents than it was built for.
     """
@@ -100,8 +69,8 @@ class MultiAgentTransformer(nn.Module):
         self.decentralized = decentralized
         self.encoders: Any
         self.order: Tensor
-        self._order = tuple(range(self.n_agents) if order is None else order)
-        self.register_buffer("order", torch.tensor(self._order, device=device))
+        self.choosing = tuple(range(self.n_agents) if order is None else order)
+        self.register_buffer("order", torch.tensor(self.choosing, device=device))
         features = size.features
         convolutions = Architecture((features,), nn.GELU, layer_norm=True, device=device)
         linear, norm = (lambda n_in, n_out: nn.Linear(n_in, n_out, device=device)), _norm(device)
@@ -297,12 +266,7 @@ class MultiAgentTransformer(nn.Module):
     @property
     def is_sorted(self) -> bool:
         """Whether the agents choose in the order of the groups."""
-        return self._order == tuple(range(self.n_agents))
-
-    @property
-    def choosing(self) -> tuple[int, ...]:
-        """The positions of the agents in the order in which they choose."""
-        return self._order
+        return self.choosing == tuple(range(self.n_agents))
 
     def _with_agents(self, part: TeamPart, vector: Tensor, key: Any) -> Tensor:
         """Give a group without an agent dimension one; refuse a group of another size."""
@@ -316,10 +280,10 @@ class MultiAgentTransformer(nn.Module):
         self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         given = state_dict.get(f"{prefix}order")
-        if given is not None and tuple(given.tolist()) != self._order:
+        if given is not None and tuple(given.tolist()) != self.choosing:
             raise ValueError(
                 f"The state is of agents that choose in the order {given.tolist()}, but these "
-                f"choose in the order {list(self._order)}; build the transformer with "
+                f"choose in the order {list(self.choosing)}; build the transformer with "
                 f"order={given.tolist()}."
             )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

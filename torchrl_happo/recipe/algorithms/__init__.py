@@ -14,6 +14,9 @@ from torchrl_happo.recipe.algorithms.hatrpo import Hatrpo
 from torchrl_happo.recipe.algorithms.ippo import Ippo
 from torchrl_happo.recipe.algorithms.macpo import Macpo
 from torchrl_happo.recipe.algorithms.mappo import Mappo
+from torchrl_happo.recipe.algorithms.mat import Mat
+from torchrl_happo.recipe.algorithms.mat_dec import MatDec
+from torchrl_happo.recipe.algorithms.tppo import Tppo
 from torchrl_happo.recipe.config import AlgorithmConfig, TrainConfig
 from torchrl_happo.recipe.learner import Learner
 
@@ -27,6 +30,9 @@ ALGORITHMS: dict[str, type[AlgorithmConfig]] = {
     "ippo": Ippo,
     "macpo": Macpo,
     "mappo": Mappo,
+    "mat": Mat,
+    "mat_dec": MatDec,
+    "tppo": Tppo,
 }
 
 

@@ -14,11 +14,8 @@ from torch.distributions import Distribution
 from torch.func import vjp
 
 from torchrl_happo.masked import masked_mean
-from torchrl_happo.policy.distributions import (
-    distribution_parameters,
-    fisher_product,
-    kl_divergence,
-)
+from torchrl_happo.policy.distributions import kl_divergence
+from torchrl_happo.policy.fisher import distribution_parameters, fisher_product
 from torchrl_happo.steps.compile.code import Code
 from torchrl_happo.steps.compile.layout import Layout
 from torchrl_happo.steps.step import VALID, Problem

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from torchrl_happo.policy.distributions import distribution_parameters, fisher_product
+from torchrl_happo.policy.fisher import distribution_parameters, fisher_product
 
 __all__ = [
     "Iteration",
