@@ -72,7 +72,7 @@ class Mat(Happo):
             num_blocks=self.num_blocks,
             agent_embedding=self.agent_embedding,
             decentralized=self.decentralized,
-            share_params=getattr(self, "share_params", False),
+            share_params=getattr(self, "share_policies", False),
             prefix_values=self.prefix_values,
             state_dependent_std=model.state_dependent_std,
             scale_mapping=f"biased_softplus_{model.initial_std}",

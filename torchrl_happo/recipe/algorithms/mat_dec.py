@@ -14,5 +14,5 @@ class MatDec(Mat):
 
     decentralized: ClassVar[bool] = True
 
-    share_params: bool = True
+    share_policies: bool = True
     """One policy for the agents of a group; false: one for each agent."""
