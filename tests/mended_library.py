@@ -12,11 +12,11 @@ from mended_calls import (
     trains,
     weights,
 )
+from newer import PopArtValueNorm, RunningValueNorm
 from team import make_actor, make_critic
 from torch import nn
 from torch.optim.lr_scheduler import LinearLR, StepLR
 from torchrl.data import LazyTensorStorage, ReplayBuffer
-from torchrl.modules import PopArtValueNorm, RunningValueNorm
 from wrong_calls import (
     STEPS,
     Team,

@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 from hypothesis import strategies as st
+from newer import PopArtValueNorm, RunningValueNorm
 from tensordict import TensorDict
 from tensordict.nn import NormalParamExtractor, TensorDictModule, TensorDictSequential
 from torch import nn
@@ -19,9 +20,7 @@ from torchrl.modules import (
     MaskedCategorical,
     MultiAgentMLP,
     OneHotCategorical,
-    PopArtValueNorm,
     ProbabilisticActor,
-    RunningValueNorm,
     TanhNormal,
 )
 

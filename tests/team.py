@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from newer import tensors
 from tensordict import TensorDict
 from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import nn
@@ -121,7 +122,7 @@ def perturb(module, scale=0.05):
 
 def state_of(module):
     """A copy of a module's tensors."""
-    return {key: value.clone() for key, value in module.state_dict().items()}
+    return {key: value.clone() for key, value in tensors(module).items()}
 
 
 def same_state(one, other):

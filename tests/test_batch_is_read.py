@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from newer import tensors
 from team import make_actor, make_batch, make_critic
 from tensordict.nn import TensorDictModule
 from torch import nn
@@ -138,10 +139,10 @@ def test_values_of_other_numbers_of_agents_are_refused(n_values):
     )
     loss = HAPPOLoss(make_actor(), critic)
     updater = SequentialUpdater(loss, num_epochs=1)
-    before = copy.deepcopy(loss.state_dict())
+    before = copy.deepcopy(tensors(loss))
     with pytest.raises(ValueError, match=r"critic|state_value|advantage"):
         updater(make_batch(loss.actor_network))
-    assert all(torch.equal(value, before[name]) for name, value in loss.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in tensors(loss).items())
 
 
 @pytest.mark.parametrize("critic", [make_critic, team_critic], ids=["of each", "of the team"])

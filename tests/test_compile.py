@@ -14,12 +14,13 @@ from functools import partial
 import pytest
 import torch
 from compilation import Backend, forget_graphs, num_graphs
+from newer import PopArtValueNorm
 from team import make_actor, make_batch, make_critic
 from tensordict.nn import TensorDictModule
 from torch import nn
 from torch.distributions import Categorical
 from torch.optim.lr_scheduler import ExponentialLR
-from torchrl.modules import IndependentNormal, PopArtValueNorm, TanhNormal
+from torchrl.modules import IndependentNormal, TanhNormal
 
 from torchrl_happo import HAPPOLoss, HATRPOLoss, SequentialUpdater
 from torchrl_happo.steps.compile.code import Compiler

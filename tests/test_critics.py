@@ -7,13 +7,13 @@ import pickle
 
 import pytest
 import torch
+from newer import PopArtValueNorm, tensors
 from team import team_batch
 from tensordict.nn import TensorDictModule
 from test_networks import SpecEnv, team
 from torch import nn
 from torchrl.data import Composite, Unbounded
 from torchrl.envs import TransformedEnv, VmasEnv
-from torchrl.modules import PopArtValueNorm
 
 from torchrl_happo import HAPPOLoss, HATRPOLoss, SequentialUpdater, TeamReward, make_actor
 from torchrl_happo.networks.critics import CRITIC_INPUTS, make_critic
@@ -156,10 +156,10 @@ def test_updates_with_values_of_each_agent(loss_class, input):
     loss = loss_class(
         make_actor(env, num_cells=(8,)), critic, value_norm=PopArtValueNorm(shape=1), popart=True
     )
-    before = copy.deepcopy(critic.state_dict())
+    before = copy.deepcopy(tensors(critic))
     metrics = SequentialUpdater(loss, num_epochs=2)(batch)
     assert all(value.isfinite() for value in metrics.values(True, True))
-    assert all((value != before[key]).any() for key, value in critic.state_dict().items())
+    assert all((value != before[key]).any() for key, value in tensors(critic).items())
 
 
 def test_popart_keeps_the_values_of_agents_in_all_groups():

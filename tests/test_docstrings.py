@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
@@ -16,7 +17,10 @@ import torchrl_happo
 def documented():
     """Public classes and functions of the library whose arguments are documented."""
     modules = pkgutil.walk_packages(torchrl_happo.__path__, "torchrl_happo.")
-    for module in map(importlib.import_module, sorted(module.name for module in modules)):
+    names = sorted(module.name for module in modules)
+    if importlib.util.find_spec("benchmarl") is None:  # no extra of the newest versions
+        names = [name for name in names if "benchmarl" not in name]
+    for module in map(importlib.import_module, names):
         for name in getattr(module, "__all__", ()):
             item = getattr(module, name)
             call = item.__init__ if inspect.isclass(item) else item

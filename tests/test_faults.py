@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_writer import KEEP, Training
+from newer import PopArtValueNorm, RunningValueNorm, tensors
 from recipe_helpers import TINY, table, tiny_config
 from team import N_AGENTS, SPOILED_GRADIENTS, make_actor, make_batch, make_critic
 from torchrl.envs import VmasEnv
-from torchrl.modules import PopArtValueNorm, RunningValueNorm
 from wrong_calls import INF, NAN, Team, same
 
 import torchrl_happo
@@ -92,7 +92,7 @@ def test_what_masks_leave_out_may_hold_anything(kind, settings):
     metrics = team.updater(spoiled)
     torch.manual_seed(1)
     expected = twin.updater(zeroed)
-    assert same(team.loss.state_dict(), twin.loss.state_dict())
+    assert same(tensors(team.loss), tensors(twin.loss))
     assert all(p.isfinite().all() for p in team.loss.parameters())
     for name in ("agents_0", "agents_1", "agents_2"):
         assert (metrics[name] == expected[name]).all()
@@ -144,13 +144,13 @@ def test_a_gradient_of_the_critic_that_is_not_finite(spoil, caplog):
 def test_a_surrogate_that_is_not_finite_is_not_followed():
     """HATRPO: the agent whose surrogate is NaN keeps its policy, the others take their steps."""
     team = Team(loss=HATRPOLoss)
-    before = {key: value.clone() for key, value in team.actor.state_dict().items()}
+    before = {key: value.clone() for key, value in tensors(team.actor).items()}
     step = team.updater.steps["agents_1"]
     surrogate = step.surrogate
     step.surrogate = lambda dist, data: surrogate(dist, data) * NAN
     metrics = team.updater(team.batch)
     assert metrics["agents_1", "line_search_success"] == 0
-    for key, value in team.actor.state_dict().items():
+    for key, value in tensors(team.actor).items():
         assert torch.equal(value[1], before[key][1])
         assert not torch.equal(value[0], before[key][0])
 
@@ -349,7 +349,7 @@ def test_returns_too_large_for_the_statistics(scale, value_norm):
     huge = batch.clone()
     huge["next", "reward"] *= scale
     updater(huge)
-    assert all(value.isfinite().all() for value in loss.state_dict().values())
+    assert all(value.isfinite().all() for value in tensors(loss).values())
     if scale > 1e20:
         assert same(loss.value_norm.state_dict(), before)
     before = copy.deepcopy(updater.state_dict()["steps"])

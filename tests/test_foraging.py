@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from newer import needs
 from torchrl.envs import check_env_specs
 
 from torchrl_happo.envs import SeededForagingEnv
@@ -12,6 +13,7 @@ from torchrl_happo.recipe.config import ConfigError
 from torchrl_happo.recipe.environments import make_env
 
 pytest.importorskip("lbforaging")
+pytestmark = needs("LBForagingEnv", "0.14")
 
 TASK = "Foraging-8x8-2p-2f-coop-v3"
 

@@ -14,13 +14,13 @@ import torch
 from effort import effort
 from hypothesis import given
 from hypothesis import strategies as st
+from newer import MAPPOLoss
 from tensordict import TensorDict
 from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import MLP, MultiAgentMLP, ProbabilisticActor, TanhNormal
 from torchrl.objectives import ClipPPOLoss
-from torchrl.objectives.multiagent import MAPPOLoss
 
 from torchrl_happo import ActorList, HAPPOLoss, HATRPOLoss, SequentialUpdater
 from torchrl_happo.update.correction import RatioFactor

@@ -7,8 +7,8 @@ from functools import partial
 
 import pytest
 import torch
+from newer import PopArtValueNorm
 from scenarios import Data, Group, Scenario
-from torchrl.modules import PopArtValueNorm
 from wrong_calls import same
 
 from torchrl_happo import HAPPOLoss, HATRPOLoss, SequentialUpdater

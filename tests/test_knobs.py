@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from newer import needs
 from team import make_actor, make_batch, make_critic
 from torchrl.modules import IndependentNormal
 from torchrl.objectives.utils import ValueEstimators
@@ -65,6 +66,7 @@ def test_a_pair_of_thresholds_is_set_anew():
         team()[0].loss.clip_epsilon = 1.5
 
 
+@needs("ValueEstimators.MAGAE", "0.13")
 def test_gae_is_the_one_of_several_agents():
     """ValueEstimators.GAE stands in most scripts: the numbers equal MAGAE's."""
     outcomes = []

@@ -12,11 +12,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from compilation import forget_graphs, num_graphs
+from newer import PopArtValueNorm, RunningValueNorm
 from ranks import Ranks
 from team import make_actor, make_batch, make_critic
 from tensordict import TensorDict
 from torch.distributions import Categorical
-from torchrl.modules import IndependentNormal, PopArtValueNorm, RunningValueNorm
+from torchrl.modules import IndependentNormal
 from wrong_calls import same
 
 from torchrl_happo import HAPPOLoss, HATRPOLoss, SequentialUpdater

@@ -7,11 +7,11 @@ from functools import partial
 import pytest
 import torch
 from agent_transformers import UNLIKE, double, game, make_transformer, rollout
+from newer import RunningValueNorm
 from team import same_state, state_of
 from test_networks import team
 from torch import nn
 from torchrl.data import Bounded, Unbounded
-from torchrl.modules import RunningValueNorm
 from torchrl.objectives import ClipPPOLoss, ValueEstimators
 
 from torchrl_happo import HAPPOLoss, MATLoss, SequentialUpdater, make_critic

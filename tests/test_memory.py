@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from newer import tensors
 from tensordict.nn import NormalParamExtractor, TensorDictModule, TensorDictSequential
 from torch import nn
 from torchrl.collectors import Collector
@@ -115,9 +116,9 @@ def test_update(cell, loss_class, chunk):
         minibatch_size=10,
         sequence_length=chunk,
     )
-    before = copy.deepcopy(actor.state_dict())
+    before = copy.deepcopy(tensors(actor))
     metrics = updater(batch)
-    assert all(not torch.equal(v, before[k]) for k, v in actor.state_dict().items())
+    assert all(not torch.equal(v, before[k]) for k, v in tensors(actor).items())
     for name in (agent.name for agent in updater.loss.agents):
         assert all(value.isfinite() for value in metrics[name].values())
         assert metrics[name, "kl"] > 0

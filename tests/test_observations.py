@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from newer import tensors
 from tensordict import TensorDict
 from test_networks import SpecEnv, team
 from torch import nn
@@ -164,7 +165,7 @@ def update(loss_class, env, actor, critic):
     batch = next(iter(Collector(env, actor, frames_per_batch=32, total_frames=32)))
     batch["next", "reward"] = torch.randn(*batch.shape, 1)
     loss = loss_class(actor, critic)
-    before = [copy.deepcopy(agent.actor.state_dict()) for agent in loss.agents]
+    before = [copy.deepcopy(tensors(agent.actor)) for agent in loss.agents]
     settings = {"num_epochs": 2} if loss_class is HAPPOLoss else {}
     metrics = SequentialUpdater(loss, **settings)(batch)
     return loss, before, metrics
@@ -181,7 +182,7 @@ def test_actor_and_critic_train(kind, loss_class):
     loss, before, metrics = update(loss_class, env, actor, critic)
     assert all(value.isfinite().all() for value in metrics.values(True, True))
     for agent, state in zip(loss.agents, before, strict=True):
-        now = agent.actor.state_dict()
+        now = tensors(agent.actor)
         assert any((now[key] != state[key]).any() for key in state if torch.is_tensor(state[key]))
 
 

@@ -12,6 +12,7 @@ from functools import partial
 
 import pytest
 import torch
+from newer import tensors
 from team import same_state
 from tensordict import TensorDict
 from tensordict.nn import NormalParamExtractor, TensorDictModule
@@ -203,7 +204,7 @@ def test_two_updates(name, loss_class):
     updater = SequentialUpdater(
         loss, optimizer=partial(torch.optim.Adam, lr=1e-2), num_epochs=2, minibatch_size=5
     )
-    before = copy.deepcopy({group: actor.state_dict() for group, actor in actors.items()})
+    before = copy.deepcopy({group: tensors(actor) for group, actor in actors.items()})
     before_agents = {a.name: [p.detach().clone() for p in a.parameters()] for a in loss.agents}
     frames = STEPS * env.batch_size.numel()
     policy = joint_policy(actors)
@@ -219,7 +220,7 @@ def test_two_updates(name, loss_class):
             assert parameter.isfinite().all()
             assert not torch.equal(parameter, old)
     for group in set(actors) - set(groups):
-        assert same_state(actors[group].state_dict(), before[group])
+        assert same_state(tensors(actors[group]), before[group])
 
 
 @pytest.mark.parametrize("loss_class", LOSSES)
@@ -235,12 +236,12 @@ def test_networks_of_unlike_kinds(loss_class):
     for transform in memory_transforms(actors):
         env = env.append_transform(transform)
     updater = SequentialUpdater(loss, num_epochs=2, minibatch_size=6, sequence_length=4)
-    before = copy.deepcopy(loss.actor_network.state_dict())
+    before = copy.deepcopy(tensors(loss.actor_network))
     policy, frames = joint_policy(actors), 3 * STEPS
     for batch in Collector(env, policy, frames_per_batch=frames, total_frames=2 * frames):
         metrics = updater(batch)
     assert all(value.isfinite() for value in metrics.values(True, True))
-    for key, value in loss.actor_network.state_dict().items():
+    for key, value in tensors(loss.actor_network).items():
         assert value.shape == () or not torch.equal(value, before[key]), key
 
 
@@ -342,14 +343,14 @@ def test_unlike_observations_in_one_group(scenario, loss_class):
     """A list of actors acts and learns on a lazy stack, with advantages of one's own."""
     env, actors = lazily_stacked(scenario)
     updater = SequentialUpdater(loss_class(actors, None), num_epochs=2, minibatch_size=7)
-    before = copy.deepcopy(actors.state_dict())
+    before = copy.deepcopy(tensors(actors))
     frames = 3 * STEPS
     for batch in Collector(env, actors, frames_per_batch=frames, total_frames=2 * frames):
         batch["advantage"] = torch.randn(3, STEPS, 1)
         metrics = updater(batch)
     assert len(updater.loss.agents) == len(env.group_map["agents"])
     assert all(value.isfinite() for value in metrics.values(True, True))
-    assert all(not torch.equal(value, before[key]) for key, value in actors.state_dict().items())
+    assert all(not torch.equal(value, before[key]) for key, value in tensors(actors).items())
 
 
 def test_a_critic_cannot_read_unlike_observations_of_one_group():

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from newer import PopArtValueNorm, RunningValueNorm
 from recipe_helpers import table, tiny_config
 from torch import nn
-from torchrl.modules import LSTMModule, PopArtValueNorm, RunningValueNorm
+from torchrl.modules import LSTMModule
 
 from torchrl_happo import ActorList
 from torchrl_happo.policy.memory import has_memory

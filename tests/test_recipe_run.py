@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from compilation import forget_graphs, num_graphs
+from newer import needs
 from recipe_helpers import TINY, table, tiny_config
 
 from torchrl_happo import SequentialUpdater, train
@@ -277,11 +278,13 @@ class TestCommandLine:
         monkeypatch.chdir(folder)
         return train.main()
 
+    @needs("algorithm=ippo", "0.13")
     def test_runs_in_a_folder_of_its_own(self, monkeypatch, tmp_path):
         """Task and algorithm are in the path."""
         assert self.call(monkeypatch, tmp_path, "algorithm=ippo") == 0
         assert len(list(tmp_path.glob("outputs/vmas/balance/ippo/*/metrics.csv"))) == 1
 
+    @needs("algorithm=mappo", "0.13")
     def test_sweeps(self, monkeypatch, tmp_path):
         """``-m`` runs every combination, each in its own folder."""
         assert self.call(monkeypatch, tmp_path, "-m", "algorithm=happo,mappo", "seed=0,1") == 0

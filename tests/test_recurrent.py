@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from newer import tensors
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from test_networks import SpecEnv, team
 from torch import nn
@@ -62,12 +63,10 @@ def test_a_team_with_memory_learns(cell, scenario, loss_class):
             log_prob = agent.log_prob(agent.policy.parameters(data), data)
         torch.testing.assert_close(log_prob, agent.stored_log_prob(data), rtol=1e-3, atol=1e-3)
     updater = SequentialUpdater(loss, num_epochs=1, sequence_length=4, minibatch_size=12)
-    before = [copy.deepcopy(agent.actor.state_dict()) for agent in loss.agents]
+    before = [copy.deepcopy(tensors(agent.actor)) for agent in loss.agents]
     updater(batch)
     for agent, state in zip(loss.agents, before, strict=True):
-        moved = {
-            key for key, value in agent.actor.state_dict().items() if (value != state[key]).any()
-        }
+        moved = {key for key, value in tensors(agent.actor).items() if (value != state[key]).any()}
         assert any("weight_hh" in key for key in moved)
 
 

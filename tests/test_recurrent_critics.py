@@ -6,11 +6,12 @@ import copy
 
 import pytest
 import torch
+from newer import PopArtValueNorm, RunningValueNorm, tensors
 from team import team_batch
 from tensordict import TensorDict
 from torchrl.collectors import Collector
 from torchrl.envs import Compose, InitTracker, StepCounter, TransformedEnv, VmasEnv
-from torchrl.modules import PopArtValueNorm, RunningValueNorm, set_recurrent_mode
+from torchrl.modules import set_recurrent_mode
 from torchrl.objectives.value.functional import generalized_advantage_estimate
 
 from torchrl_happo import (
@@ -177,13 +178,13 @@ def test_update(cell, loss_class, memory, rolled_out):
     team = Team(cell, input="agent_specific", memory=memory, rolled_out=rolled_out)
     loss = loss_class(team.actors, team.critic, value_norm=PopArtValueNorm(shape=1), popart=True)
     updater = SequentialUpdater(loss, num_epochs=2, minibatch_size=10, sequence_length=5)
-    before = copy.deepcopy(loss.state_dict())
+    before = copy.deepcopy(tensors(loss))
     for batch in team.batches(number=2):
         kept = batch.clone()
         metrics = updater(batch)
         assert (batch == kept).all()
     assert all(value.isfinite() for value in metrics.values(True, True))
-    for key, value in team.critic.state_dict().items():
+    for key, value in tensors(team.critic).items():
         assert (value != before[f"critic_network.{key}"]).any(), key
 
 

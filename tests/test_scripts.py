@@ -139,7 +139,7 @@ def test_mappo_script_becomes_happo_or_hatrpo(loss_class):
     kwargs = {"clip_epsilon": 0.2, "entropy_coeff": 0.0} if loss_class is HAPPOLoss else {}
     loss = loss_class(actor, critic, **kwargs)
     loss.set_keys(value=("agents", "state_value"), action=("agents", "action"))
-    loss.make_value_estimator(ValueEstimators.MAGAE, gamma=0.99, lmbda=0.95)
+    loss.make_value_estimator(ValueEstimators.GAE, gamma=0.99, lmbda=0.95)
     updater = SequentialUpdater(
         loss,
         optimizer=partial(torch.optim.Adam, lr=3e-4),

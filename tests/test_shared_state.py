@@ -12,6 +12,7 @@ from functools import partial
 
 import pytest
 import torch
+from newer import tensors
 from team import make_actor, make_batch, make_critic
 from tensordict import TensorDict
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ReplayBuffer
@@ -33,7 +34,7 @@ def team(loss_class=HAPPOLoss, **kwargs):
 def moved(updater, batch):
     """The loss's tensors after an update."""
     updater(batch)
-    return copy.deepcopy(updater.loss.state_dict())
+    return copy.deepcopy(tensors(updater.loss))
 
 
 def assert_same(one, other):

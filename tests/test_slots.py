@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from newer import tensors
 from team import N_AGENTS, make_actor, make_batch, make_critic, same_state, state_of
 from tensordict import TensorDict
 
@@ -78,7 +79,7 @@ def test_a_step_of_ones_own():
     before = state_of(actor)
     metrics = updater(make_batch(actor))
     assert all(metrics[name, "moves"] == 1 for name in [*NAMES, "critic"])
-    for key, value in actor.state_dict().items():
+    for key, value in tensors(actor).items():
         moved = (value - before[key]).abs()
         assert moved.max() <= 1e-3 + 1e-6
     state = copy.deepcopy(updater.state_dict())

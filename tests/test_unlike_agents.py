@@ -15,6 +15,7 @@ from functools import partial
 
 import pytest
 import torch
+from newer import tensors
 from team import perturb
 from tensordict import TensorDict
 from tensordict.nn import (
@@ -243,9 +244,9 @@ def check_update(loss, batch):
     )
     first, second, *_ = loss.agents
     log_prob = joint_log_prob(loss, first, batch)
-    before = copy.deepcopy(loss.actor_network.state_dict())
+    before = copy.deepcopy(tensors(loss.actor_network))
     metrics = updater(batch)
-    for key, value in loss.actor_network.state_dict().items():
+    for key, value in tensors(loss.actor_network).items():
         assert value.isfinite().all()
         if isinstance(value, torch.Tensor) and value.is_floating_point() and "param" in key:
             assert not torch.equal(value, before[key])
@@ -393,11 +394,11 @@ def test_all_inactive_agent_is_left_alone(loss_class):
     actors, groups = make_team("stack", SPACES["categorical"])
     batch = make_batch(actors, groups, False, True)
     batch["agents", "active"][..., 1] = False
-    before = copy.deepcopy(actors.state_dict())
+    before = copy.deepcopy(tensors(actors))
     loss = loss_class(actors, None)
     old = joint_log_prob(loss, loss.agents[0], batch).detach()
     metrics = SequentialUpdater(loss, num_epochs=2, order="fixed")(batch)
-    for key, value in actors.state_dict().items():
+    for key, value in tensors(actors).items():
         assert torch.equal(value[1], before[key][1])
         assert not torch.equal(value[0], before[key][0])
     ratio = (joint_log_prob(loss, loss.agents[0], batch).detach() - old).exp()

@@ -12,6 +12,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from newer import tensors
 from team import (
     N_AGENTS,
     SPOILED_GRADIENTS,
@@ -72,7 +73,7 @@ def test_the_actor_that_was_passed_is_trained():
     updater = make_updater(actor, critic)
     before, critic_before = state_of(actor), state_of(critic)
     updater(make_batch(actor))
-    for name, value in actor.state_dict().items():
+    for name, value in tensors(actor).items():
         for row in range(N_AGENTS):
             assert not torch.equal(value[row], before[name][row])
     assert not same_state(critic_before, state_of(critic))
@@ -88,7 +89,7 @@ def test_an_agent_with_no_gradient_does_not_drift():
     batch["agents", "active"] = torch.ones(*batch.shape, N_AGENTS, dtype=torch.bool)
     batch["agents", "active"][..., 1] = False
     updater(batch)
-    for key, value in actor.state_dict().items():
+    for key, value in tensors(actor).items():
         assert torch.equal(value[1], before[key][1])
         assert not torch.equal(value[0], before[key][0])
 
@@ -156,7 +157,7 @@ def test_masked_entries_have_no_influence():
         dead = ~active if value.ndim == active.ndim else ~active.unsqueeze(-1)
         other["agents", key] = torch.where(dead, torch.rand_like(value), value)
     one, two = updater(batch), twin(other)
-    assert same_state(updater.loss.actor_network.state_dict(), twin.loss.actor_network.state_dict())
+    assert same_state(tensors(updater.loss.actor_network), tensors(twin.loss.actor_network))
     for name in NAMES:
         assert (one[name] == two[name]).all()
 
@@ -398,9 +399,7 @@ def test_what_is_frozen_later_stays(loss_class):
         stack.requires_grad_(not is_frozen)
         before = state_of(actor)
         updater(batch)
-        moved = [
-            name for name, value in actor.state_dict().items() if (value != before[name]).any()
-        ]
+        moved = [name for name, value in tensors(actor).items() if (value != before[name]).any()]
         first, *others = before
         assert moved == (others if is_frozen else [first, *others])
 
@@ -457,9 +456,7 @@ def test_gradient_norm_is_clipped():
     before = state_of(actor)
     metrics = updater(make_batch(actor))
     for row, name in enumerate(NAMES):
-        moved = torch.cat(
-            [(v[row] - before[k][row]).flatten() for k, v in actor.state_dict().items()]
-        )
+        moved = torch.cat([(v[row] - before[k][row]).flatten() for k, v in tensors(actor).items()])
         assert metrics[name, "grad_norm"] > 0.01
         torch.testing.assert_close(moved.norm(), torch.tensor(0.01), rtol=1e-3, atol=0)
 
@@ -628,7 +625,7 @@ def test_the_tie_between_stack_and_slices_survives(move):
     elif move == "load":
         other = make_actor()
         actor.load_state_dict(other.state_dict())
-        assert same_state(actor.state_dict(), other.state_dict())
+        assert same_state(tensors(actor), tensors(other))
     elif move == "assign":
         actor.load_state_dict(make_actor().state_dict(), assign=True)
         critic.load_state_dict(make_critic().state_dict(), assign=True)
@@ -641,7 +638,7 @@ def test_the_tie_between_stack_and_slices_survives(move):
         actor.share_memory()
     before, critic_before = state_of(actor), state_of(critic)
     updater(make_batch(actor))
-    for key, value in actor.state_dict().items():
+    for key, value in tensors(actor).items():
         assert not torch.equal(value, before[key])
     assert not same_state(critic_before, state_of(critic))
     if move == "deepcopy":
@@ -655,7 +652,7 @@ def test_deepcopied_updater_gives_the_same_numbers():
     updater(batch)
     twin = copy.deepcopy(updater)
     assert (updater(batch) == twin(batch)).all()
-    assert same_state(updater.loss.state_dict(), twin.loss.state_dict())
+    assert same_state(tensors(updater.loss), tensors(twin.loss))
 
 
 def test_the_default_optimiser():
@@ -896,7 +893,7 @@ def test_a_non_finite_gradient_takes_the_agents_step_back(spoil, caplog):
 
     step.objective = spoiled
     metrics = updater(batch)
-    for key, value in updater.loss.actor_network.state_dict().items():
+    for key, value in tensors(updater.loss.actor_network).items():
         assert torch.equal(value[1], before[key][1])
         assert not torch.equal(value[2], before[key][2])
     after = optimizer_states(updater)[NAMES[1]]
@@ -947,7 +944,7 @@ def test_one_step_is_enough():
     batch["agents", "active"][2, 3, 1] = True
     before = state_of(updater.loss.actor_network)
     updater(batch)
-    for key, value in updater.loss.actor_network.state_dict().items():
+    for key, value in tensors(updater.loss.actor_network).items():
         assert not torch.equal(value[1], before[key][1])
 
 

@@ -7,12 +7,12 @@ from functools import partial
 
 import pytest
 import torch
+from newer import PercentileValueNorm, PopArtValueNorm, RunningValueNorm, tensors
 from reference import DATA, Trunk, relative_error
 from team import N_AGENTS, make_actor, make_batch, make_critic, same_state, state_of
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
-from torchrl.modules import PercentileValueNorm, PopArtValueNorm, RunningValueNorm
 
 from torchrl_happo import HAPPOLoss, HATRPOLoss, SequentialUpdater
 
@@ -141,16 +141,16 @@ def test_clipping_starts_from_the_old_predictions(norm, popart):
 def test_the_first_statistics_leave_the_critic_alone(norm):
     """There are no values to keep yet, and at their scale of nearly zero no gradient would pass."""
     updater = make_updater(norm(shape=1), popart=True)
-    before = copy.deepcopy(updater.loss.critic_network.state_dict())
+    before = copy.deepcopy(tensors(updater.loss.critic_network))
     restore = updater.loss.critics["critic"].update_norm(torch.randn(50, 1) * 40 - 60)
-    assert same_state(before, updater.loss.critic_network.state_dict())
+    assert same_state(before, tensors(updater.loss.critic_network))
     restore()
-    assert same_state(before, updater.loss.critic_network.state_dict())
+    assert same_state(before, tensors(updater.loss.critic_network))
     for _ in range(2):
         restore = updater.loss.critics["critic"].update_norm(torch.randn(50, 1) * 40 - 60)
-    assert not same_state(before, updater.loss.critic_network.state_dict())
+    assert not same_state(before, tensors(updater.loss.critic_network))
     restore()
-    assert same_state(before, updater.loss.critic_network.state_dict())
+    assert same_state(before, tensors(updater.loss.critic_network))
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -162,10 +162,10 @@ def test_popart_wants_a_linear_last_layer(bias):
         out_keys=[("agents", "state_value")],
     )
     loss = HAPPOLoss(make_actor(), critic, value_norm=PopArtValueNorm(shape=1), popart=True)
-    before = copy.deepcopy(loss.state_dict())
+    before = copy.deepcopy(tensors(loss))
     with pytest.raises(ValueError, match="must be linear with a bias"):
         SequentialUpdater(loss)
-    assert same_state(before, {k: v for k, v in loss.state_dict().items() if k in before})
+    assert same_state(before, {k: v for k, v in tensors(loss).items() if k in before})
 
 
 def test_an_error_in_the_critics_fit_takes_the_statistics_back():

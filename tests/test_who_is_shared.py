@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from newer import tensors
 from team import make_actor, make_batch, make_critic, make_observations
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
@@ -69,18 +70,18 @@ def test_a_frozen_encoder_is_shared_until_it_is_unfrozen(kind, loss_class):
     actor, critic = teams_over(encoder)[kind]()
     loss = loss_class(actor, critic)
     updater, batch = SequentialUpdater(loss, num_epochs=1, optimizer=SGD), collected(actor)
-    weights, before = encoder.weight.clone(), copy.deepcopy(loss.state_dict())
+    weights, before = encoder.weight.clone(), copy.deepcopy(tensors(loss))
     updater(batch)
     assert torch.equal(encoder.weight, weights)
     for agent in loss.agents:
         assert agent.parameters()
-    after = copy.deepcopy(loss.state_dict())
+    after = copy.deepcopy(tensors(loss))
     assert any(not torch.equal(before[name], after[name]) for name in after)
     encoder.requires_grad_(True)
     state = copy.deepcopy(updater.state_dict()["steps"])
     with pytest.raises(ValueError, match=r"share the parameter|no longer frozen"):
         updater(batch)
-    assert all(torch.equal(value, after[name]) for name, value in loss.state_dict().items())
+    assert all(torch.equal(value, after[name]) for name, value in tensors(loss).items())
     assert str(updater.state_dict()["steps"]) == str(state)
     encoder.requires_grad_(False)  # the cure
     updater(batch)
@@ -197,7 +198,7 @@ def updated(loss, **settings):
     torch.manual_seed(1)
     updater = SequentialUpdater(loss, **{"num_epochs": 3, "optimizer": SGD, **settings})
     metrics = updater(make_batch(loss.actor_network))
-    return metrics, loss.state_dict()
+    return metrics, tensors(loss)
 
 
 def fresh(loss_class=HAPPOLoss, **kwargs):

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from newer import tensors
 from recipe_helpers import tiny_config
 from team import N_AGENTS, make_actor, make_batch, make_critic
 from tensordict.nn import AddStateIndependentNormalScale, TensorDictModule, TensorDictSequential
@@ -55,7 +56,7 @@ class Team:
 
     def state(self):
         """Everything that a refused call must leave alone."""
-        networks = [self.loss.state_dict(), self.actor.state_dict(), self.critic.state_dict()]
+        networks = [tensors(self.loss), tensors(self.actor), tensors(self.critic)]
         return copy.deepcopy((self.updater.state_dict(), networks, torch.get_rng_state()))
 
 

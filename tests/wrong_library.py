@@ -5,12 +5,12 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+from newer import PopArtValueNorm, RunningValueNorm
 from team import make_actor, make_critic
 from tensordict import TensorDict
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from torchrl.data import LazyTensorStorage, ReplayBuffer
-from torchrl.modules import PopArtValueNorm, RunningValueNorm
 from torchrl.objectives import ClipPPOLoss
 from wrong_calls import (
     INF,

@@ -1,131 +1,150 @@
-"""The private names of TorchRL, tensordict and the simulators that this library needs.
+"""What differs between the versions of TorchRL and tensordict, and the private names that we need.
 
-Each is wrapped by one function or constant here, with the version that it was checked against, so
-that a new version is checked in one place.
+Private names are wrapped by one function each, with the versions that they were checked against.
+What an older version lacks is replaced here, with the version that brought it.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torchrl
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
-from torch.distributions import Distribution
-from torchrl.modules import TanhNormal
-from torchrl.objectives.utils import _sum_td_features
+from torch.distributions import Distribution, Independent
+from torchrl._utils import _standardize
+from torchrl.objectives.utils import ValueEstimators
+from torchrl.objectives.value import GAE
 
-__all__ = [
-    "SquashedNormals",
-    "entropy_of",
-    "filling_in_place",
-    "mask_keys",
-    "set_time_limit",
-    "simulator",
-    "single_network",
-    "standardized",
-    "sum_features",
-    "weighted_entropy",
-]
 
-#: Sum the entries of a tensordict over their features (TorchRL 0.14.1).
-sum_features = _sum_td_features
+def needed(feature: str, version: str) -> str | None:
+    """Return a sentence that asks for a newer TorchRL; ``None`` if this one is new enough."""
+    installed = tuple(int(part) for part in torchrl.__version__.split(".")[:2])
+    if installed >= tuple(map(int, version.split("."))):
+        return None
+    found, cure = torchrl.__version__, f"run pip install 'torchrl>={version},<0.15'"
+    return f"{feature} needs TorchRL {version} or newer, but {found} is installed; {cure}."
+
+
+def since(version: str, **settings: Any) -> dict[str, Any]:
+    """Return settings that TorchRL has from a version on, or none of them."""
+    return settings if needed("", version) is None else {}
+
+
+def newer(name: str, module: str, version: str) -> Any:
+    """Return a class of TorchRL; where it is too old, one of which no object can be made."""
+    if (sentence := needed(name, version)) is None:
+        return getattr(import_module(module), name)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ImportError(sentence)
+
+    return type(name, (), {"__new__": refuse})
+
+
+_SWAP = since("0.13", preserve_module_state=False)
+
+if TYPE_CHECKING:
+    from torchrl.envs.libs.lbforaging import LBForagingEnv
+    from torchrl.modules import PopArtValueNorm, RunningValueNorm, ValueNorm
+    from torchrl.objectives.multiagent import IPPOLoss, MAPPOLoss
+else:  # the value norms of TorchRL 0.13 have no scale
+    ValueNorm, RunningValueNorm, PopArtValueNorm = (
+        newer(f"{kind}ValueNorm", "torchrl.modules", "0.14") for kind in ("", "Running", "PopArt")
+    )
+    LBForagingEnv = newer("LBForagingEnv", "torchrl.envs.libs.lbforaging", "0.14")
+    IPPOLoss, MAPPOLoss = (
+        newer(f"{kind}Loss", "torchrl.objectives.multiagent", "0.13") for kind in ("IPPO", "MAPPO")
+    )
+
+if hasattr(ValueEstimators, "MAGAE"):  # TorchRL 0.13
+    from torchrl.objectives.value import MultiAgentGAE
+
+    TEAM_GAE = ValueEstimators.MAGAE
+else:
+
+    class MultiAgentGAE(GAE):  # type: ignore[no-redef]
+        """GAE that pays the reward of the team to the value of each agent."""
+
+        def __init__(self, *, gamma: float = 0.99, lmbda: float = 0.95, **kwargs: Any) -> None:
+            super().__init__(gamma=gamma, lmbda=lmbda, **{"value_network": None, **kwargs})
+
+        def forward(self, tensordict: TensorDictBase, **kwargs: Any) -> TensorDictBase:
+            """Write advantage, returns and values, in place."""
+            keys, dims = self.tensor_keys, tensordict.batch_dims
+            one = tensordict.select(*self.value_network.in_keys, strict=False)[..., :1].copy()
+            value = self.value_network(one).get(keys.value)
+            own = tensordict.copy()
+            for key in (keys.reward, keys.done, keys.terminated):
+                entry = own.get(("next", key))
+                if entry.ndim < value.ndim:
+                    if self.shifted:
+                        raise ImportError(needed("shifted=True with a value of each agent", "0.13"))
+                    own.set(("next", key), torch.stack([entry] * value.shape[dims], dims))
+            made = super().forward(own, **kwargs)
+            return tensordict.update(made.select(keys.advantage, keys.value_target, keys.value))
+
+    TEAM_GAE = MultiAgentGAE
+
+
+def has_analytic_entropy(dist: Distribution) -> bool:
+    """Return whether a distribution has an entropy in closed form (TorchRL has this from 0.14)."""
+    dist = dist.base_dist if isinstance(dist, Independent) else dist
+    return type(dist).entropy is not Distribution.entropy
 
 
 def mask_keys(loss: Any) -> tuple[NestedKey, ...]:
-    """Return the keys of the validity masks that a loss reads (TorchRL 0.14.1)."""
-    return tuple(loss._loss_mask_keys())
+    """Return the keys of the validity masks that a loss reads (0.11.1 to 0.14.1)."""
+    own = getattr(loss, "_loss_mask_keys", None)
+    return (("collector", "mask"), "shifted_valid") if own is None else tuple(own())
 
 
 def standardized(loss: Any, advantage: Tensor, data: TensorDictBase, *, is_fresh: bool) -> Tensor:
-    """Return the advantage as a PPO loss was told to normalise it (TorchRL 0.14.1)."""
-    return loss._maybe_normalize_advantage(advantage, data, update_norm=is_fresh)
+    """Return the advantage as a PPO loss was told to normalise it (0.11.1 to 0.14.1)."""
+    if hasattr(loss, "_maybe_normalize_advantage"):
+        return loss._maybe_normalize_advantage(advantage, data, update_norm=is_fresh)
+    wanted = loss.normalize_advantage and advantage.numel() > 1
+    return _standardize(advantage, loss.normalize_advantage_exclude_dims) if wanted else advantage
+
+
+def tensors_only(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return a ``state_dict`` without the shapes that tensordict adds before 0.12."""
+    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+
+
+def swapped(parameters: TensorDictBase, network: nn.Module) -> Any:
+    """Return a context in which a network has other parameters (the keyword: tensordict 0.13)."""
+    return parameters.to_module(network, **_SWAP)
 
 
 def entropy_of(loss: Any, dist: Distribution, shape: torch.Size) -> Tensor | TensorDictBase:
-    """Return the entropy by a PPO loss, sampled where it has no closed form (TorchRL 0.14.1)."""
+    """Return the entropy by a PPO loss, sampled where it has no closed form (0.11.1 to 0.14.1)."""
     return loss._get_entropy(dist, shape)
 
 
 def weighted_entropy(loss: Any, entropy: Tensor | TensorDictBase) -> Tensor:
-    """Return minus the entropy times the coefficients of a PPO loss (TorchRL 0.14.1)."""
+    """Return minus the entropy times the coefficients of a PPO loss (0.11.1 to 0.14.1)."""
     return loss._weighted_loss_entropy(entropy)
 
 
-@contextmanager
-def filling_in_place(estimator: Any) -> Iterator[None]:
-    """Let an estimator fill in missing next observations without looking whether any is missing.
-
-    TorchRL puts the observation of a step in the place of a next one that is NaN, as a collector
-    with ``compact_obs=True`` leaves it at the end of a trajectory. It reads back from the device
-    whether there is one, and then works on a copy, in which its values get lost (TorchRL 0.14.1).
-    """
-    estimator._sanitize_next_obs_nan = _fill_next
-    try:
-        yield
-    finally:
-        del estimator._sanitize_next_obs_nan
-
-
-def _fill_next(data: TensorDictBase, keys: Sequence[NestedKey]) -> TensorDictBase:
-    for key in keys:
-        next_key = ("next", *key) if isinstance(key, tuple) else ("next", key)
-        now, after = data.get(key, None), data.get(next_key, None)
-        if now is None or after is None or now.shape != after.shape:
-            continue
-        if now.is_floating_point():
-            data.set(next_key, torch.where(after.isnan(), now, after))
-    return data
-
-
 def simulator(env: Any) -> Any:
-    """Return the simulator that an environment of TorchRL wraps (TorchRL 0.14.1)."""
+    """Return the simulator that an environment of TorchRL wraps (0.11.1 to 0.14.1)."""
     return env._env
 
 
+def close_logger(logger: Any) -> None:
+    """Close a logger (TorchRL 0.14), or the writer behind it."""
+    getattr(logger, "close", getattr(logger.experiment, "close", lambda: None))()
+
+
 def single_network(stack: nn.Module) -> nn.Module:
-    """Return the network of one agent of a stack, without parameters (TorchRL 0.14.1)."""
+    """Return the network of one agent of a stack, without parameters (0.11.1 to 0.14.1)."""
     return stack._empty_net  # type: ignore[return-value]
 
 
 def set_time_limit(env: Any, max_steps: int) -> None:
     """Set the steps after which level-based foraging ends an episode (lbforaging 2.0.0)."""
     env.unwrapped._max_episode_steps = max_steps
-
-
-class SquashedNormals:
-    """Builds the squashed normals of one policy, with the arguments of their class.
-
-    :class:`~torchrl.modules.TanhNormal` copies its bounds to the device and reads back whether they
-    are the trivial ones, each time that it is built. Here it is built once for each device, and
-    then given other parameters (TorchRL 0.14.1).
-
-    Example:
-        >>> build = SquashedNormals()
-        >>> dist = build(loc=torch.zeros(2), scale=torch.ones(2), high=2.0)
-        >>> dist.high, build(loc=torch.ones(2), scale=dist.scale, high=2.0).loc
-        (tensor(2.), tensor([1., 1.]))
-    """
-
-    def __init__(self) -> None:
-        self._built: dict[torch.device, tuple[dict[str, Any], TanhNormal]] = {}
-
-    def __reduce__(self) -> tuple[type[SquashedNormals], tuple[()]]:
-        return SquashedNormals, ()  # transforms cannot be copied
-
-    def __call__(self, *, loc: Tensor, scale: Tensor, **settings: Any) -> TanhNormal:
-        """Return the distribution with these parameters and settings."""
-        if loc.ndim == 0 or torch.compiler.is_compiling():
-            return TanhNormal(loc=loc, scale=scale, **settings)
-        before, built = self._built.get(loc.device, ({}, None))
-        same = before.keys() == settings.keys() and all(before[n] is settings[n] for n in before)
-        if built is None or not same:
-            built = TanhNormal(loc=loc.detach()[:0], scale=scale.detach()[:0], **settings)
-            self._built[loc.device] = settings, built
-        dist = copy.copy(built)
-        del dist.base_dist  # a normal that the copies would share
-        dist.update(loc, scale)
-        return dist

@@ -18,12 +18,16 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from torchrl.checkpoint import Checkpoint
 from torchrl.collectors import Collector
 from torchrl.trainers import Trainer, TrainerHookBase
 
 from torchrl_happo import HAPPOLoss, SequentialUpdater, make_actor, make_critic
 from torchrl_happo.envs import MatrixGame
+
+try:
+    from torchrl.checkpoint import Checkpoint
+except ModuleNotFoundError:  # before TorchRL 0.14 a trainer saves in one way only
+    Checkpoint = None
 
 PAYOFF = torch.tensor([[8.0, 0.0, 0.0], [0.0, 4.0, 0.0], [0.0, 0.0, 2.0]])
 BATCH = 500
@@ -81,7 +85,7 @@ def make_trainer(file: Path, total_frames: int, seed: int) -> tuple[Trainer, Upd
         loss_module=loss,
         progress_bar=False,
         save_trainer_file=file,
-        checkpoint=Checkpoint(),
+        **({} if Checkpoint is None else {"checkpoint": Checkpoint()}),
     )
     hook.register(trainer)
     return trainer, hook

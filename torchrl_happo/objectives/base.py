@@ -19,9 +19,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, TensorDictSequential
 from torch import Tensor
 from torch.distributions import Distribution
-from torchrl.modules import ValueNorm
 from torchrl.objectives import PPOLoss
-from torchrl.objectives.utils import ValueEstimators
 
 from torchrl_happo.arguments import check_keys
 from torchrl_happo.masked import VALID, masked, masked_mean
@@ -42,7 +40,7 @@ from torchrl_happo.team.construction import (
 from torchrl_happo.team.masks import Masks
 from torchrl_happo.team.split import split_team, split_units
 from torchrl_happo.team.team import Team
-from torchrl_happo.versions import mask_keys, standardized
+from torchrl_happo.versions import TEAM_GAE, ValueNorm, mask_keys, standardized
 
 __all__ = ["Actors", "SequentialLoss"]
 
@@ -75,7 +73,7 @@ class SequentialLoss(WithCritics):
 
     default_keys = _AcceptedKeys
     value_norm: ValueNorm | None
-    default_value_estimator = ValueEstimators.MAGAE
+    default_value_estimator = TEAM_GAE
     #: Whether an updater standardises the advantage, unless it is told otherwise.
     standardizes: bool = True
     #: Whether agents of one architecture read unlike settings of the loss.

@@ -10,13 +10,13 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor
 from torch.distributions import Distribution
-from torchrl.modules import ValueNorm
 
 from torchrl_happo.objectives.base import Actors
 from torchrl_happo.objectives.happo import HAPPOLoss
 from torchrl_happo.policy.distributions import entropy
 from torchrl_happo.policy.side_by_side import SideBySide
 from torchrl_happo.team.split import split_units
+from torchrl_happo.versions import ValueNorm
 
 __all__ = ["BlockLoss"]
 

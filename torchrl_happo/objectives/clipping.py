@@ -93,28 +93,30 @@ def bounds_of_unit(bound: Tensor, unit: Agent | None, agents: Sequence[Agent]) -
     return torch.cat([own.expand(agent.num_members) for agent, own in inside])
 
 
-def check_clipping(clip_epsilon: Any, clip_value: Any) -> bool:
-    """Refuse a clipping threshold that no loss can be built with.
-
-    Returns:
-        whether it is a mapping, with a threshold for each agent.
-    """
-    if not isinstance(clip_epsilon, Mapping):
+def check_clipping(clip_epsilon: Any, clip_value: Any) -> None:
+    """Refuse a clipping threshold that no loss can be built with."""
+    is_mapping = isinstance(clip_epsilon, Mapping)
+    if not is_mapping:
         check_clip_epsilon(clip_epsilon)
-        return False
-    if clip_value is True:
+    if clip_value is True and (is_mapping or isinstance(clip_epsilon, (tuple, list))):
         raise ValueError(
-            "clip_value=True takes the threshold of clip_epsilon, which is a mapping; give the "
-            "critic a number, such as clip_value=0.2."
+            "clip_value=True takes the threshold of clip_epsilon, which is a "
+            f"{'mapping' if is_mapping else 'pair'}; give the critic a number, such as "
+            "clip_value=0.2."
         )
-    return True
 
 
-def spread_bounds(loss: nn.Module, clip_epsilon: Any, agents: Sequence[Agent]) -> None:
-    """Give each agent bounds of its own, in the two buffers that TorchRL has for a pair."""
-    pairs = _bounds_of_agents(clip_epsilon, agents)
-    for name, bounds in zip(_BOUNDS, zip(*pairs, strict=True), strict=True):
-        loss.register_buffer(name, getattr(loss, name).new_tensor(bounds))
+def spread_bounds(loss: Any, clip_epsilon: Any, agents: Sequence[Agent]) -> None:
+    """Put a pair of thresholds, or one for each agent, in place of the one of TorchRL's loss.
+
+    They lie in two buffers, which TorchRL 0.14 has for a pair.
+    """
+    by_agent = isinstance(clip_epsilon, Mapping)
+    pairs = _bounds_of_agents(clip_epsilon, agents if by_agent else agents[:1])
+    for name, values in zip(_BOUNDS, zip(*pairs, strict=True), strict=True):
+        bounds = loss.clip_epsilon.new_tensor(values)
+        loss.register_buffer(name, bounds if by_agent else bounds[0])
+    del loss.clip_epsilon
 
 
 def set_bounds(loss: nn.Module, value: Any, agents: Sequence[Agent]) -> bool:

@@ -16,10 +16,9 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import unravel_key
 from torch import Tensor, nn
-from torchrl.modules import ValueNorm
 from torchrl.objectives import PPOLoss
 from torchrl.objectives.utils import ValueEstimators, distance_loss
-from torchrl.objectives.value import MultiAgentGAE, ValueEstimatorBase
+from torchrl.objectives.value import ValueEstimatorBase
 
 from torchrl_happo.masked import VALID, count, masked_mean
 from torchrl_happo.objectives.value_norm import RealValues, update_value_norm
@@ -27,8 +26,8 @@ from torchrl_happo.policy.memory import INIT, StepwiseCritic, has_memory, state_
 from torchrl_happo.steps.step import Problem
 from torchrl_happo.team.agent import Agent
 from torchrl_happo.team.team import CriticKeys
-from torchrl_happo.team.values import explained
-from torchrl_happo.versions import filling_in_place
+from torchrl_happo.team.values import explained, filling_in_place
+from torchrl_happo.versions import TEAM_GAE, MultiAgentGAE, ValueNorm
 
 __all__ = ["Critic", "WithCritics", "critic_keys", "value_estimator"]
 
@@ -250,6 +249,14 @@ class WithCritics(_Base):
         """Return everything that an agent's step moves: its actor, and a critic that it owns."""
         return agent.actor
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A coefficient is written where it lies, as TorchRL itself does from 0.13 on.
+        buffer = self.__dict__.get("_buffers", {}).get(name)
+        if buffer is None or not isinstance(value, (int, float)):
+            super().__setattr__(name, value)
+        else:
+            buffer.fill_(value)
+
     @property
     def critics(self) -> dict[str, Critic]:
         """The critics by name: ``"critic"``, if the loss has one."""
@@ -310,7 +317,7 @@ class WithCritics(_Base):
                 "action of all agents; call make_value_estimator(ValueEstimators.GAE)."
             )
         if value_type == ValueEstimators.GAE:
-            value_type = ValueEstimators.MAGAE
+            value_type = TEAM_GAE
         super().make_value_estimator(value_type, **hyperparams)
         self._forward_value_estimator_keys()
         return self

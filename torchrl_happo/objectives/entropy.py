@@ -5,24 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tensordict import NestedKey, TensorDictBase, is_tensor_collection
+from tensordict import NestedKey, is_tensor_collection
 from tensordict.utils import unravel_key
-from torch import Tensor
 
 from torchrl_happo.policy.policy import Policy
-from torchrl_happo.versions import sum_features
 
 __all__ = ["mean_entropies", "weights_of_heads"]
 
 
-def mean_entropies(entropies: list[Tensor | TensorDictBase]) -> dict[str, Any]:
+def mean_entropies(entropies: list[Any]) -> dict[str, Any]:
     """Return the mean entropy of the team and, where a group has several heads, of each."""
     report: dict[str, Any] = {}
     sums = []
     for entropy in entropies:
         if is_tensor_collection(entropy):
             report["composite_entropy"] = entropy.detach()
-            entropy = sum_features(entropy)
+            entropy = entropy.sum(dim="feature", reduce=True)
         sums.append(entropy.detach())
     total = sum(entropy.sum() for entropy in sums)
     return {**report, "entropy": total / sum(entropy.numel() for entropy in sums)}

@@ -35,8 +35,6 @@ from tensordict import NestedKey, TensorDict, TensorDictBase, is_tensor_collecti
 from tensordict.nn import CompositeDistribution, TensorDictModule, dispatch
 from torch import Tensor
 from torch.distributions import Distribution
-from torchrl.modules import ValueNorm
-from torchrl.modules.distributions import has_analytic_entropy
 from torchrl.objectives import ClipPPOLoss
 
 from torchrl_happo.arguments import check_counts, check_critic, check_entropy_coeff
@@ -55,7 +53,7 @@ from torchrl_happo.steps.first_order import FirstOrder
 from torchrl_happo.steps.step import StepFactory
 from torchrl_happo.team.agent import Agent
 from torchrl_happo.team.construction import check_networks
-from torchrl_happo.versions import entropy_of, weighted_entropy
+from torchrl_happo.versions import ValueNorm, entropy_of, has_analytic_entropy, weighted_entropy
 
 __all__ = ["HAPPOLoss"]
 
@@ -209,7 +207,7 @@ class HAPPOLoss(SequentialLoss, ClipPPOLoss):
         device: torch.device | None = None,
     ) -> None:
         check_networks(actor_network, critic_network, blocks)
-        by_agent = check_clipping(clip_epsilon, clip_value)
+        check_clipping(clip_epsilon, clip_value)
         check_entropy_coeff(entropy_coeff)
         check_counts(samples_mc_entropy=samples_mc_entropy)
         check_critic(critic_network, critic_coeff, loss_critic_type, clip_value, reduction)
@@ -219,8 +217,7 @@ class HAPPOLoss(SequentialLoss, ClipPPOLoss):
         super().__init__(
             self._joint_network(actor_network),
             critic_network,
-            # A pair: TorchRL keeps its bounds in two buffers, which may be of each agent.
-            clip_epsilon=(0.2, 0.2) if by_agent else clip_epsilon,
+            clip_epsilon=clip_epsilon if isinstance(clip_epsilon, (int, float)) else 0.2,
             entropy_bonus=entropy_bonus,
             samples_mc_entropy=samples_mc_entropy,
             entropy_coeff=entropy_coeff,
@@ -236,12 +233,11 @@ class HAPPOLoss(SequentialLoss, ClipPPOLoss):
         )
         self._init_team(actor_network, blocks, value_norm, popart)
         self.standardizes = normalize_advantage is not False
-        if by_agent:
+        if isinstance(clip_epsilon, (tuple, list, Mapping)):
             spread_bounds(self, clip_epsilon, self._agents)
         if isinstance(entropy_coeff, Mapping):
-            self._entropy_coeff_map = weights_of_heads(
-                entropy_coeff, [unit.policy for unit in self._units]
-            )
+            policies = [unit.policy for unit in self._units]
+            self._entropy_coeff_map = weights_of_heads(entropy_coeff, policies)
         self._bonus_follows_coefficient = follows_coefficient
 
     entropy_bonus: bool
@@ -249,7 +245,13 @@ class HAPPOLoss(SequentialLoss, ClipPPOLoss):
     @property
     def has_settings_by_agent(self) -> bool:  # type: ignore[override]
         """Whether each agent has a clipping range of its own."""
-        return self._asymmetric_clip and self.clip_epsilon_low.ndim > 0
+        return self._clip_bounds[0].ndim > 0
+
+    @property
+    def _clip_bounds(self) -> tuple[Tensor, Tensor]:
+        both, own = self._buffers.get("clip_epsilon"), self._buffers
+        low, high = own.get("clip_epsilon_low", both), own.get("clip_epsilon_high", both)
+        return (-low).log1p(), high.log1p()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "clip_epsilon" and set_bounds(self, value, self._agents):
@@ -261,7 +263,7 @@ class HAPPOLoss(SequentialLoss, ClipPPOLoss):
     def _bounds(self, unit: Agent | None = None) -> list[Tensor]:
         """Return the bounds of the log-ratio, of a unit's members or of the whole team's."""
         bounds = self._clip_bounds
-        if not self.has_settings_by_agent:
+        if bounds[0].ndim == 0:
             return list(bounds)
         return [bounds_of_unit(bound, unit, self._agents) for bound in bounds]
 
@@ -316,8 +318,7 @@ class HAPPOLoss(SequentialLoss, ClipPPOLoss):
         self, agent: Agent, log_ratio: Tensor, valid: Tensor | None
     ) -> dict[str, Tensor]:
         """Return the share of the valid decisions whose ratio lies outside the clipping range."""
-        low, high = self._bounds(agent)
-        return {"clip_fraction": self._clip_fraction(log_ratio, valid, low, high)}
+        return {"clip_fraction": self._clip_fraction(log_ratio, valid, *self._bounds(agent))}
 
     @staticmethod
     def _clip_fraction(

@@ -31,7 +31,6 @@ from typing import Any, Literal, TypeAlias
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, dispatch
-from torchrl.modules import ValueNorm
 from torchrl.objectives import PPOLoss
 
 from torchrl_happo.arguments import check_counts, check_critic, check_numbers, check_positive
@@ -45,6 +44,7 @@ from torchrl_happo.steps.step import Problem, Step, StepFactory
 from torchrl_happo.steps.trust_region.step import TrustRegion
 from torchrl_happo.team.agent import Agent
 from torchrl_happo.team.construction import check_networks
+from torchrl_happo.versions import ValueNorm
 
 __all__ = ["HATRPOLoss"]
 

@@ -30,7 +30,6 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, dispatch
 from torch import Tensor, nn
 from torch.distributions import Independent
-from torchrl.modules import ValueNorm
 
 from torchrl_happo.arguments import check_choice
 from torchrl_happo.masked import VALID, masked
@@ -40,6 +39,7 @@ from torchrl_happo.objectives.surrogate import clipped_surrogate, corrected_adva
 from torchrl_happo.policy.policy import PREIMAGE
 from torchrl_happo.steps.step import Problem
 from torchrl_happo.team.agent import Agent
+from torchrl_happo.versions import ValueNorm
 
 __all__ = ["OLD_DIMENSIONS", "MATLoss"]
 

@@ -29,6 +29,7 @@ from torchrl.objectives.utils import ValueEstimators
 from torchrl_happo.objectives.base import Actors, SequentialLoss
 from torchrl_happo.objectives.mat import MATLoss
 from torchrl_happo.objectives.prefix_gae import PrefixGAE
+from torchrl_happo.versions import TEAM_GAE
 
 __all__ = ["TPPOLoss"]
 
@@ -88,7 +89,7 @@ class TPPOLoss(MATLoss):
         Raises:
             ValueError: for another kind of estimator.
         """
-        if value_type not in (None, ValueEstimators.GAE, ValueEstimators.MAGAE):
+        if value_type not in (None, ValueEstimators.GAE, TEAM_GAE):
             raise ValueError(
                 f"The chain of choices is estimated by GAE, not by {value_type}; call "
                 "make_value_estimator(gamma=..., lmbda=...)."

@@ -15,9 +15,9 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
-from torchrl.modules import ValueNorm
 
 from torchrl_happo.transaction import Undo
+from torchrl_happo.versions import ValueNorm
 
 __all__ = ["MovedStatistics", "RealValues", "last_linear", "update_value_norm"]
 

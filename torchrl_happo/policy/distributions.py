@@ -11,7 +11,9 @@ how many leading dimensions count samples, where the action is in the batch shap
 
 from __future__ import annotations
 
+import copy
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,7 @@ from torchrl.modules import TanhNormal
 
 from torchrl_happo.policy.side_by_side import SideBySide
 
-__all__ = ["CATEGORICAL", "entropy", "is_saturated", "kl_divergence"]
+__all__ = ["CATEGORICAL", "SquashedNormals", "entropy", "is_saturated", "kl_divergence"]
 
 #: TorchRL's masked, ordinal and one-hot classes derive from the first.
 CATEGORICAL = (D.Categorical, D.OneHotCategorical)
@@ -217,3 +219,38 @@ def _tanh_normal_entropy(dist: TanhNormal) -> Tensor:
     log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh(u)^2), without overflow
     log_width = ((dist.high - dist.low).to(u.dtype) / 2).log()
     return normal.entropy() + log_width + (log_slope * weights).sum(-1)
+
+
+class SquashedNormals:
+    """Builds the squashed normals of one policy, with the arguments of their class.
+
+    :class:`~torchrl.modules.TanhNormal` copies its bounds to the device and reads back whether they
+    are the trivial ones, each time that it is built. Here it is built once for each device, and
+    then given other parameters (TorchRL 0.14.1).
+
+    Example:
+        >>> build = SquashedNormals()
+        >>> dist = build(loc=torch.zeros(2), scale=torch.ones(2), high=2.0)
+        >>> dist.high, build(loc=torch.ones(2), scale=dist.scale, high=2.0).loc
+        (tensor(2.), tensor([1., 1.]))
+    """
+
+    def __init__(self) -> None:
+        self._built: dict[torch.device, tuple[dict[str, Any], TanhNormal]] = {}
+
+    def __reduce__(self) -> tuple[type[SquashedNormals], tuple[()]]:
+        return SquashedNormals, ()  # transforms cannot be copied
+
+    def __call__(self, *, loc: Tensor, scale: Tensor, **settings: Any) -> TanhNormal:
+        """Return the distribution with these parameters and settings."""
+        if loc.ndim == 0 or torch.compiler.is_compiling():
+            return TanhNormal(loc=loc, scale=scale, **settings)
+        before, built = self._built.get(loc.device, ({}, None))
+        same = before.keys() == settings.keys() and all(before[n] is settings[n] for n in before)
+        if built is None or not same:
+            built = TanhNormal(loc=loc.detach()[:0], scale=scale.detach()[:0], **settings)
+            self._built[loc.device] = settings, built
+        dist = copy.copy(built)
+        del dist.base_dist  # a normal that the copies would share
+        dist.update(loc, scale)
+        return dist

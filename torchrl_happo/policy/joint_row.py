@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchrl.modules.models.multiagent import MultiAgentNetBase
 
 from torchrl_happo.policy.rows import Tie
+from torchrl_happo.versions import swapped
 
 __all__ = ["JointRow", "gradients_in_rows"]
 
@@ -67,7 +68,7 @@ class JointRow:
             nested_keys=True,
         )
         scratch = data.copy()
-        with joint.to_module(self.joint, preserve_module_state=False):
+        with swapped(joint, self.joint):
             for module in modules:
                 scratch = module(scratch)
         return scratch
@@ -149,5 +150,5 @@ def gradients_in_rows(joint: nn.Module, ties: Iterable[Tie]) -> Iterator[None]:
         return shared
 
     shared = TensorDict.from_module(joint).named_apply(share, nested_keys=True)
-    with shared.to_module(joint, preserve_module_state=False):
+    with swapped(shared, joint):
         yield

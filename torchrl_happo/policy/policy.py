@@ -35,9 +35,9 @@ from torch.distributions import Distribution, Independent, Normal
 from torch.func import functional_call
 from torchrl.modules import IndependentNormal, SafeModule, TanhNormal
 
-from torchrl_happo.policy.distributions import entropy
+from torchrl_happo.policy.distributions import SquashedNormals, entropy
 from torchrl_happo.policy.joint_row import JointRow
-from torchrl_happo.versions import SquashedNormals
+from torchrl_happo.versions import swapped
 
 __all__ = ["Policy"]
 
@@ -61,14 +61,12 @@ class Policy:
         >>> from tensordict.nn import TensorDictModule
         >>> from torchrl.modules import ProbabilisticActor
         >>> actor = ProbabilisticActor(
-        ...     TensorDictModule(
-        ...         torch.nn.Linear(3, 2), in_keys=["observation"], out_keys=["logits"]
-        ...     ),
+        ...     TensorDictModule(torch.nn.Linear(3, 2), in_keys=["seen"], out_keys=["logits"]),
         ...     in_keys=["logits"],
         ...     distribution_class=torch.distributions.Categorical,
         ...     return_log_prob=True,
         ... )
-        >>> data = actor(TensorDict({"observation": torch.randn(5, 3)}, batch_size=[5]))
+        >>> data = actor(TensorDict({"seen": torch.randn(5, 3)}, batch_size=[5]))
         >>> policy = Policy(actor)
         >>> parameters = policy.parameters(data)
         >>> bool(torch.allclose(policy.log_prob(parameters, data), data["action_log_prob"]))
@@ -128,7 +126,7 @@ class Policy:
             networks = TensorDict.from_module(self.actor).named_apply(
                 lambda path, tensor: weights.get(".".join(path), tensor), nested_keys=True
             )
-            with networks.to_module(self.actor, preserve_module_state=False):
+            with swapped(networks, self.actor):
                 return self._run(data)
         named = {f"actor.{name}": weight for name, weight in weights.items()}
         return functional_call(_Networks(self), named, (data,))

@@ -31,6 +31,7 @@ from torchrl_happo.recipe.config import (
 )
 from torchrl_happo.recipe.environments import make_env
 from torchrl_happo.recipe.randomness import derive_seed, seed_everything
+from torchrl_happo.versions import since
 
 
 def make_collector(config: TrainConfig, policy: TensorDictModuleBase, seed: int) -> BaseCollector:
@@ -47,7 +48,8 @@ def make_collector(config: TrainConfig, policy: TensorDictModuleBase, seed: int)
     )
     common: dict[str, Any] = {
         "frames_per_batch": config.frames_per_batch,
-        "auto_register_policy_transforms": False,  # memory_transforms are there already
+        # memory_transforms are there already
+        **since("0.13", auto_register_policy_transforms=False),
     }
     if isinstance(kind, SingleCollector):
         return Collector(
@@ -57,7 +59,8 @@ def make_collector(config: TrainConfig, policy: TensorDictModuleBase, seed: int)
             total_frames=-1,
             device=config.device,
             compile_policy=kind.compile_policy,
-            track_traj_ids=False,  # nobody asks for them, and they take time at each step
+            # Nobody asks for them, and they take time at each step.
+            **since("0.13", track_traj_ids=False),
         )
     assert isinstance(kind, WorkersCollector)
     home = (socket.gethostname(), os.getpid())

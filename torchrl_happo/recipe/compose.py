@@ -99,7 +99,7 @@ def compose_config(*overrides: str) -> TrainConfig:
         ConfigError: in one sentence, for anything that does not exist or cannot be run.
 
     Examples:
-        >>> config = compose_config("task=vmas/navigation", "algorithm=mappo", "seed=3")
+        >>> config = compose_config("task=vmas/navigation", "algorithm=haa2c", "seed=3")
         >>> config.task.name, config.algorithm.lr, config.seed
         ('vmas/navigation', 0.0003, 3)
         >>> compose_config("task=vmas/navigatoin")

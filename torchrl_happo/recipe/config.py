@@ -25,7 +25,7 @@ from torchrl_happo.networks.recurrent import CELLS
 from torchrl_happo.objectives import HAPPOLoss
 from torchrl_happo.recipe.learner import Learner
 
-ADVANTAGE = default_value_kwargs(ValueEstimators.MAGAE)
+ADVANTAGE = default_value_kwargs(ValueEstimators.GAE)
 
 
 class ConfigError(ValueError):
@@ -138,6 +138,9 @@ class CriticConfig:
 class CollectorConfig:
     """Where batches come from; one dataclass for each way."""
 
+    #: Version of TorchRL that has everything the collector needs.
+    min_torchrl: ClassVar[str] = "0.11"
+
     name: str = MISSING
     restart_interval: int = number(10, at_least=0)
     """Iterations after which the environments begin anew; checkpoints fall only there, so that a
@@ -155,6 +158,8 @@ class SingleCollector(CollectorConfig):
 @dataclass
 class WorkersCollector(CollectorConfig):
     """What the ways to collect in worker processes share: each has its part of the environments."""
+
+    min_torchrl: ClassVar[str] = "0.14"
 
     num_workers: int = count()
     """Processes that collect; num_envs is split over them."""
@@ -221,6 +226,8 @@ class AlgorithmConfig:
 
     #: Whether ``torchrun`` may train it with several learners.
     splits: ClassVar[bool] = False
+    #: Version of TorchRL that has everything the algorithm needs.
+    min_torchrl: ClassVar[str] = "0.11"
 
     name: str = MISSING
     gamma: float = number(ADVANTAGE["gamma"], at_least=0, at_most=1)

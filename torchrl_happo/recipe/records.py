@@ -18,6 +18,7 @@ from tensordict import TensorDictBase
 from torchrl.record.loggers import Logger, get_logger
 
 from torchrl_happo.recipe.config import ConfigError, TrainConfig
+from torchrl_happo.versions import close_logger
 
 Row = dict[str, float]
 
@@ -92,7 +93,7 @@ class Records:
     def close(self) -> None:
         """Flushes the logger."""
         if self._logger is not None:
-            self._logger.close()
+            close_logger(self._logger)
 
     def _log(self, prefix: str, row: Row) -> None:
         if self._logger is not None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from torchrl_happo.recipe.config import ConfigError, RecurrentModel, TrainConfig
 from torchrl_happo.recipe.environments import BOUNDS, check_scenario, known_settings
+from torchrl_happo.versions import needed
 
 INSIDE = {
     "above": lambda value, bound: value > bound,
@@ -48,6 +49,15 @@ def validate(config: TrainConfig) -> None:
             f"num_envs={config.num_envs} cannot be split evenly over "
             f"collector.num_workers={workers}: choose a multiple."
         )
+    algorithm, collector = config.algorithm, config.collector
+    wanted = {
+        f"algorithm={algorithm.name}": algorithm.min_torchrl,
+        f"collector={collector.name}": collector.min_torchrl,
+        "algorithm.value_norm": "0.11" if algorithm.value_norm is None else "0.14",
+    }
+    for feature, version in wanted.items():
+        if (sentence := needed(feature, version)) is not None:
+            raise ConfigError(sentence)
     config.algorithm.check(config)
     _validate_model(config)
 

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from torchrl_happo.arguments import kind_of
 from torchrl_happo.policy.rows import num_agents, shared_part
 from torchrl_happo.team.agent import Agent
+from torchrl_happo.versions import needed
 
 __all__ = [
     "check_initialized",
@@ -139,9 +140,14 @@ def check_value_norm(value_norm: Any) -> None:
     """Refuse statistics of anything but single values.
 
     Raises:
+        ImportError: if TorchRL is too old for a value norm.
         ValueError: naming the shape.
     """
-    if value_norm is not None and tuple(value_norm.shape) != (1,):
+    if value_norm is None:
+        return
+    if (sentence := needed("value_norm", "0.14")) is not None:
+        raise ImportError(sentence)
+    if tuple(value_norm.shape) != (1,):
         raise ValueError(
             f"value_norm is a {type(value_norm).__name__} of shape {tuple(value_norm.shape)}, but "
             "its statistics are over the values of all agents, one number each; build it with "

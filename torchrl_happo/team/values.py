@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -29,6 +30,7 @@ __all__ = [
     "check_log_prob",
     "explained",
     "fill_ends",
+    "filling_in_place",
     "share_ends",
 ]
 
@@ -97,6 +99,32 @@ def fill_ends(team: Team, batch: TensorDictBase) -> TensorDictBase:
                 ends = ends.reshape(*ends.shape, *(1,) * (value.ndim - ends.ndim))
                 holder.set(name, torch.where(ends, value.nan_to_num(0.0, 0.0, 0.0), value))
     return filled
+
+
+@contextmanager
+def filling_in_place(estimator: Any) -> Iterator[None]:
+    """Let an estimator fill in missing next observations without looking whether any is missing.
+
+    TorchRL puts the observation of a step in the place of a next one that is NaN, as a collector
+    with ``compact_obs=True`` leaves it at the end of a trajectory. It reads back from the device
+    whether there is one, and then works on a copy, in which its values get lost (TorchRL 0.14.1).
+    """
+    estimator._sanitize_next_obs_nan = _fill_next
+    try:
+        yield
+    finally:
+        del estimator._sanitize_next_obs_nan
+
+
+def _fill_next(data: TensorDictBase, keys: Sequence[NestedKey]) -> TensorDictBase:
+    for key in keys:
+        next_key = ("next", *key) if isinstance(key, tuple) else ("next", key)
+        now, after = data.get(key, None), data.get(next_key, None)
+        if now is None or after is None or now.shape != after.shape:
+            continue
+        if now.is_floating_point():
+            data.set(next_key, torch.where(after.isnan(), now, after))
+    return data
 
 
 def check_finite(team: Team, batch: TensorDictBase, masks: Masks | None) -> None:

@@ -76,7 +76,7 @@ class Reestimated(RatioFactor):
         if critic is None or not (hasattr(estimator, "gamma") and hasattr(estimator, "lmbda")):
             raise ValueError(
                 "A2PO estimates the advantage of GAE again and needs its gamma and lmbda; pass a "
-                "critic, and call loss.make_value_estimator(ValueEstimators.MAGAE)."
+                "critic, and call loss.make_value_estimator(ValueEstimators.GAE)."
             )
         self.gamma, self.lmbda = float(estimator.gamma), float(estimator.lmbda)
         self.done = batch.critic_batches["critic"].get(next_key(critic.keys.done))

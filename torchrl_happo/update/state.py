@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from torchrl_happo.arguments import first_line
 from torchrl_happo.transaction import load_generator_state
+from torchrl_happo.versions import tensors_only
 
 __all__ = ["check_state", "loss_state", "restore", "state_of"]
 
@@ -94,9 +96,22 @@ def _check_generators(state: Any, own: list[Tensor]) -> None:
 
 def loss_state(loss: nn.Module) -> dict[str, Tensor]:
     """Return networks and coefficients of a loss."""
-    # The value estimator holds the critic a second time.
-    state = loss.state_dict()
-    return {k: v for k, v in state.items() if not k.startswith("_value_estimator.value_net")}
+    with _critic_once(loss):
+        return tensors_only(loss.state_dict())
+
+
+@contextmanager
+def _critic_once(loss: nn.Module) -> Iterator[None]:
+    """Take the critic out of the value estimator, which holds it a second time."""
+    estimator: Any = getattr(loss, "_value_estimator", None)
+    network = getattr(estimator, "value_network", None)
+    if network is not None:
+        estimator.value_network = None
+    try:
+        yield
+    finally:
+        if network is not None:
+            estimator.value_network = network
 
 
 def state_of(updater: Any) -> dict[str, Any]:
@@ -128,7 +143,9 @@ def restore(updater: Any, state: dict[str, Any]) -> None:
 
 
 def _load(updater: Any, state: dict[str, Any]) -> None:
-    updater.loss.load_state_dict(state["loss"], strict=False)
+    with _critic_once(updater.loss):
+        own = updater.loss.state_dict()  # with what tensors_only has left out
+        updater.loss.load_state_dict({**own, **state["loss"]}, strict=False)
     for name, step in updater.steps.items():
         step.load_state_dict(state["steps"][name])
     for generator, value in zip(updater.generators, state["generators"], strict=True):

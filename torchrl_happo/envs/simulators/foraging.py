@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from tensordict import TensorDictBase
-from torchrl.envs.libs.lbforaging import LBForagingEnv
 
 from torchrl_happo.arguments import check_counts
-from torchrl_happo.versions import set_time_limit, simulator
+from torchrl_happo.versions import LBForagingEnv, set_time_limit, simulator
 
 __all__ = ["SeededForagingEnv"]
 

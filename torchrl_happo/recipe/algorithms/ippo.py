@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torchrl.objectives.multiagent import IPPOLoss, MAPPOLoss
-
 from torchrl_happo.recipe.algorithms.simultaneous import SimultaneousConfig
+from torchrl_happo.versions import IPPOLoss, MAPPOLoss
 
 
 @dataclass

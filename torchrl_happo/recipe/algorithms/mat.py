@@ -87,7 +87,7 @@ class Mat(Happo):
         """Build networks, loss and updater of the block."""
         actor, critic = self.make_networks(config, env)
         loss = self.make_loss(actor, critic, **critic_settings(self, env))
-        loss.make_value_estimator(ValueEstimators.MAGAE, gamma=self.gamma, lmbda=self.lmbda)
+        loss.make_value_estimator(ValueEstimators.GAE, gamma=self.gamma, lmbda=self.lmbda)
         return SequentialUpdater(
             loss,
             **optimizer_settings(config),

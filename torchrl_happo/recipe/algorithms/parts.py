@@ -9,12 +9,12 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 from torchrl.envs import EnvBase
-from torchrl.modules import PopArtValueNorm, RunningValueNorm, ValueNorm
 
 from torchrl_happo.networks.actors import joint_policy, make_actor
 from torchrl_happo.networks.specs import read_groups
 from torchrl_happo.recipe.config import AlgorithmConfig, ModelConfig, RecurrentModel, TrainConfig
 from torchrl_happo.recipe.references import build_network
+from torchrl_happo.versions import PopArtValueNorm, RunningValueNorm, ValueNorm
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "tanh": nn.Tanh,

@@ -80,7 +80,7 @@ class SequentialConfig(AlgorithmConfig):
             popart=self.popart,
             **critic_settings(self, env),
         )
-        loss.make_value_estimator(ValueEstimators.MAGAE, gamma=self.gamma, lmbda=self.lmbda)
+        loss.make_value_estimator(ValueEstimators.GAE, gamma=self.gamma, lmbda=self.lmbda)
         updater = SequentialUpdater(
             loss,
             **optimizer_settings(config),

@@ -20,7 +20,6 @@ from torchrl.data import LazyTensorStorage, ReplayBuffer, SamplerWithoutReplacem
 from torchrl.envs import EnvBase
 from torchrl.modules import MultiAgentMLP
 from torchrl.objectives import ClipPPOLoss, ValueEstimators
-from torchrl.objectives.multiagent import MAPPOLoss
 
 from torchrl_happo.networks.layer_norm import MultiAgentLayerNormMLP
 from torchrl_happo.networks.specs import Group, read_groups, read_state
@@ -43,18 +42,20 @@ from torchrl_happo.recipe.config import (
 )
 from torchrl_happo.recipe.learner import Learner
 from torchrl_happo.steps.optimizers import OptimizerFactory, SchedulerFactory
+from torchrl_happo.versions import MAPPOLoss
 
 
 @dataclass
 class SimultaneousConfig(AlgorithmConfig):
     """What MAPPO and IPPO share: TorchRL's loss for each group, one Adam over actor and critic."""
 
+    min_torchrl: ClassVar[str] = "0.13"
     loss_class: ClassVar[type[MAPPOLoss]]
     centralized: ClassVar[bool]
 
     clip_epsilon: float = number(default_of(ClipPPOLoss, "clip_epsilon"), above=0, below=1)
     """How far a ratio may go from 1 and still gain by it."""
-    entropy_coeff: float = number(default_of(MAPPOLoss, "entropy_coeff"), at_least=0)
+    entropy_coeff: float = number(0.01, at_least=0)  # as MAPPOLoss
     """Weight of the entropy bonus."""
     share_params: bool = True
     """One network for a group, as the papers do; false: one for each agent, as HAPPO."""
@@ -110,8 +111,7 @@ class SimultaneousConfig(AlgorithmConfig):
         )
         settings = critic_settings(self, env)
         if settings["value_norm"] is not None:
-            # TorchRL's losses expect real values and normalise them: so the network, behind this,
-            # predicts normalised ones, as with HAPPO.
+            # TorchRL's losses normalise real values; the network predicts normalised ones.
             critic = RealValues(critic, settings["value_norm"], group.key("state_value"))
         loss = self.loss_class(
             actor,
