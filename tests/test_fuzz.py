@@ -34,7 +34,8 @@ def check(scenario, metrics):
     for agent in agents:
         assert 0 < agent["factor_ess"] <= 1 + 1e-4
         assert 0 <= agent["factor_mean"] <= agent["factor_max"] * (1 + 1e-5)
-        if "kl" in agent.keys():
+        # Where rows are padded, zeros stand for an agent that acts nowhere.
+        if agent.get("epochs", 1) > 0 and "kl" in agent.keys():
             check_agent(scenario.loss, agent)
     assert metrics["critic", "explained_variance"] <= 1 + 1e-5
     if "loss" in metrics["critic"].keys():  # there was a value that counts
@@ -83,8 +84,9 @@ def test_fuzz(loss_class, loss_kwargs):
         st.sampled_from([None, 0.01]),
         st.booleans(),
         st.sampled_from([None, None, None, "gru", "lstm"]),
+        st.booleans(),
     )
-    def holds(seed, groups, data, own, critic, updater, target_kl, per_agent_critic, memory):
+    def holds(seed, groups, data, own, critic, updater, target_kl, per_agent_critic, memory, pads):
         torch.manual_seed(seed)
         scenario = Scenario(
             loss_class,
@@ -95,6 +97,7 @@ def test_fuzz(loss_class, loss_kwargs):
             per_agent_critic=per_agent_critic,
             critic_memory=memory,
         )
+        scenario.updater._has_graphs = pads  # rows are padded, as on an accelerator
         for _ in range(2):
             batch = scenario.batch()
             before = batch.clone()

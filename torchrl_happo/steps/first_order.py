@@ -55,8 +55,8 @@ class FirstOrder:
             LBFGS. Called once for each agent; a learning rate that is a tensor is copied.
             Defaults to ``partial(torch.optim.Adam, lr=3e-4)``.
         num_epochs (int): passes over the batch. Defaults to ``10``.
-        minibatch_size (int, optional): environment steps in a minibatch. Defaults to ``None``: the
-            whole batch.
+        minibatch_size (int, optional): environment steps in a minibatch (on accelerators, of an
+            agent that dies, also the steps without it). Defaults to ``None``: the whole batch.
         max_grad_norm (float, optional): the gradient is scaled down to this Euclidean norm.
             Defaults to ``None``: no clipping.
         scheduler (callable, optional): from the optimiser to its learning-rate scheduler, which

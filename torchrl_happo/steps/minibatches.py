@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from typing import Protocol
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase, is_tensor_collection
 from torch import Tensor
 from torchrl.data import LazyTensorStorage, ReplayBuffer
 
 from torchrl_happo.arguments import check_counts
+from torchrl_happo.masked import VALID
 
 __all__ = ["MinibatchSampler", "ReplayBufferMinibatches", "ShuffledMinibatches", "draw_rows"]
 
@@ -30,7 +31,9 @@ class ShuffledMinibatches:
     """Minibatches without replacement, in a new random order each epoch.
 
     Items lie along the first dimension: single steps, or whole sequences for recurrent policies.
-    A remainder makes a smaller last minibatch: no sample is dropped.
+    A remainder makes a smaller last minibatch: no sample is dropped. Items that do not count (all
+    of their ``"valid"`` is false) are spread evenly, so that no minibatch is without one that does;
+    where there are fewer such items than minibatches, they come again.
 
     Args:
         size (int, optional): steps in a minibatch; for sequences the nearest whole number of
@@ -57,7 +60,9 @@ class ShuffledMinibatches:
             yield data
             return
         order = torch.randperm(num_items, generator=self.generator, device=self.generator.device)
-        for index in order.split(size):
+        valid = data.get(VALID, None)
+        parts = order.split(size) if valid is None else _spread(order, valid, self.count(data))
+        for index in parts:
             yield _rows(data, index)
 
     def count(self, data: TensorDictBase) -> int:
@@ -69,6 +74,18 @@ class ShuffledMinibatches:
         num_items = len(data)
         steps_per_item = max(data.numel() // max(num_items, 1), 1)
         return num_items if self.size is None else max(self.size // steps_per_item, 1)
+
+
+def _spread(order: Tensor, valid: Tensor, num_parts: int) -> list[Tensor]:
+    """Split an order into parts that have as many items that count, and one at least."""
+    counts = valid.flatten(1).any(1) if valid.ndim > 1 else valid
+    order = order.to(valid.device)
+    order = order[(~counts[order]).to(torch.uint8).argsort(stable=True)]
+    places = torch.arange(len(order), device=order.device)
+    number = counts.sum()
+    is_empty = (places < num_parts) & (places >= number)
+    order = order[torch.where(is_empty, places % number.clamp_min(1), places)]
+    return [order[first::num_parts] for first in range(num_parts)]
 
 
 def _rows(data: TensorDictBase, index: Tensor) -> TensorDictBase:
@@ -134,6 +151,7 @@ class ReplayBufferMinibatches:
 
     def __call__(self, data: TensorDictBase) -> Iterator[TensorDictBase]:
         """Yield the minibatches of one epoch over ``data``."""
+        data = _counting(data)
         if self.room < len(data):
             raise ValueError(
                 f"The replay buffer has room for {self.room} items, but the batch has {len(data)}, "
@@ -146,4 +164,11 @@ class ReplayBufferMinibatches:
 
     def count(self, data: TensorDictBase) -> int:
         """Return the number of minibatches that ``data`` makes."""
-        return -(-len(data) // self.buffer.batch_size)
+        return -(-len(_counting(data)) // self.buffer.batch_size)
+
+
+def _counting(data: TensorDictBase) -> TensorDictBase:
+    """Leave out items that do not count, which a sampler does not know; waits for the device."""
+    valid = data.get(VALID, None) if is_tensor_collection(data) else None
+    counts = None if valid is None else valid.reshape(len(data), -1).any(1)
+    return data if counts is None or not counts.any() else data[counts]

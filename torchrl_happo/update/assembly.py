@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,11 +12,13 @@ from torchrl_happo.distributed import Learners
 from torchrl_happo.objectives.base import SequentialLoss
 from torchrl_happo.objectives.value_norm import last_linear
 from torchrl_happo.steps.compile.code import Code, make_compiler
+from torchrl_happo.steps.first_order import FirstOrder
+from torchrl_happo.steps.optimizers import OptimizerFactory
 from torchrl_happo.steps.step import Problem, Step, StepFactory
 from torchrl_happo.team.agent import Agent
 from torchrl_happo.update.metrics import Passes
 
-__all__ = ["Assembly"]
+__all__ = ["Assembly", "with_own"]
 
 
 class Assembly:
@@ -96,3 +99,18 @@ class Assembly:
                 "with the methods of torchrl_happo.steps.Step."
             )
         return step
+
+
+def with_own(
+    settings: FirstOrder,
+    optimizer: OptimizerFactory | None,
+    num_epochs: int | None,
+    minibatch_size: int | None,
+) -> FirstOrder:
+    """Return the settings with what a critic has of its own."""
+    own: dict[str, Any] = {
+        "optimizer": optimizer,
+        "num_epochs": num_epochs,
+        "minibatch_size": minibatch_size,
+    }
+    return replace(settings, **{k: v for k, v in own.items() if v is not None})

@@ -6,9 +6,11 @@ consecutive steps for recurrent networks.
 An update without checks of values (``check_finite=False``) reads numbers back from the device at
 these places alone, each of which waits for it:
 
-- where a batch has masks, which items count: ``_somewhere`` and ``TeamBatch.has_values`` here, once
-  for each agent and twice for each critic (several processes: ``_acting_somewhere``, once);
 - with a value normalisation and masks, the returns that count: ``TeamBatch.valid_returns``;
+- with masks and several processes: which items count, ``selected_rows``, and with whom;
+- with masks and a replay buffer: which items it may draw, ``ReplayBufferMinibatches``;
+- with masks, where an optimiser has just got its state or keeps a part of it on the host: whether
+  anything counted, ``Idle``;
 - ``target_kl``: the divergence after each epoch, ``FirstOrderStep.run``;
 - ``line_search="sequential"``: a flag for each try, ``sequential_line_search``;
 - ``kl_split`` ``"weighted"`` and ``"greedy"``: gains and divergences, ``TeamBudget``;
@@ -37,6 +39,7 @@ from torchrl_happo.team.masks import Masks
 from torchrl_happo.team.team import Team
 from torchrl_happo.team.values import check_finite, explained, fill_ends, share_ends
 from torchrl_happo.transaction import Undo, recordable
+from torchrl_happo.update.rows import Rows, padded_rows, selected_rows
 
 __all__ = ["TeamBatch"]
 
@@ -61,6 +64,8 @@ class TeamBatch:
             device. Defaults to ``False``.
         learners (Learners, optional): over whose entries statistics are taken. Defaults to
             ``None``: this batch's alone.
+        pads (bool): whether the data of an agent that dies has as many rows as that of one that
+            does not, which waits for no device. Defaults to ``False``.
 
     Raises:
         KeyError: if an entry is missing.
@@ -78,6 +83,7 @@ class TeamBatch:
         sequence_length: int | None = None,
         read_values: bool = False,
         learners: Learners | None = None,
+        pads: bool = False,
     ) -> None:
         batch = recordable(batch)
         if isinstance(batch, TensorDictBase):  # anything else is refused below
@@ -87,6 +93,7 @@ class TeamBatch:
         self.source = batch
         self.learners = Learners() if learners is None else learners
         self.standardize_advantage = standardize_advantage
+        self.pads = pads and self.learners.alone
         networks = [agent.source for agent in team.agents]
         check_batch(team, batch, [*networks, *(critic.network for critic in critics.values())])
         if not all(agent.is_checked for agent in team.agents):
@@ -102,7 +109,7 @@ class TeamBatch:
         self._set_lengths(sequence_length)
         #: The batch as each critic sees it.
         self.critic_batches = {name: self._estimate(critic) for name, critic in critics.items()}
-        self._kept: dict[str, Tensor | None] = {}
+        self._rows: dict[str, Rows | None] = {}
 
     def _set_lengths(self, length: int | None) -> None:
         """Choose how many steps make an item, for the agents and for the critics."""
@@ -199,7 +206,7 @@ class TeamBatch:
     def acts(self, agent: Agent) -> bool:
         """Whether there is anything to update an agent with."""
         if self.learners.alone:
-            return self.valid(agent) is None or self.kept(agent) is not None
+            return self.valid(agent) is None or self.rows(agent) is not None
         return self._acting_somewhere[self.team.agents.index(agent)]
 
     def advantage(self, agent: Agent, joint: Tensor | None = None) -> Tensor:
@@ -239,8 +246,8 @@ class TeamBatch:
 
         Returns:
             the agent's observations, actions and log-probabilities, the advantage, and the
-            corrections. Items without a valid decision are left out, so that no minibatch is
-            without one; in the others, chunks and blocks, ``"valid"`` marks the valid decisions.
+            corrections. Items without a valid decision are left out, or replaced, so that no
+            minibatch is without one; ``"valid"`` marks the decisions that count, unless all do.
         """
         data = agent.view(self.batch, agent.update_keys)
         length = self.sequence_length
@@ -250,19 +257,24 @@ class TeamBatch:
         for key, value in own.items():
             data.set(key, value.unsqueeze(-1) if value.ndim < ndim else value)
         valid = self.valid(agent)
-        if valid is not None:
-            data.set(VALID, self.items(valid))
-        kept = self.kept(agent)
-        data = _compact(data) if kept is None else data[kept]
-        # Single steps of a single agent that are left all count.
-        return data.exclude(VALID) if kept is not None and data.get(VALID).ndim == 1 else data
+        return _taken(data, None if valid is None else self.items(valid), self.rows(agent))
 
-    def kept(self, agent: Agent) -> Tensor | None:
-        """Positions of the items with a valid decision of an agent; ``None``: all of them."""
-        if agent.name not in self._kept:  # counting them waits for the device
+    def rows(self, agent: Agent) -> Rows | None:
+        """Which items make the rows of an agent's data; ``None``: all, each once."""
+        if agent.name not in self._rows:  # selecting them waits for the device
             valid = self.valid(agent)
-            self._kept[agent.name] = None if valid is None else _somewhere(self.items(valid))
-        return self._kept[agent.name]
+            self._rows[agent.name] = None if valid is None else self._choose(self.items(valid))
+        return self._rows[agent.name]
+
+    def _choose(self, valid: Tensor) -> Rows | None:
+        return padded_rows(valid) if self.pads else selected_rows(valid)
+
+    def valid_rows(self, agent: Agent) -> Tensor | None:
+        """Which entries of an agent's data count; ``None``: all."""
+        rows, valid = self.rows(agent), self.valid(agent)
+        if rows is not None or valid is None:
+            return None if rows is None else rows.valid
+        return self.items(valid)
 
     def items(self, tensor: Tensor) -> Tensor:
         """Lay a tensor of leading shape ``[*B]`` out as items."""
@@ -287,17 +299,14 @@ class TeamBatch:
         valid = self._valid_values(critic)
         if valid is None:
             return _compact(data)
-        tail = valid.shape[self.batch.batch_dims :]
-        valid = valid.reshape(*data.batch_size, *tail)
-        data.set(VALID, valid)
-        kept = _somewhere(valid)
-        return _compact(data) if kept is None else data[kept]
+        valid = valid.reshape(*data.batch_size, *valid.shape[self.batch.batch_dims :])
+        return _taken(data, valid, self._choose(valid))
 
     def has_values(self, critic: str) -> bool:
-        """Whether there is anything to fit a critic to, here or with another learner."""
+        """Whether there may be anything to fit a critic to, here or with another learner."""
         valid = self._valid_values(critic)
         if self.learners.alone:
-            return valid is None or bool(valid.any())
+            return valid is None or self.pads or bool(valid.any())
         return self.learners.most(1 if valid is None else int(valid.any())) > 0
 
     def _valid_values(self, critic: str) -> Tensor | None:
@@ -336,11 +345,10 @@ def _compact(data: TensorDictBase) -> TensorDictBase:
     return data.apply(lambda tensor: tensor.clone(memory_format=torch.contiguous_format))
 
 
-def _somewhere(valid: Tensor) -> Tensor | None:
-    """Return the positions of the items with a valid entry.
-
-    ``None`` if there is none: with nothing to contribute, a learner computes along with others.
-    """
-    kept = valid.flatten(1).any(1) if valid.ndim > 1 else valid
-    positions = kept.nonzero().squeeze(-1)
-    return positions if len(positions) > 0 else None
+def _taken(data: TensorDictBase, valid: Tensor | None, rows: Rows | None) -> TensorDict:
+    """Return chosen rows of data, in memory of their own, with marks on the entries that count."""
+    if rows is None:
+        data = data if valid is None else data.set(VALID, valid)
+        return _compact(data)
+    data = data[rows.positions]
+    return data if rows.valid is None else data.set(VALID, rows.valid)

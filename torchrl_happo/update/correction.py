@@ -79,18 +79,16 @@ class RatioFactor:
 
     def include(self, agent: Agent, log_ratio: Tensor) -> None:
         """Multiply the factor by an agent's ratio, which is 1 where the agent does not act."""
-        valid, kept = self.batch.valid(agent), self.batch.kept(agent)
-        if valid is not None:
-            valid = self.batch.items(valid)
-            log_ratio = masked(log_ratio, valid if kept is None else valid[kept])
+        rows = self.batch.rows(agent)
+        log_ratio = masked(log_ratio, self.batch.valid_rows(agent))
         if log_ratio.ndim > self.log_factor.ndim:
             log_ratio = log_ratio.sum(-1)  # a block's ratio is the product over its members
         # An impossible action (log-probability minus infinity) must not spoil the others' factor.
         log_ratio = torch.where(log_ratio.isfinite(), log_ratio, 0.0)
-        if kept is None:
+        if rows is None:
             self.log_factor = self.log_factor + log_ratio
         else:
-            self.log_factor = self.log_factor.index_add(0, kept, log_ratio)
+            self.log_factor = self.log_factor.index_add(0, rows.positions, log_ratio)
 
     def report(self, agent: Agent) -> TensorDict:
         """Return mean, largest value and effective sample size of the factor where it is used."""
@@ -99,6 +97,8 @@ class RatioFactor:
         if valid is not None:
             valid = self.batch.items(valid)
             valid = valid.any(-1) if valid.ndim > log_factor.ndim else valid
+            # Of an agent that acts nowhere the factor is reported everywhere.
+            valid = valid | ~valid.any() if self.batch.pads else valid
         peak = learners.maximum(largest(log_factor, valid))
         (mean,) = learners.mean([masked_mean(log_factor.exp(), valid)], count(log_factor, valid))
         ess = effective_sample_size(log_factor, valid, peak=peak, average=learners.mean)

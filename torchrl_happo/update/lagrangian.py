@@ -86,14 +86,12 @@ class PricedCosts(RatioFactor):
     def _moved_costs(self, agent: Agent, log_ratio: Tensor) -> Tensor:
         """Return the mean of the ratio times the advantage of each cost, ``[n_costs]``."""
         batch, means = self.batch, []
-        valid, kept = batch.valid(agent), batch.kept(agent)
-        valid = None if valid is None else batch.items(valid)
+        rows, valid = batch.rows(agent), batch.valid_rows(agent)
         for name in self.loss.cost_keys:
             cost = batch.batch.get(batch.critics[name].keys.advantage)
             own = batch.items(agent.share_of(cost, batch.batch.batch_dims))
-            parts = [own] if valid is None else [own, valid]
-            parts = parts if kept is None else [part[kept] for part in parts]
-            means.append(masked_mean(log_ratio.exp() * parts[0], *parts[1:]))
+            own = own if rows is None else own[rows.positions]
+            means.append(masked_mean(log_ratio.exp() * own, valid))
         return torch.stack(batch.learners.mean(means, log_ratio.numel()))
 
     def report(self, agent: Agent) -> TensorDict:

@@ -2,6 +2,8 @@
 
 ``SequentialUpdater`` returns scalars under the name of each agent and of each critic. Ratios, means
 and divergences run over an agent's valid decisions of the whole batch, before and after its step.
+Where an agent acts nowhere, they and the report of its step are absent; on accelerators, where to
+know this would take time, they are 0 (but ``epochs``).
 
 Of every agent:
 
@@ -65,7 +67,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from torchrl_happo.distributed import Learners
-from torchrl_happo.masked import VALID, masked_mean
+from torchrl_happo.masked import VALID, largest, masked_mean
 from torchrl_happo.objectives.base import SequentialLoss
 from torchrl_happo.objectives.surrogate import corrected_advantage
 from torchrl_happo.policy.distributions import kl_divergence
@@ -166,7 +168,8 @@ class Passes:
         """
         result = self._evaluate(partial(_compare, self.loss, self.agent), data)
         log_ratio = result.pop("log_ratio")
-        most, least = self.learners.maximum(result.pop("ratio_range"))
+        extremes = self.learners.maximum(result.pop("ratio_range"))
+        most, least = torch.where(extremes == -torch.inf, 0.0, extremes)
         weight = 1.0 if self.learners.alone else self.loss.agent_weight(self.agent, data)
         means = self.learners.mean(list(result.values()), weight)
         report = dict(zip(result.keys(), means, strict=True))
@@ -218,5 +221,5 @@ def _compare(loss: SequentialLoss, agent: Agent, data: TensorDictBase) -> Tensor
 
 
 def _range(ratio: Tensor, valid: Tensor | None) -> Tensor:
-    kept = ratio if valid is None else torch.where(valid, ratio, torch.ones_like(ratio))
-    return torch.stack([kept.max(), -kept.min()])
+    """Return the largest ratio and minus the least one; minus infinity where nothing is valid."""
+    return torch.stack([largest(ratio, valid), largest(-ratio, valid)])

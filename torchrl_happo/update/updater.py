@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,12 +23,13 @@ from torchrl_happo.steps.step import ByName, Step, StepFactory
 from torchrl_happo.team.agent import Agent
 from torchrl_happo.team.construction import check_loss, check_unfrozen
 from torchrl_happo.transaction import Transaction, global_generators, kept_slots, recording
-from torchrl_happo.update.assembly import Assembly
+from torchrl_happo.update.assembly import Assembly, with_own
 from torchrl_happo.update.batch import TeamBatch
 from torchrl_happo.update.budget import make_budget
 from torchrl_happo.update.correction import Correction, CorrectionFactory
 from torchrl_happo.update.corrections import correction_of
 from torchrl_happo.update.order import OrderLike, Turns
+from torchrl_happo.update.rows import Idle
 from torchrl_happo.update.state import loss_state, restore, state_of
 
 __all__ = ["SequentialUpdater"]
@@ -183,19 +183,14 @@ class SequentialUpdater:
             target_kl=target_kl,
             replay_buffer=replay_buffer,
         )
-        own: dict[str, Any] = {
-            "optimizer": critic_optimizer,
-            "num_epochs": critic_epochs,
-            "minibatch_size": critic_minibatch_size,
-        }
         networks = [loss.actor_network, *(critic.network for critic in loss.critics.values())]
         self._has_memory = any(map(has_memory, networks))
         workshop = Assembly(loss, compile, cudagraphs, self.learners, self._minibatch_generator)
         agent_step = loss.step_factory(first_order) if step is None else step
-        if critic_step is None:
-            critic_step = replace(first_order, **{k: v for k, v in own.items() if v is not None})
+        own = with_own(first_order, critic_optimizer, critic_epochs, critic_minibatch_size)
+        self._has_graphs = workshop.compiler is not None and workshop.compiler.pool is not None
         self._passes = {agent.name: workshop.passes(agent) for agent in loss.agents}
-        self.steps: dict[str, Step] = workshop.steps(agent_step, critic_step)
+        self.steps: dict[str, Step] = workshop.steps(agent_step, critic_step or own)
         self.budget = make_budget(loss, self._passes, self.steps)
         order = self.budget.order(order)
         self._turns = Turns(order, loss.agents, self._order_generator, self.learners)
@@ -235,6 +230,8 @@ class SequentialUpdater:
             check_unfrozen(self.loss.agents, self.loss.critic_apart)
         for agent in self.loss.agents:
             agent.tie()
+            # As torchrl_happo.update.rows explains.
+            self._pads = self._has_graphs or agent.parameters()[0].device.type != "cpu"
         for step in self.steps.values():
             step.follow()
 
@@ -249,6 +246,7 @@ class SequentialUpdater:
                 sequence_length=self.sequence_length,
                 read_values=self.check_finite or self.num_updates == 0,
                 learners=self.learners,
+                pads=self._pads,
             )
         self._draw_alike()
         metrics = TensorDict()
@@ -303,7 +301,9 @@ class SequentialUpdater:
         """Let a step move its parameters; roll it back if its gradient is not finite."""
         step = self.steps[name]
         rollback = transaction.remember(step)
+        idle = Idle(step, data, rollback) if self._pads else None
         report = step.propose(data).apply(max_kl)
+        report = idle.undo(report) if idle else report
         if self.check_finite and not report["grad_norm"].isfinite():
             rollback()
             logger.warning("The gradient of %s was not finite; its update was taken back.", name)
