@@ -268,3 +268,37 @@ def test_a_loop_of_ones_own_moves_that_agent(case, whole, loss_class):
             torch.testing.assert_close(p.detach()[1], old[1] - 0.1 * row)
             assert row.abs().max() > 0
             assert torch.equal(p.detach()[::2], old[::2])
+
+
+REPLACED = {
+    "a module beside the stack": lambda net: net.__setitem__(1, nn.Tanh()),
+    "another stack": lambda net: net.__setitem__(0, stack()),
+    "a module behind": lambda net: net.append(nn.LayerNorm(ACT)),
+    "one fewer": lambda net: net.pop(1),
+}
+
+
+@pytest.mark.parametrize("case", REPLACED)
+def test_modules_that_are_replaced_later_are_refused(case):
+    """Optimisers hold the parameters of the old ones. The cure of the sentence works."""
+    torch.manual_seed(0)
+    net = nn.Sequential(stack(), Cool())
+    actor = discrete(net)
+    updater = SequentialUpdater(HAPPOLoss(actor), num_epochs=1)
+    updater(collect(actor))
+    REPLACED[case](net)
+    data, before = collect(actor), state_of(updater.loss)
+    with pytest.raises(
+        ValueError, match=r"has other modules than .*build the loss and its updater"
+    ):
+        updater(data)
+    assert all(torch.equal(v, before[name]) for name, v in updater.loss.state_dict().items())
+    if case == "a module behind":  # not a stack, and so of all agents
+        net[2].requires_grad_(False)
+    anew = SequentialUpdater(
+        HAPPOLoss(actor), optimizer=partial(torch.optim.Adam, lr=0.0), num_epochs=1
+    )
+    metrics = anew(data)
+    for name in ("agents_0", "agents_1", "agents_2"):
+        assert metrics[name, "ratio_max"].item() == pytest.approx(1, abs=1e-5)
+        assert metrics[name, "grad_norm"] > 0

@@ -184,6 +184,39 @@ def test_a_schedule_is_seen(happo, caplog):
     assert "not compiled" not in caplog.text
 
 
+@pytest.mark.slow  # code that reads an agent's own bound is compiled for each agent
+def test_clipping_ranges_of_each_agent(caplog):
+    """One agent's own acts in compiled code, and so does the one that is set later."""
+    torch.manual_seed(0)
+    actor = make_actor(2, distribution=IndependentNormal, depth=1)
+    batch = make_batch(actor, 4, 7, 2)
+    batch["advantage"] = torch.randn(4, 7, 1)
+    backend = Backend()
+    eager, compiled = both = [
+        SequentialUpdater(
+            HAPPOLoss(
+                copy.deepcopy(actor),
+                clip_epsilon={"agents_0": 0.2, "agents_1": 1e-6},
+                entropy_coeff=0.0,
+            ),
+            num_epochs=3,
+            **options,
+        )
+        for options in ({}, {"compile": {"backend": backend}})
+    ]
+    for tight in (1, 1, 0):
+        reports = []
+        for updater in both:
+            updater.loss.clip_epsilon = {"agents": 0.2, f"agents_{tight}": 1e-6}
+            reports.append(updater(batch))
+        torch.testing.assert_close(*(report.to_dict() for report in reports))
+        outside = [reports[1][name, "clip_fraction"] > 0.5 for name in ("agents_0", "agents_1")]
+        assert outside == [tight == 0, tight == 1]
+    assert_equal(eager, compiled, tolerance=1e-9)
+    assert backend.graphs == 6  # of each agent: its step, and the passes before and after
+    assert "not compiled" not in caplog.text
+
+
 def test_a_gradient_that_is_not_finite_is_taken_back(happo, caplog):
     """As without compilation: the agent is as before, and one sentence says so."""
     happo.reset()

@@ -20,6 +20,7 @@ from torchrl.modules import IndependentNormal, TanhNormal
 from torchrl_happo import HAPPOLoss, HATRPOLoss, SequentialUpdater
 from torchrl_happo.steps.compile import cuda_graphs
 from torchrl_happo.steps.compile.cuda_graphs import GraphPool, GraphReplays
+from torchrl_happo.steps.trust_region import line_search
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +104,21 @@ def test_equal_to_eager(device, distribution, algorithm, caplog):
     assert "not compiled" not in caplog.text
     # One pool and one stream of warm-ups for all; other threads may use the device meanwhile.
     assert (len(device.pools), device.streams, device.modes) == (1, 1, {"thread_local"})
+
+
+def test_candidates_are_replayed_one_by_one(device, monkeypatch):
+    """A batched line search does not try to vectorise a replay, which would spoil its inputs."""
+
+    class Torch:
+        def __getattr__(self, name):
+            assert name != "vmap"
+            return getattr(torch, name)
+
+    *_, updater, batch = twins(HATRPOLoss, loss_kwargs=BATCHED[1])
+    monkeypatch.setattr(line_search, "torch", Torch())
+    for _ in range(3):
+        updater(batch)
+    assert device.captures
 
 
 def test_a_capture_that_fails_changes_nothing(device, caplog):

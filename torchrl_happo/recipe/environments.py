@@ -22,12 +22,12 @@ from torchrl.envs import (
     StepCounter,
     Transform,
     TransformedEnv,
-    VmasEnv,
 )
 
 from torchrl_happo.arguments import first_line
 from torchrl_happo.envs import (
     BatchedPettingZooEnv,
+    BatchedResetVmasEnv,
     Rounds,
     TeamCost,
     TeamReward,
@@ -194,11 +194,7 @@ def _arguments(function: Any, *without: str) -> dict[str, Any]:
 def _make_vmas(task: TaskConfig, num_envs: int, device: str) -> EnvBase:
     # VMAS would call its own time limit a termination, which must not be bootstrapped.
     limits: dict[str, Any] = {"num_envs": num_envs, "max_steps": None, "device": device}
-    env = VmasEnv(**{"scenario": _leaf(task), **task.settings}, **limits)
-    # VmasEnv asks its simulator for these at every step, through a search of all its attributes.
-    for name in ("n_agents", "continuous_actions"):
-        setattr(env, name, getattr(env, name))
-    return env
+    return BatchedResetVmasEnv(**{"scenario": _leaf(task), **task.settings}, **limits)
 
 
 def _vmas_settings(task: TaskConfig) -> dict[str, Any]:

@@ -118,18 +118,20 @@ class Agent:
         Raises:
             ValueError: if the joint actor has other modules than when it was cut into agents.
         """
-        for tie in self._ties:
-            tie()
-        if self._joint_actor is not None:
-            follow_settings(self.actor, self._joint_actor)
         now = signature(self.source)
-        if now != self._signature:
+        is_new = now != self._signature
+        if is_new and self._joint_actor is not None:
             before, after = ([part[0] for part in each] for each in (self._signature, now))
-            if self._joint_actor is not None and before != after:
+            if before != after:
                 raise ValueError(
                     f"The joint actor of {self.group_name!r} has other modules than when the loss "
                     "was built; build the loss and its updater anew."
                 )
+        for tie in self._ties:
+            tie()
+        if self._joint_actor is not None:
+            follow_settings(self.actor, self._joint_actor)
+        if is_new:
             self._signature, self.is_checked = now, False
 
     def evaluate_jointly(self) -> None:

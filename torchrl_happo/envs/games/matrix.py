@@ -156,12 +156,12 @@ class MatrixGame(_OneStepGame):
             identity=identity,
             device=device,
         )
-        self.payoff = payoff.to(torch.get_default_dtype())
+        self.payoff = payoff.to(self.device, torch.get_default_dtype())
         self.n_actions = n_actions
 
     def _play(self, action: Tensor) -> Tensor:
         # On an accelerator the comparison would wait for the device at every step.
-        if not action.is_cuda and not ((action >= 0) & (action < self.n_actions)).all():
+        if action.is_cpu and not ((action >= 0) & (action < self.n_actions)).all():
             raise ValueError(
                 f"MatrixGame got actions from {action.min()} to {action.max()}, but there are the "
                 f"actions 0 to {self.n_actions - 1}."

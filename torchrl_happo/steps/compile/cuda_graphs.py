@@ -107,9 +107,8 @@ class GraphReplays:
 
         def call(items: Sequence[Tensor]) -> tuple[Any, ...]:
             settled = self.settle(items)
-            places = [tensor.data_ptr() for tensor in _leaves([*fixed, settled])]
-            kinds = [(tensor.shape, tensor.dtype) for tensor in settled]
-            key = (function, *places, *kinds)
+            # Settled tensors of another shape or type lie elsewhere, as long as a graph reads these.
+            key = (function, *(tensor.data_ptr() for tensor in _leaves([*fixed, settled])))
             if key not in self._graphs:
                 self._graphs[key] = None
                 _latest(self._graphs, key)
