@@ -26,9 +26,9 @@ class BatchedResetVmasEnv(VmasEnv):
     reset of all environments is VMAS's own, with the same random numbers; a partial one draws other
     numbers than VMAS would.
 
-    The recipe's tasks of VMAS run in it. ``python benchmarks/resets.py`` measures both in turn. Of 1024 environments, 102 are reset, on
-    one core of a CPU: 53 times as fast for ``balance``, 8 for ``navigation``, 22 for
-    ``simple_spread``.
+    The recipe's tasks of VMAS run in it. ``python benchmarks/resets.py`` measures both in turn. Of
+    1024 environments, 102 are reset, on one core of a CPU: 53 times as fast for ``balance``, 8 for
+    ``navigation``, 22 for ``simple_spread``.
 
     State per environment must be in tensors, or lists, tuples, dicts and objects of tensors. Where
     a reset changes the length of a list of them, environments are reset one by one.

@@ -107,7 +107,7 @@ class GraphReplays:
 
         def call(items: Sequence[Tensor]) -> tuple[Any, ...]:
             settled = self.settle(items)
-            # Settled tensors of another shape or type lie elsewhere, as long as a graph reads these.
+            # Settled tensors of another shape or type lie elsewhere while a graph reads these.
             key = (function, *(tensor.data_ptr() for tensor in _leaves([*fixed, settled])))
             if key not in self._graphs:
                 self._graphs[key] = None
