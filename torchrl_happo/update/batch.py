@@ -28,7 +28,7 @@ from tensordict.utils import unravel_key
 from torch import Tensor
 
 from torchrl_happo.distributed import Learners
-from torchrl_happo.masked import VALID, moments, standardize
+from torchrl_happo.masked import moments, standardize
 from torchrl_happo.objectives.critic import Critic
 from torchrl_happo.policy.memory import write_states
 from torchrl_happo.team.agent import Agent
@@ -39,7 +39,7 @@ from torchrl_happo.team.masks import Masks
 from torchrl_happo.team.team import Team
 from torchrl_happo.team.values import check_finite, explained, fill_ends, share_ends
 from torchrl_happo.transaction import Undo, recordable
-from torchrl_happo.update.rows import Rows, padded_rows, selected_rows
+from torchrl_happo.update.rows import Rows, compact, padded_rows, selected_rows, taken
 
 __all__ = ["TeamBatch"]
 
@@ -257,7 +257,7 @@ class TeamBatch:
         for key, value in own.items():
             data.set(key, value.unsqueeze(-1) if value.ndim < ndim else value)
         valid = self.valid(agent)
-        return _taken(data, None if valid is None else self.items(valid), self.rows(agent))
+        return taken(data, None if valid is None else self.items(valid), self.rows(agent))
 
     def rows(self, agent: Agent) -> Rows | None:
         """Which items make the rows of an agent's data; ``None``: all, each once."""
@@ -298,9 +298,9 @@ class TeamBatch:
         data = data.reshape(-1) if length is None else data.reshape(-1, length)
         valid = self._valid_values(critic)
         if valid is None:
-            return _compact(data)
+            return compact(data)
         valid = valid.reshape(*data.batch_size, *valid.shape[self.batch.batch_dims :])
-        return _taken(data, valid, self._choose(valid))
+        return taken(data, valid, self._choose(valid))
 
     def has_values(self, critic: str) -> bool:
         """Whether there may be anything to fit a critic to, here or with another learner."""
@@ -338,17 +338,3 @@ class TeamBatch:
         _, residual = moments(target - value, valid, average=self.learners.mean)
         _, variance = moments(target, valid, average=self.learners.mean)
         return 1 - residual / variance.clamp_min(torch.finfo(variance.dtype).eps)
-
-
-def _compact(data: TensorDictBase) -> TensorDictBase:
-    """Copy data into memory of its own: a step reads it many times, in minibatches or whole."""
-    return data.apply(lambda tensor: tensor.clone(memory_format=torch.contiguous_format))
-
-
-def _taken(data: TensorDictBase, valid: Tensor | None, rows: Rows | None) -> TensorDict:
-    """Return chosen rows of data, in memory of their own, with marks on the entries that count."""
-    if rows is None:
-        data = data if valid is None else data.set(VALID, valid)
-        return _compact(data)
-    data = data[rows.positions]
-    return data if rows.valid is None else data.set(VALID, rows.valid)
