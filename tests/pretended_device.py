@@ -22,11 +22,12 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributions import Categorical
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import (
     IndependentNormal,
     MaskedCategorical,
@@ -38,7 +39,10 @@ from torchrl.modules import (
 )
 
 from torchrl_happo import HAPPOLoss, HATRPOLoss, SequentialUpdater
+from torchrl_happo.envs import DifferentialGame
 from torchrl_happo.objectives import hatrpo
+from torchrl_happo.recipe import compose, environments
+from torchrl_happo.recipe.algorithms import make_learner
 from torchrl_happo.steps import minibatches
 from torchrl_happo.update import updater as updates
 
@@ -118,8 +122,11 @@ class Crossings(TorchDispatchMode):
             if first.dtype == torch.bool:
                 return any(first is flag for flag in self.true)
             return 1.0 if first.is_floating_point() else 1
-        if there and func in (aten.equal.default, aten.allclose.default):
-            self.note("read")
+        if func is aten._local_scalar_dense.default and isinstance(first, FakeTensor):
+            return 1.0 if first.is_floating_point() else 1  # a number of the host
+        if func in (aten.equal.default, aten.allclose.default):
+            if there:
+                self.note("read")
             return True
         if there and func is aten.nonzero.default:
             self.note("nonzero")
@@ -231,11 +238,11 @@ def cases():
         yield f"happo {name}", HAPPO, kind, {}, {"minibatch_size": 16}, False
         yield f"hatrpo {name}", BATCHED, kind, {}, {}, False
     normal = IndependentNormal
-    whole = {"minibatch_size": None, "scheduler": partial(ExponentialLR, gamma=0.9)}
+    schedule = {"scheduler": partial(ExponentialLR, gamma=0.9)}
     norm = partial(RunningValueNorm, shape=1)
     popart = partial(PopArtValueNorm, shape=1)
-    yield "happo schedule", HAPPO, normal, {}, whole, False
-    yield "happo clipped values", partial(HAPPO, clip_value=0.2), normal, {}, {}, False
+    clipping = partial(HAPPO, clip_value=0.2)
+    yield "happo schedule, clipped values", clipping, normal, {}, schedule, False
     yield "happo value norm", (HAPPO, norm, {"clip_value": 0.2}), normal, {}, {}, False
     yield "happo popart", (HAPPO, popart, {"popart": True}), normal, {}, {}, False
     bounds = {"low": -2.0, "high": 3.0}
@@ -248,7 +255,11 @@ def cases():
 
 
 def crossings(make_loss, distribution, bounds, settings, dying):
-    """Return what crosses in the second update."""
+    """Return what crosses in an update.
+
+    It is the second one where the first makes something for good: bounds of distributions, the
+    state of an optimiser, statistics. Others are counted at once, but for the look at values.
+    """
     with NoNumbers(allow_non_fake_inputs=True), contextlib.ExitStack() as stack:
         stack.enter_context(Crossings())
         norm = {}
@@ -267,9 +278,44 @@ def crossings(make_loss, distribution, bounds, settings, dying):
         )
         updater.num_updates = 1  # the first update reads values
         batch = make_batch(distribution, dying)
-        updater(batch)
+        if dying or norm or distribution is TanhNormal:
+            updater(batch)
+        for agent in loss.agents:
+            agent.is_checked = True  # likewise
         found = stack.enter_context(Crossings())
         updater(batch)
+    return found.found
+
+
+def make_game(num_envs, device):
+    """Return a game that may be done after a reset, as a pretended flag says that it is."""
+    env = DifferentialGame(num_envs=num_envs, device=torch.device(device))
+    env._allow_done_after_reset = True
+    return env
+
+
+def recipe():
+    """Return what crosses while the recipe's parts collect, update, and collect once more.
+
+    One option, ``device``, says where environments, networks and batches lie.
+    """
+    environments.check_device = lambda device: None
+    words = ["task=custom", f"device={DEVICE}", "num_envs=4", "steps_per_batch=6"]
+    words += ["model.num_cells=[8]", "algorithm.num_epochs=1", "algorithm.order=fixed"]
+    words += ["algorithm.minibatch_size=12"]
+    config = compose.load(words, {"task.make_env": make_game})
+    with NoNumbers(allow_non_fake_inputs=True), Crossings(), torch.no_grad():
+        env = environments.make_env(config.task, num_envs=4, seed=0, device=config.device)
+        learner = make_learner(config, env)
+        learner.updater.num_updates = 1
+        with set_exploration_type(ExplorationType.RANDOM):
+            for _ in range(2):
+                with Crossings() as found:
+                    batch = env.rollout(6, learner.policy, break_when_any_done=False)
+                learner.updater(batch)
+        tensors = dict(batch.items(True, True)) | dict(learner.policy.named_parameters())
+        tensors |= dict(learner.updater.loss.critic_network.named_parameters())
+        assert {tensor.device for tensor in tensors.values()} == {DEVICE}
     return found.found
 
 
@@ -280,6 +326,7 @@ def main():
     for name, *case in cases():
         sys.stdout.write(json.dumps({"case": name, "crossings": crossings(*case)}) + "\n")
         sys.stdout.flush()
+    sys.stdout.write(json.dumps({"case": "recipe", "crossings": recipe()}) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ def test_every_update_runs(pretended):
     distributions = ("normal", "tanh", "discrete", "masked")
     assert list(pretended) == [
         *(f"{loss} {kind}" for kind in distributions for loss in ("happo", "hatrpo")),
-        *("happo schedule", "happo clipped values", "happo value norm", "happo popart"),
+        *("happo schedule, clipped values", "happo value norm", "happo popart"),
         *("happo bounds", "hatrpo share", "hatrpo sequential", "happo early stop"),
-        *("happo dying", "hatrpo dying"),
+        *("happo dying", "hatrpo dying", "recipe"),
     ]

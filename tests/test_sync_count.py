@@ -12,7 +12,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 #: Cases with a read-back, each of which the documentation of ``SequentialUpdater`` names.
-NAMED = {"hatrpo sequential", "happo early stop"}
+NAMED = {"hatrpo sequential", "happo early stop", "recipe"}
 
 
 def kinds(crossings):
@@ -38,3 +38,8 @@ def test_nothing_crosses(pretended):
 def test_what_crosses_is_named(pretended, case, wanted):
     """No more than what the documentation says."""
     assert kinds(pretended[case]) == wanted
+
+
+def test_no_data_crosses_in_collection(pretended):
+    """Environments, policy and batch stay on the device; TorchRL reads its flags in a rollout."""
+    assert {kind for kind, _ in kinds(pretended["recipe"])} <= {"read", "nonzero"}
