@@ -250,19 +250,19 @@ def test_other_losses_take_it_as_a_block():
 
 
 @pytest.mark.slow
-def test_compiled_it_is_the_same():
+def test_compiled_it_is_the_same(caplog):
     """One compiled function of policy and values: the same parameters up to rounding."""
     env = game()
     ends = []
-    for compiled in (False, True):
+    for compiled in (False, {"backend": "eager"}):  # torch's own code takes minutes
         actor, critic = make_transformer(env)
         updater = SequentialUpdater(
-            MATLoss(actor, critic), num_epochs=3, minibatch_size=16, compile=compiled
+            MATLoss(actor, critic), num_epochs=2, minibatch_size=16, compile=compiled
         )
         torch.manual_seed(0)
         for _ in range(2):
-            metrics = updater(rollout(env, actor, 2))
-        assert "compiled" not in metrics
+            updater(rollout(env, actor, 2))
         ends.append(state_of(actor))
+    assert not caplog.records  # nothing was left as it is
     for name, value in ends[0].items():
         torch.testing.assert_close(ends[1][name], value, rtol=1e-9, atol=1e-11)

@@ -61,6 +61,7 @@ def test_tppo_teaches_agents_that_act_alone(tmp_path):
         ("model=gru", "take model=mlp", "model=mlp"),
         ("critic.model=gru", "leave out what is set under critic", "critic.model=mlp"),
         ("algorithm.critic_epochs=3", "leave out algorithm.critic_epochs", ""),
+        ("algorithm.order=fixed", "leave out algorithm.order", ""),
         (
             "algorithm.popart=true algorithm.value_norm=running",
             "leave out algorithm.popart",

@@ -8,7 +8,6 @@ from functools import partial
 import pytest
 import torch
 from agent_transformers import game, make_transformer, rollout
-from team import make_actor as continuous
 from team import same_state, state_of
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
@@ -272,17 +271,6 @@ def test_agents_learn_to_act_alone(target):
     agree = actor.get_dist(batch.copy()).mode == wanted
     assert agree.double().mean() > 0.97
     assert same_state(state_of(teacher), before)
-
-
-def test_students_are_decentralized():
-    """Agents that share a network or see each other are refused, as by every loss here."""
-    teacher, _ = make_transformer(game())
-    with pytest.raises(ValueError, match="share_params=True"):
-        Distillation(teacher, students(3, share_params=True))
-    with pytest.raises(ValueError, match=r"parameter \('agents', 'loc'\).*does not write; build"):
-        Distillation(teacher, continuous())
-    with pytest.raises(ValueError, match="target must be one of 'full', 'greedy'"):
-        Distillation(teacher, students(3), target="soft")
 
 
 def test_dead_agents_teach_nothing():

@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from team import make_actor
 from test_observations import KINDS
+from torchrl.objectives import ValueEstimators
 from wrong_calls import built
 
-from torchrl_happo import MATLoss, SequentialUpdater, make_transformer
-from torchrl_happo.envs import MatrixGame, permutation_payoff
+from torchrl_happo import MATLoss, SequentialUpdater, TPPOLoss, make_transformer
+from torchrl_happo import make_actor as build_actor
+from torchrl_happo.envs import DifferentialGame, MatrixGame, permutation_payoff
+from torchrl_happo.update.distillation import Distillation
 
 
 def game(n_agents=3):
@@ -53,6 +56,16 @@ def loss(**kwargs):
     return MATLoss(*transformer(), **kwargs)
 
 
+def chain():
+    return TPPOLoss(*transformer(prefix_values=True))
+
+
+def distillation(n_agents=3, **kwargs):
+    """Students of a game like the teacher's; without a number, of continuous actions."""
+    env = DifferentialGame(n_agents=3) if n_agents is None else game(n_agents)
+    return Distillation(transformer()[0], build_actor(env, num_cells=(4,), **kwargs))
+
+
 # fmt: off
 TRANSFORMERS = built([
     ("heads that do not divide", lambda: transformer(num_heads=3), ValueError,
@@ -82,6 +95,14 @@ TRANSFORMERS = built([
     ("two actors in one block",
      lambda: MATLoss({"a": make_actor(group="a"), "b": make_actor(group="b")}), ValueError,
      r"MATLoss moves .* groups \['a', 'b'\]; put all agents into one group"),
+    ("a critic without prefixes", lambda: TPPOLoss(*transformer()), ValueError,
+     r"reads \[\('agents', 'observation'\)\], but .* action .*; build it by make_transformer"),
+    ("a chain without GAE", lambda: chain().make_value_estimator(ValueEstimators.TD0), ValueError,
+     r"estimated by GAE, not by .*TD0; call make_value_estimator\(gamma=..., lmbda=...\)"),
+    ("students with one network", lambda: distillation(share_params=True), ValueError,
+     "share_params=True.*needs a network for each"),
+    ("students of other actions", lambda: distillation(n_agents=None), ValueError,
+     r"parameter \('agents', 'loc'\), which .* does not write; build both of the same environ"),
 ])
 # fmt: on
 
@@ -100,4 +121,8 @@ TRANSFORMER_CALLS = {
     "blocks of a block": loss,
     "a ratio of nothing": lambda: loss(ratio="dimensions"),
     "two actors in one block": loss,
+    "a critic without prefixes": chain,
+    "a chain without GAE": lambda: chain().make_value_estimator(gamma=0.9, lmbda=0.9),
+    "students with one network": lambda: distillation(share_params=False),
+    "students of other actions": distillation,
 }

@@ -11,6 +11,8 @@ is maximised by one optimiser, also in the parameters of the encoder that polici
 
 **Keys.** Those of HAPPO, of one group or of all groups at once; the critic writes a value of each
 agent, ``("agents", "state_value")`` ``[*B, n_agents, 1]``, or one of the team. There is no factor.
+Decisions of agents that are not active do not count; but the others attend to what the environment
+shows of them, when they act as in training.
 
 **Defaults.** Those of HAPPO, ``ratio="agent"``. If actor and critic share parameters, one optimiser
 trains both, and there is no step of the critic.

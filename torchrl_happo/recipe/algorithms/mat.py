@@ -55,12 +55,17 @@ class Mat(Happo):
                 f"The critic of algorithm={self.name} is the transformer's own: leave out what is "
                 "set under critic."
             )
-        if self.critic_epochs is not None or self.popart:
-            name = "popart" if self.popart else "critic_epochs"
-            raise ConfigError(
-                f"algorithm={self.name} fits policy and critic by one optimiser: leave out "
-                f"algorithm.{name}."
-            )
+        unused = {
+            "popart": self.popart,
+            "critic_epochs": self.critic_epochs is not None,
+            "order": self.order != default_of(SequentialUpdater, "order"),
+        }
+        for name, is_set in unused.items():
+            if is_set:
+                raise ConfigError(
+                    f"algorithm={self.name} moves all agents and the critic by one optimiser: "
+                    f"leave out algorithm.{name}."
+                )
 
     def make_networks(self, config: TrainConfig, env: EnvBase) -> tuple[Any, Any]:
         """Build policy and critic of the team."""
