@@ -10,6 +10,9 @@ evaluation of 100 episodes every 60 thousand. MAPPO runs as it is, with one netw
 and unshared, which is the fair opponent. Each run adds its evaluations, the mean returns of the
 deterministic policy, to ``benchmarks/runs/benchmarl/returns.csv``; copied to
 ``benchmarks/results/benchmarl.csv`` they are what ``report`` shows where there are no runs.
+
+A run of HAPPO or MAPPO on balance takes about 45 minutes of a core: training by BenchMARL's 45
+epochs took 41 s and 39 s of CPU time in one iteration of 6000 frames, of which there are 50.
 """
 
 from __future__ import annotations
