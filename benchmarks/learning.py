@@ -180,6 +180,12 @@ def runs_of(name: str) -> list[Run]:
 def report(name: str) -> str:
     """Draws the suite's curves; returns its table and where the curves are."""
     suite, runs = SUITES[name], runs_of(name)
+    for other in suite.beside:
+        runs += [
+            run
+            for run in runs_of(other)
+            if run.task in suite.tasks and run.label in suite.algorithms
+        ]
     layout = {"tasks": list(suite.tasks), "labels": list(suite.algorithms)}
     path = HERE / "results" / f"{name}.png"
     draw(

@@ -17,6 +17,7 @@ class Suite:
     ``tasks`` maps the name that a task has in the results to the words that select it. The table
     shows evaluations after ``milestones`` environment steps, or the last ones, and beside them the
     ``reference``: what its own code reached, by task, algorithm and milestone, one value a seed.
+    Runs of the suites ``beside`` it, on the same tasks, are shown with its own.
     """
 
     tasks: dict[str, list[str]]
@@ -25,6 +26,7 @@ class Suite:
     seeds: tuple[int, ...] = (0, 1, 2)
     milestones: tuple[int, ...] = ()
     reference: dict[tuple[str, str, int], list[float]] = field(default_factory=dict)
+    beside: tuple[str, ...] = ()
 
 
 ALGORITHMS = {
@@ -34,6 +36,7 @@ ALGORITHMS = {
     "mappo-unshared": ["algorithm=mappo", "algorithm.share_params=false"],
     "ippo": ["algorithm=ippo", "algorithm.share_params=true"],
 }
+FOLLOWERS = {name: [f"algorithm={name}"] for name in ("haa2c", "a2po", "coppo")}
 COMPILED = {
     **ALGORITHMS,
     **{name: [*ALGORITHMS[name], "algorithm.compile=true"] for name in ("happo", "hatrpo")},
@@ -53,6 +56,15 @@ SUITES = {
         },
         algorithms=ALGORITHMS,
         overrides=["total_frames=600000", "render=false", *SELDOM],
+    ),
+    "followers": Suite(
+        tasks={f"vmas/{name}": [f"task=vmas/{name}"] for name in ("dispersion", "navigation")},
+        algorithms={
+            **{name: ALGORITHMS[name] for name in ("happo", "hatrpo", "mappo")},
+            **FOLLOWERS,
+        },
+        overrides=["total_frames=600000", "render=false", *SELDOM],
+        beside=("vmas",),
     ),
     "mujoco": Suite(
         tasks={

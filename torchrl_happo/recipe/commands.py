@@ -13,13 +13,14 @@ from torchrl_happo.recipe.export import FORMATS, export_agent
 from torchrl_happo.recipe.report import ROLLOUT, short
 from torchrl_happo.recipe.trained import load
 from torchrl_happo.recipe.validation import near, no_option
+from torchrl_happo.recipe.zoo import is_name
 
 
 def evaluate(run: Path, episodes: int = 200, deterministic: bool = True, seed: int = -1) -> None:
     """Play episodes of a trained team and say how they went.
 
     Args:
-        run (Path): the folder of a run, or a checkpoint.
+        run (Path): the folder of a run, a checkpoint, or zoo:NAME.
         episodes (int): how many.
         deterministic (bool): whether agents take their most likely actions.
         seed (int): of initial states and draws; -1: that of the run's own evaluations.
@@ -37,11 +38,11 @@ def render(run: Path, output: Path | None = None, deterministic: bool = True) ->
     """Play one episode of a trained team and write it as a GIF.
 
     Args:
-        run (Path): the folder of a run, or a checkpoint.
-        output (Path): the GIF; in the run's folder unless it is given.
+        run (Path): the folder of a run, a checkpoint, or zoo:NAME.
+        output (Path): the GIF; in the run's folder unless it is given, here for zoo:NAME.
         deterministic (bool): whether agents take their most likely actions.
     """
-    target = load(run).render(output or run_folder(run) / ROLLOUT, deterministic=deterministic)
+    target = load(run).render(output or _folder(run) / ROLLOUT, deterministic=deterministic)
     sys.stdout.write(f"{target}\n")
 
 
@@ -49,20 +50,26 @@ def export(run: Path, agent: str = "", format: str = "onnx", output: Path | None
     """Write the policy of each agent, or of one, as a file of its own.
 
     Args:
-        run (Path): the folder of a run, or a checkpoint.
+        run (Path): the folder of a run, a checkpoint, or zoo:NAME.
         agent (str): its name; without one, all agents are written.
         format (str): onnx, pt2 (torch.export) or weights.
-        output (Path): a folder; ``export`` in the run's folder unless it is given.
+        output (Path): a folder; ``export`` in the run's folder unless it is given, here for
+            zoo:NAME.
     """
     if format not in FORMATS:
         raise ConfigError(f"format is {format!r}, but must be one of {', '.join(FORMATS)}.")
     agents = load(run).agents
     if agent and agent not in agents:
         raise ConfigError(f"There is no agent {agent!r}; {near(agent, agents, 'there are')}.")
-    folder = output or run_folder(run) / "export"
+    folder = output or _folder(run) / "export"
     for name in [agent] if agent else agents:
         target = export_agent(agents[name], folder / f"{name}{FORMATS[format]}")
         sys.stdout.write(f"{target}\n")
+
+
+def _folder(run: Path) -> Path:
+    """Return where the files of a team go, which is not the library's own folder."""
+    return Path() if is_name(run) else run_folder(run)
 
 
 COMMANDS: dict[str, Callable[..., None]] = {

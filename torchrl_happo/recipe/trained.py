@@ -20,7 +20,7 @@ from torchrl.modules import GRUModule, LSTMModule
 
 from torchrl_happo.networks.actors import memory_transforms
 from torchrl_happo.objectives import HAPPOLoss
-from torchrl_happo.recipe import checkpoint
+from torchrl_happo.recipe import checkpoint, zoo
 from torchrl_happo.recipe.algorithms import make_learner
 from torchrl_happo.recipe.algorithms.parts import make_actors
 from torchrl_happo.recipe.config import ConfigError, TrainConfig
@@ -195,7 +195,9 @@ def load(
     """Bring back what a run has learned.
 
     Args:
-        source (Path or str): the folder of a run, or one of its checkpoints.
+        source (Path or str): the folder of a run, one of its checkpoints, or a trained team that
+            ships with the library, such as ``"zoo:vmas/het_mass/happo"``
+            (:func:`torchrl_happo.recipe.zoo.names` lists them).
 
     Keyword Args:
         num_envs (int, optional): environments side by side in :attr:`Trained.env`. Defaults to
@@ -210,7 +212,8 @@ def load(
 
     Raises:
         CheckpointError: in one sentence, if there is no checkpoint or it cannot be used.
-        ConfigError: in one sentence, if the task cannot be built here.
+        ConfigError: in one sentence, if the task cannot be built here, or the zoo has no such
+            team.
 
     Example:
         >>> team = load("outputs/vmas/balance/happo/2026-01-01_12-00-00")  # doctest: +SKIP
@@ -224,12 +227,15 @@ def load(
         "model.make_actor": make_actor,
         "critic.make_critic": make_critic,
     }
-    content = checkpoint.read(Path(source))
+    content = checkpoint.read(zoo.find(source) if zoo.is_name(source) else Path(source))
     given = {option: function for option, function in functions.items() if function is not None}
     config = checkpoint.read_config(content, given)
     env = build_env(config, num_envs)
     learner = make_learner(config, env)
-    checkpoint.restore(content, learner.updater)
+    if "policy" in content:  # of the zoo: nothing that only training needs
+        learner.result.load_state_dict(content["policy"])
+    else:
+        checkpoint.restore(content, learner.updater)
     for transform in memory_transforms(learner.result):
         env = env.append_transform(transform)
     return Trained(config, env, learner.result, own_agents(config, env, learner))
