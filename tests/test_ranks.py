@@ -53,7 +53,7 @@ def torchrun(folder, *options):
 
 def results(folder):
     """What the only run in a folder has learned and measured."""
-    (run,) = (folder / "outputs" / "vmas" / "balance" / "happo").iterdir()
+    (run,) = (folder / "outputs" / "vmas" / "het_mass" / "happo").iterdir()
     written = {path.name for path in run.iterdir()}
     assert written >= {"config.yaml", "metrics.csv", "evaluation.csv", "curve.png", "train.log"}
     tables = [table(run / name) for name in ("metrics.csv", "evaluation.csv")]

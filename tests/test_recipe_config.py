@@ -85,7 +85,7 @@ def test_collectors_compose(collector):
 def test_benchmark_settings_are_the_default():
     """The settings that published numbers refer to do not drift."""
     config = compose_config()
-    assert (config.task.name, config.algorithm.name) == ("vmas/balance", "happo")
+    assert (config.task.name, config.algorithm.name) == ("vmas/het_mass", "happo")
     assert (config.num_envs, config.steps_per_batch, config.task.max_steps) == (60, 100, 100)
     assert (config.task.team_reward, config.evaluation.episodes) == ("mean", 200)
     for algorithm in ("happo", "mappo", "ippo"):
@@ -105,7 +105,10 @@ def test_benchmark_settings_are_the_default():
         ("collector=rya", "There is no collector 'rya'; known: distributed, multi, ray, single."),
         ("taks=vmas/balance", "There is no option 'taks'; near: task."),
         ("lr=1e-3", "There is no option 'lr'; near: algorithm.lr."),
-        ("task.n_agent=4", "There is no option 'task.n_agent'; near: task.n_agents."),
+        (
+            "task.mass_nose=4",
+            "There is no option 'task.mass_nose'; near: task.mass_noise, task.max_steps.",
+        ),
         ("+task.colour=red", "There is no option 'task.colour'"),
         ("seed=abc", "seed: Value 'abc'"),
         ("seed", "'seed' is not an override"),

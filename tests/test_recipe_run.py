@@ -282,13 +282,13 @@ class TestCommandLine:
     def test_runs_in_a_folder_of_its_own(self, monkeypatch, tmp_path):
         """Task and algorithm are in the path."""
         assert self.call(monkeypatch, tmp_path, "algorithm=ippo") == 0
-        assert len(list(tmp_path.glob("outputs/vmas/balance/ippo/*/metrics.csv"))) == 1
+        assert len(list(tmp_path.glob("outputs/vmas/het_mass/ippo/*/metrics.csv"))) == 1
 
     @needs("algorithm=mappo", "0.13")
     def test_sweeps(self, monkeypatch, tmp_path):
         """``-m`` runs every combination, each in its own folder."""
         assert self.call(monkeypatch, tmp_path, "-m", "algorithm=happo,mappo", "seed=0,1") == 0
-        assert len(list(tmp_path.glob("multirun/vmas/balance/*/*/seed_*/metrics.csv"))) == 4
+        assert len(list(tmp_path.glob("multirun/vmas/het_mass/*/*/seed_*/metrics.csv"))) == 4
 
     def test_ctrl_c_has_the_exit_code_of_ctrl_c(self, monkeypatch, tmp_path):
         """The shell, and whoever runs a sweep, can tell it from a failure."""

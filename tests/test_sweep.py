@@ -79,7 +79,7 @@ def test_what_comes_out(sweep, tmp_path):
         (label, seed) for label in ("happo", "hatrpo") for seed in "01"
     }
     text = (tmp_path / "multirun" / "sweep.md").read_text()
-    assert text.startswith("| task | happo | hatrpo |\n|---|---|---|\n| vmas/balance | ")
+    assert text.startswith("| task | happo | hatrpo |\n|---|---|---|\n| vmas/het_mass | ")
     assert (tmp_path / "multirun" / "sweep.png").stat().st_size > 10_000
 
 

@@ -1,4 +1,4 @@
-"""Train a team: ``python -m torchrl_happo.train task=vmas/balance algorithm=happo``.
+"""Train a team: ``python -m torchrl_happo.train task=vmas/het_mass algorithm=happo``.
 
 What runs is in :mod:`torchrl_happo.recipe`; from Python it is
 :func:`torchrl_happo.recipe.train`.

@@ -16,7 +16,7 @@ RECIPE = CONF.parent / "recipe"
 USAGE = """\
 Train a team of agents with HAPPO, HATRPO, MAPPO or IPPO.
 
-    torchrl-happo task=vmas/balance algorithm=happo     any OPTION=VALUE below
+    torchrl-happo task=vmas/het_mass algorithm=happo    any OPTION=VALUE below
     torchrl-happo -m algorithm=happo,mappo seed=0,1,2   a sweep over all combinations
     torchrl-happo resume=FOLDER                         goes on from the last checkpoint
     torchrl-happo --config-dir=FOLDER task=mine         a YAML of your own, FOLDER/task/mine.yaml

@@ -53,8 +53,8 @@ def train(
         TypeError: if a whole configuration comes with overrides.
 
     Example:
-        >>> train(task="vmas/balance", total_frames=12_000)  # doctest: +SKIP
-        PosixPath('outputs/vmas/balance/happo/...')
+        >>> train(task="vmas/het_mass", total_frames=12_000)  # doctest: +SKIP
+        PosixPath('outputs/vmas/het_mass/happo/...')
     """
     functions = {
         "task.make_env": make_env,

@@ -216,11 +216,12 @@ def load(
             team.
 
     Example:
-        >>> team = load("outputs/vmas/balance/happo/2026-01-01_12-00-00")  # doctest: +SKIP
-        >>> team.evaluate(episodes=50)["return"]  # doctest: +SKIP
-        42.1
-        >>> team.agents["agents_0"](torch.zeros(1, 16))  # doctest: +SKIP
-        (tensor([[0.3, -0.1]]),)
+        >>> team = load("zoo:vmas/het_mass/happo")
+        >>> team.evaluate(episodes=10)["return"] > 15
+        True
+        >>> (action,) = team.agents["agents_0"](torch.zeros(1, 4))
+        >>> action.shape
+        torch.Size([1, 2])
     """
     functions = {
         "task.make_env": make_env,
