@@ -106,8 +106,9 @@ def draw(panels: Mapping[str, Ratios], target: Path) -> None:
                     ax.plot([n_agents] * len(values), values, ".", color=color, markersize=4)
         ax.set_title(title)
         ax.set_xlabel("number of agents")
-        ax.legend(fontsize="x-small")
     axes[0].set_ylabel("return / return of shared MAPPO")
+    handles, names = axes[-1].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right upper", frameon=False, fontsize="small")
     figure.savefig(target, dpi=120)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 
 from torchrl_happo.recipe.config import TrainConfig
@@ -159,7 +160,9 @@ def draw(
     ylabel: str = "team return of an episode, ± standard error",
     reference: Reference | None = None,
 ) -> None:
-    """Draw the curves of runs, one pair of axes a task.
+    """Draw the curves of runs, one pair of axes a task, three beside each other.
+
+    Two seeds say too little for a band: it is drawn for three and more.
 
     Args:
         runs (sequence of Run): what was evaluated.
@@ -170,16 +173,19 @@ def draw(
         labels (sequence of str): the curves, as the columns there.
         band (callable): middle and band of the seeds' returns at a point. Defaults to mean and
             standard error.
-        ylabel (str): of the first axes.
+        ylabel (str): of all axes.
         reference (mapping, optional): others' figures, drawn as crosses.
     """
     tasks = tasks or sorted({run.task for run in runs})
     labels = labels or sorted({run.label for run in runs})
     tasks = [task for task in tasks if any(run.task == task for run in runs)]
     labels = [label for label in labels if _any(runs, label)]
-    figure = Figure(figsize=(max(3.6 * len(tasks), 6), 4.0), layout="constrained")
+    columns = min(len(tasks), 3)
+    rows = math.ceil(len(tasks) / columns)
+    figure = Figure(figsize=(max(3.3 * columns, 6), 2.8 * rows + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+    for place, task in enumerate(tasks):
+        axes = figure.add_subplot(rows, columns, place + 1)
         for number, label in enumerate(labels):
             seeds = [run for run in runs if (run.task, run.label) == (task, label)]
             frames = common_frames(seeds) if seeds else []
@@ -187,15 +193,18 @@ def draw(
             middle, low, high = zip(*map(band, at), strict=True) if at else ((), (), ())
             color = f"C{number}"
             axes.plot(frames, middle, color=color, marker="o", markersize=2.5, label=label)
-            axes.fill_between(frames, low, high, color=color, alpha=0.2, linewidth=0)
+            if len(seeds) > 2:
+                axes.fill_between(frames, low, high, color=color, alpha=0.2, linewidth=0)
             for (where, whose, when), values in (reference or {}).items():
                 if (where, whose) == (task, label):
                     axes.plot([when] * len(values), values, "x", color=color)
         _decorate(axes, task)
-    figure.axes[0].set_ylabel(ylabel)
+    figure.supylabel(ylabel, fontsize="medium")
     handles, names = figure.axes[0].get_legend_handles_labels()
     counted = [f"{name} ({_seeds(runs, name)})" for name in names]
-    columns = max(2, len(tasks))
+    if reference:
+        handles.append(Line2D([], [], color="gray", marker="x", linestyle=""))
+        counted.append("reference implementation, a seed")
     figure.legend(handles, counted, loc="outside lower center", ncols=columns, frameon=False)
     figure.savefig(path, dpi=130)
 
