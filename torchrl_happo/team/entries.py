@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from tensordict import LazyStackedTensorDict, NestedKey, TensorDictBase
 from tensordict.utils import unravel_key
 from torch import Tensor
 
-__all__ = ["group_of", "has", "leaves", "next_key", "path_of", "tensors_of"]
+__all__ = ["compact", "group_of", "has", "leaves", "next_key", "path_of", "tensors_of"]
 
 
 def path_of(key: NestedKey) -> tuple[str, ...]:
@@ -47,6 +48,11 @@ def tensors_of(batch: TensorDictBase, key: NestedKey) -> Iterator[Tensor]:
     """Yield the tensors under a key: one, one for each agent of unlike shapes, or none."""
     for _, holder, name in leaves(batch, key):
         yield holder.get(name)
+
+
+def compact(data: TensorDictBase) -> TensorDictBase:
+    """Copy data into memory of its own: a step reads it many times, in minibatches or whole."""
+    return data.apply(lambda tensor: tensor.clone(memory_format=torch.contiguous_format))
 
 
 def leaves(

@@ -34,12 +34,12 @@ from torchrl_happo.policy.memory import write_states
 from torchrl_happo.team.agent import Agent
 from torchrl_happo.team.agreement import check_agreement
 from torchrl_happo.team.checks import check_batch, check_team_shape
-from torchrl_happo.team.entries import has, next_key
+from torchrl_happo.team.entries import compact, has, next_key
 from torchrl_happo.team.masks import Masks
 from torchrl_happo.team.team import Team
 from torchrl_happo.team.values import check_finite, explained, fill_ends, share_ends
 from torchrl_happo.transaction import Undo, recordable
-from torchrl_happo.update.rows import Rows, compact, padded_rows, selected_rows, taken
+from torchrl_happo.update.rows import Rows, padded_rows, selected_rows, taken
 
 __all__ = ["TeamBatch"]
 
@@ -257,7 +257,9 @@ class TeamBatch:
         for key, value in own.items():
             data.set(key, value.unsqueeze(-1) if value.ndim < ndim else value)
         valid = self.valid(agent)
-        return taken(data, None if valid is None else self.items(valid), self.rows(agent))
+        if valid is None:
+            return compact(data)
+        return taken(data, self.items(valid), self.rows(agent))
 
     def rows(self, agent: Agent) -> Rows | None:
         """Which items make the rows of an agent's data; ``None``: all, each once."""

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from torchrl_happo.masked import VALID
 from torchrl_happo.steps.step import Step
+from torchrl_happo.team.entries import compact
 from torchrl_happo.transaction import Undo
 
-__all__ = ["Idle", "Rows", "compact", "padded_rows", "selected_rows", "taken"]
+__all__ = ["Idle", "Rows", "padded_rows", "selected_rows", "taken"]
 
 
 class Rows(NamedTuple):
@@ -81,23 +82,18 @@ def padded_rows(valid: Tensor) -> Rows:
     return Rows(positions, valid[positions] & first)
 
 
-def taken(data: TensorDictBase, valid: Tensor | None, rows: Rows | None) -> TensorDictBase:
+def taken(data: TensorDictBase, valid: Tensor, rows: Rows | None) -> TensorDictBase:
     """Return chosen rows of data, with ``"valid"`` where not all entries count.
 
     Args:
         data (TensorDictBase): items along the first dimension.
-        valid (Tensor, optional): which entries count. ``None``: all.
+        valid (Tensor): which entries count.
         rows (Rows, optional): the rows to take. ``None``: all items.
     """
     if rows is None:
-        return compact(data if valid is None else data.set(VALID, valid))
+        return compact(data.set(VALID, valid))
     data = data[rows.positions]
     return data if rows.valid is None else data.set(VALID, rows.valid)
-
-
-def compact(data: TensorDictBase) -> TensorDictBase:
-    """Copy data into memory of its own: a step reads it many times, in minibatches or whole."""
-    return data.apply(lambda tensor: tensor.clone(memory_format=torch.contiguous_format))
 
 
 def _lives(valid: Tensor) -> Tensor:
