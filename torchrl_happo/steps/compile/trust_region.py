@@ -150,8 +150,12 @@ class _Functions:
         data = self.layout.fill(tensors)
         leaves = {name: leaf.detach() for name, leaf in self.leaves(weights).items()}
 
+        dist: Any = None  # of the pass that is differentiated: another one would be computed anew
+
         def outputs(own: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-            return distribution_parameters(self.policy({**weights, **own}, data))
+            nonlocal dist
+            dist = self.policy({**weights, **own}, data)
+            return distribution_parameters(dist)
 
         # Forward-mode differentiation would fix the number of items. The backward pass is linear in
         # what it is given, so that its own backward pass is the forward one.
@@ -159,7 +163,7 @@ class _Functions:
         zeros = tuple(torch.zeros_like(value) for value in values)
         _, pushforward, *_ = vjp(lambda given: pullback(given)[0], zeros)
         (tangents,) = pushforward(unflatten(vector, leaves))
-        dist, valid = self.policy(weights, data), data.get(VALID, None)
+        valid = data.get(VALID, None)
         shape = self.step.problem.sample_shape(data)
         count = math.prod(shape) if valid is None else valid.sum().clamp_min(1)
         products = fisher_product(dist, tangents)
