@@ -45,7 +45,7 @@ from torchrl.objectives.multiagent import MAPPOLoss
 
 from torchrl_happo import HAPPOLoss, HATRPOLoss, SequentialUpdater
 from torchrl_happo.policy.distributions import kl_divergence
-from torchrl_happo.steps.trust_region import step as trust_region
+from torchrl_happo.steps.trust_region import local_model
 from torchrl_happo.steps.trust_region.natural_gradient import flatten, gradient, unflatten
 
 OBS_DIM, ACT_DIM, EPOCHS, CLIP, LR, MAX_NORM = 24, 2, 5, 0.2, 3e-4, 10.0
@@ -299,14 +299,14 @@ def double_backward(updater: SequentialUpdater, batch: TensorDict) -> Update:
     for inner in updater.steps.values():
         if hasattr(inner, "distribution"):  # not the critic's
             inner.distribution = partial(remember, inner.distribution)
-    linearised = trust_region.fisher_vector_product
+    linearised = local_model.fisher_vector_product
 
     def update() -> None:
-        trust_region.fisher_vector_product = products
+        local_model.fisher_vector_product = products
         try:
             updater(batch)
         finally:
-            trust_region.fisher_vector_product = linearised
+            local_model.fisher_vector_product = linearised
 
     return Ours(updater, update)
 

@@ -23,7 +23,6 @@ from torchrl_happo.steps.trust_region.natural_gradient import (
     fisher_vector_product,
     flatten,
     gradient,
-    iterate,
     unflatten,
 )
 
@@ -226,24 +225,6 @@ def test_damping_is_added_to_the_diagonal(size, seed, damping):
     expected = conjugate_gradient((a + damping * torch.eye(size).to(a)).mv, b)
     for mine, theirs in zip(conjugate_gradient(a.mv, b, damping=damping), expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
-
-
-def test_an_iteration_of_ones_own_is_asked():
-    """It is handed the product with its direction, and the settings."""
-    seen = []
-
-    def watched(solution, product, damping, tolerance):
-        seen.append((solution.direction, product, damping, tolerance))
-        return iterate(solution, product, damping, tolerance)
-
-    b = torch.tensor([1.0, 2.0])
-    settings = {"damping": 0.5, "num_iterations": 3, "residual_tolerance": 1e-3}
-    result = conjugate_gradient(lambda v: 2 * v, b, **settings, iteration=watched)
-    expected = conjugate_gradient(lambda v: 2 * v, b, **settings)
-    assert all(map(torch.equal, result, expected))
-    assert len(seen) == 3
-    assert all(torch.equal(product, 2 * direction) for direction, product, *_ in seen)
-    assert {tuple(rest) for _, _, *rest in seen} == {(0.5, 1e-3)}
 
 
 def test_conjugate_gradient_of_zero_is_zero():

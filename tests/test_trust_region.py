@@ -33,6 +33,7 @@ from torchrl.modules import (
 
 from torchrl_happo.policy.distributions import kl_divergence
 from torchrl_happo.steps import TrustRegion
+from torchrl_happo.steps.trust_region.local_model import LocalModel
 from torchrl_happo.steps.trust_region.natural_gradient import (
     conjugate_gradient,
     fisher_vector_product,
@@ -40,7 +41,6 @@ from torchrl_happo.steps.trust_region.natural_gradient import (
     gradient,
     step_length,
 )
-from torchrl_happo.steps.trust_region.solve import LocalModel
 
 LINE_SEARCHES = ["sequential", "batched"]
 

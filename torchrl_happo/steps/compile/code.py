@@ -53,18 +53,17 @@ class Compiler:
         options = self.options
         if options is None:
             return torch.no_grad()(function)
-        # Isolated: all such functions are made by the same few lines, and torch counts by line.
-        settings: dict[str, Any] = {"fullgraph": True, "isolate_recompiles": True, **options}
-        compiled = torch.compile(function, **settings)
-        is_first = True
+        # All such functions are made by the same few lines, and torch counts by line: isolated,
+        # they do not count as one. Not dynamic but where it is marked: torch would take a number
+        # that differs between two functions for one that changes at each call.
+        settings: dict[str, Any] = {"fullgraph": True, "isolate_recompiles": True, "dynamic": False}
+        compiled = torch.compile(function, **{**settings, **options})
 
         def call(*arguments: Any) -> tuple[Any, ...]:
-            nonlocal is_first
             *fixed, items = arguments
             items = [tensor.detach() for tensor in items]  # a mark stays off the caller's tensors
-            for tensor in items if is_first else ():
+            for tensor in items:
                 torch._dynamo.mark_dynamic(tensor, 0)
-            is_first = False
             # Code from dynamo leaves a stack of networks with other tensors than its own.
             slots = nullcontext() if network is None else restored_slots([network])
             with slots, torch.no_grad(), torch._dynamo.config.patch(trace_autograd_ops=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -11,24 +10,14 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torch.distributions import Distribution
-from torch.func import vjp
 
-from torchrl_happo.masked import masked_mean
-from torchrl_happo.policy.distributions import kl_divergence
-from torchrl_happo.policy.fisher import distribution_parameters, fisher_product
 from torchrl_happo.steps.compile.code import Code
 from torchrl_happo.steps.compile.layout import Layout
-from torchrl_happo.steps.step import VALID, Problem
+from torchrl_happo.steps.step import Problem
 from torchrl_happo.steps.trust_region.line_search import Evaluate, OneByOne
-from torchrl_happo.steps.trust_region.natural_gradient import (
-    Iteration,
-    flatten,
-    gradient,
-    iterate,
-    masked_samples,
-    unflatten,
-)
-from torchrl_happo.steps.trust_region.solve import LocalModel
+from torchrl_happo.steps.trust_region.local_model import LocalModel, local_models, trial
+from torchrl_happo.steps.trust_region.natural_gradient import flatten, unflatten
+from torchrl_happo.steps.trust_region.solve import Direction
 
 __all__ = ["CompiledModel"]
 
@@ -47,14 +36,17 @@ class Compilable(Protocol):
     def count(self, data: TensorDictBase) -> Tensor | float:
         """Return the number of samples."""
 
+    def direction(self, model: LocalModel) -> Direction:
+        """Return the natural gradient."""
+
 
 class CompiledModel:
     r"""The functions of a policy that a trust-region step calls, compiled.
 
-    Three functions: surrogate and gradient; the product of the Fisher matrix and a vector, by a
-    Jacobian-vector and a vector-Jacobian product; surrogate and divergence at other parameters.
-    Each computes the forward pass that it needs anew. Of stacked networks, as of a block, dynamo
-    cannot trace the call with other weights: their step runs as it is.
+    One function computes surrogate, gradient and natural gradient, all products with the Fisher
+    matrix included; another one surrogate and divergence at other parameters. Several processes
+    average each product, which is then a function of its own. Of stacked networks, as of a block,
+    dynamo cannot trace the call with other weights: their step runs as it is.
 
     Args:
         step (TrustRegionStep): the step.
@@ -69,8 +61,8 @@ class CompiledModel:
 
     def at(
         self, data: TensorDictBase, rows: Tensor | None
-    ) -> tuple[LocalModel, Evaluate, Iteration]:
-        """Return the policy near its present parameters, the trial of others, and an iteration.
+    ) -> tuple[LocalModel, Direction, Evaluate]:
+        """Return the policy near its present parameters, the direction, and the trial of a step.
 
         Args:
             data (TensorDictBase): the batch.
@@ -78,26 +70,34 @@ class CompiledModel:
         """
         layout, weights = Layout.of(data), self.code.weights()
         functions = _Functions(self.step, self.code, layout)
-        key = (layout, functions.trained)
+        settings = self.step.settings
+        solver = settings.damping, settings.cg_iterations, settings.cg_tolerance
+        key = (layout, functions.trained, solver)
 
         def bind(name: str, *fixed: Any) -> Callable[..., tuple[Any, ...]]:
             return self.code.bind((name, *key), lambda: getattr(functions, name), weights, *fixed)
 
-        batch = self.code.settle(layout.tensors(data))
         part = data if rows is None else data[rows]
-        chosen = batch if rows is None else self.code.settle(layout.tensors(part))
-        surrogate, slope = bind("slope")(batch)
+        batch = self.code.settle(layout.tensors(data))
+        both = [*batch, *(() if rows is None else layout.tensors(part))]
+        counts = self.step.count(data), self.step.count(part)
+        learners = self.step.problem.learners
+        if learners.alone:
+            surrogate, slope, *found = bind("solve")(both)
+            direction = Direction(*found, settings.damping)
+        else:
+            surrogate, slope = bind("slope")(batch)
         kind = slope.shape, slope.dtype, slope.device
         # Always in the same place, for graphs.
         room = torch.empty_like(slope), torch.empty_like(slope)
         vector, theta = self._vectors.setdefault(kind, room)
-        multiply, evaluate = bind("product", vector), bind("trial", theta)
+        evaluate, multiply = bind("trial", theta), bind("product", vector)
 
         def fisher_product(direction: Tensor) -> Tensor:
             vector.copy_(direction)
-            return multiply(chosen)[0]
+            return multiply(both)[0]
 
-        def trial(flat: Tensor) -> tuple[Tensor, Tensor]:
+        def at(flat: Tensor) -> tuple[Tensor, Tensor]:
             theta.copy_(flat)
             surrogate, divergence = evaluate(batch)
             return surrogate, divergence
@@ -107,11 +107,15 @@ class CompiledModel:
             # divergence, in a way that the compiler does not know.
             with torch.no_grad():
                 functions.trial(weights, torch.zeros_like(slope), batch)
-            fisher_product(slope)
-            trial(flatten(functions.leaves(weights).values()).detach())
+            at(flatten(functions.leaves(weights).values()).detach())
+            if not learners.alone:
+                fisher_product(slope)
             self._ready.add(key)
-        counts = self.step.count(data), self.step.count(part)
-        return LocalModel(surrogate, slope, fisher_product, *counts), OneByOne(trial), iterate
+        model = LocalModel(surrogate, slope, fisher_product, *counts)
+        if not learners.alone:
+            model = model.common(learners.mean)
+            direction = self.step.direction(model)
+        return model, direction, OneByOne(at)
 
 
 class _Functions:
@@ -125,57 +129,50 @@ class _Functions:
         self.swaps = code.template is not None
         self.read = code.reading(partial(step.distribution, {}))
 
-    def policy(self, weights: Mapping[str, Tensor], data: TensorDictBase) -> Distribution:
-        """Return the policy with these weights."""
+    def policy(
+        self, weights: Mapping[str, Tensor], own: Mapping[str, Tensor], data: TensorDictBase
+    ) -> Distribution:
+        """Return the policy with these weights, some of them replaced."""
         if self.swaps:
-            return self.read(weights, data)
-        return self.step.distribution(weights, data)
+            return self.read({**weights, **own}, data)
+        return self.step.distribution({**weights, **own}, data)
 
     def leaves(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the weights that are not frozen."""
         return {name: weights[name] for name in self.trained}
 
+    def model(self, weights: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> LocalModel:
+        """Return the local model of the surrogate."""
+        size, objectives = len(self.layout.leaves), [self.step.surrogate]
+        data = part = self.layout.fill(tensors[:size])
+        if len(tensors) > size:
+            part = self.layout.fill(tensors[size:])
+        policy, leaves = partial(self.policy, weights), self.leaves(weights)
+        batch_ndim = len(self.step.problem.sample_shape(data))
+        return local_models(policy, leaves, data, part, objectives, batch_ndim)[1][0]
+
+    def solve(self, weights: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return the surrogate, its gradient and the natural gradient."""
+        model = self.model(weights, tensors)
+        direction = self.step.direction(model)
+        return model.surrogate, model.gradient, *direction[:-1]
+
     def slope(self, weights: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return the surrogate and its gradient."""
-        data, leaves = self.layout.fill(tensors), self.leaves(weights)
-        with torch.enable_grad():
-            surrogate = self.step.surrogate(self.policy(weights, data), data)
-            slopes = gradient([surrogate], leaves.values())
-        return surrogate.detach(), flatten(slopes)
+        model = self.model(weights, tensors)
+        return model.surrogate, model.gradient
 
     def product(
         self, weights: Mapping[str, Tensor], vector: Tensor, tensors: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
         """Return the product of the Fisher matrix and a vector."""
-        data = self.layout.fill(tensors)
-        leaves = {name: leaf.detach() for name, leaf in self.leaves(weights).items()}
-
-        dist: Any = None  # of the pass that is differentiated: another one would be computed anew
-
-        def outputs(own: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-            nonlocal dist
-            dist = self.policy({**weights, **own}, data)
-            return distribution_parameters(dist)
-
-        # Forward-mode differentiation would fix the number of items. The backward pass is linear in
-        # what it is given, so that its own backward pass is the forward one.
-        values, pullback, *_ = vjp(outputs, leaves)
-        zeros = tuple(torch.zeros_like(value) for value in values)
-        _, pushforward, *_ = vjp(lambda given: pullback(given)[0], zeros)
-        (tangents,) = pushforward(unflatten(vector, leaves))
-        valid = data.get(VALID, None)
-        shape = self.step.problem.sample_shape(data)
-        count = math.prod(shape) if valid is None else valid.sum().clamp_min(1)
-        products = fisher_product(dist, tangents)
-        (product,) = pullback(tuple(masked_samples(p, valid) / count for p in products))
-        return (flatten(product.values()),)
+        return (self.model(weights, tensors).fisher_product(vector),)
 
     def trial(
         self, weights: Mapping[str, Tensor], theta: Tensor, tensors: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
         """Return surrogate and divergence at other parameters."""
-        data, moved = self.layout.fill(tensors), unflatten(theta, self.leaves(weights))
-        old, new = self.policy(weights, data), self.policy({**weights, **moved}, data)
+        data, policy = self.layout.fill(tensors), partial(self.policy, weights)
+        old, moved = policy({}, data), unflatten(theta, self.leaves(weights))
         batch_ndim = len(self.step.problem.sample_shape(data))
-        divergence = kl_divergence(old, new, batch_ndim=batch_ndim)
-        return self.step.surrogate(new, data), masked_mean(divergence, data.get(VALID, None))
+        return trial(policy, old, moved, data, [self.step.surrogate], batch_ndim)

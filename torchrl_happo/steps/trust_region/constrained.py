@@ -17,8 +17,9 @@ from torch.distributions import Distribution
 from torchrl_happo.steps.step import Problem
 from torchrl_happo.steps.trust_region.dual import Case, Combination, solve_dual
 from torchrl_happo.steps.trust_region.line_search import LINE_SEARCHES
+from torchrl_happo.steps.trust_region.local_model import LocalModel
 from torchrl_happo.steps.trust_region.natural_gradient import flatten, unflatten
-from torchrl_happo.steps.trust_region.solve import Direction, LocalModel, find_direction
+from torchrl_happo.steps.trust_region.solve import Direction
 from torchrl_happo.steps.trust_region.step import TrustRegion, TrustRegionStep
 from torchrl_happo.transaction import uncached_autocast
 
@@ -74,22 +75,14 @@ class ConstrainedStep(TrustRegionStep):
         Args:
             data (TensorDictBase): as for an unconstrained step, and what the cost is read from.
         """
-        settings, learners = self.settings, self.problem.learners
+        learners = self.problem.learners
         assert self.problem.cost is not None
         assert self.problem.excess is not None
         with uncached_autocast():
             # One forward pass and one Fisher matrix for both.
             models, evaluate = self.local_models(data, [self.surrogate, self.problem.cost])
             gain, cost = (model.common(learners.mean) for model in models)
-            up, down = (
-                find_direction(
-                    each,
-                    damping=settings.damping,
-                    cg_iterations=settings.cg_iterations,
-                    cg_tolerance=settings.cg_tolerance,
-                )
-                for each in (gain, cost)
-            )
+            up, down = self.direction(gain), self.direction(cost)
         excess = self.problem.excess(data)
         return ConstrainedProposal(self, gain, cost, up, down, excess, evaluate)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,13 +13,10 @@ from torch.distributions import Distribution
 from torchrl_happo.policy.fisher import distribution_parameters, fisher_product
 
 __all__ = [
-    "Iteration",
-    "Solution",
     "conjugate_gradient",
     "fisher_vector_product",
     "flatten",
     "gradient",
-    "iterate",
     "masked_samples",
     "step_length",
     "unflatten",
@@ -77,7 +74,8 @@ def fisher_vector_product(
     # Not numel(), which would make a number of a symbol.
     count = math.prod(shape) if valid is None else valid.sum().clamp_min(1)
     with torch.enable_grad():
-        cotangents = [torch.zeros_like(output, requires_grad=True) for output in outputs]
+        # Not by the keyword, which torch's compiler does not know.
+        cotangents = [torch.zeros_like(output).requires_grad_() for output in outputs]
         pullback = gradient(outputs, parameters.values(), cotangents, create_graph=True)
 
     def matvec(vector: Tensor) -> Tensor:
@@ -89,58 +87,6 @@ def fisher_vector_product(
     return matvec
 
 
-class Solution(NamedTuple):
-    """A system of equations, half solved by conjugate gradient.
-
-    Attributes:
-        x (Tensor): the solution so far.
-        residual (Tensor): what it leaves of the right-hand side.
-        direction (Tensor): along which it goes on.
-        square (Tensor): the squared norm of the residual.
-        active (Tensor): whether it goes on at all.
-    """
-
-    x: Tensor
-    residual: Tensor
-    direction: Tensor
-    square: Tensor
-    active: Tensor
-
-    @classmethod
-    def begin(cls, b: Tensor) -> Solution:
-        """Zero, for the right-hand side ``b``."""
-        square = b.dot(b)
-        # A copy: compiled code would be made anew for two arguments that are one.
-        return cls(torch.zeros_like(b), b.clone(), b, square, square > 0)
-
-
-Iteration: TypeAlias = Callable[[Solution, Tensor, float, float], Solution]
-
-
-def iterate(solution: Solution, product: Tensor, damping: float, tolerance: float) -> Solution:
-    """One iteration of :func:`conjugate_gradient`.
-
-    Args:
-        solution (Solution): the one so far.
-        product (Tensor): the matrix times its direction.
-        damping (float): added to the diagonal of the matrix.
-        tolerance (float): the squared norm of the residual that is small enough.
-
-    Returns:
-        the next one.
-    """
-    x, r, p, rr, active = solution
-    product = torch.add(product, p, alpha=damping)
-    curvature = p.dot(product)
-    active = active & (curvature > 0)
-    alpha = rr / curvature
-    x = torch.where(active, torch.addcmul(x, alpha, p), x)
-    r = torch.where(active, torch.addcmul(r, alpha, product, value=-1), r)
-    rr_next = r.dot(r)
-    p = torch.where(active, torch.addcmul(r, rr_next / rr, p), p)
-    return Solution(x, r, p, rr_next, active & (rr_next >= tolerance))
-
-
 def conjugate_gradient(
     matvec: MatVec,
     b: Tensor,
@@ -148,7 +94,6 @@ def conjugate_gradient(
     damping: float = 0.0,
     num_iterations: int = 10,
     residual_tolerance: float = 1e-10,
-    iteration: Iteration = iterate,
 ) -> tuple[Tensor, Tensor]:
     r"""Approximate solution of :math:`(A + \lambda I) x = b` for a positive definite matrix.
 
@@ -170,9 +115,6 @@ def conjugate_gradient(
         damping (float): :math:`\lambda`. Defaults to ``0.0``.
         num_iterations (int): number of iterations. Defaults to ``10``.
         residual_tolerance (float): tolerance of :math:`r^\top r`. Defaults to ``1e-10``.
-        iteration (callable): from a :class:`Solution`, :math:`A p` for its direction :math:`p`,
-            damping and tolerance to the next one. Defaults to :func:`iterate`, of which this may
-            be a compiled version.
 
     Returns:
         the solution :math:`x` and the residual :math:`r = b - (A + \lambda I) x`.
@@ -184,10 +126,19 @@ def conjugate_gradient(
         >>> conjugate_gradient(lambda v: a @ v, torch.tensor([3.0, 4.0]), num_iterations=2)[0]
         tensor([1.0000, 1.0000])
     """
-    solution = Solution.begin(b)
+    x, r, p, rr = torch.zeros_like(b), b, b, b.dot(b)
+    active = rr > 0
     for _ in range(num_iterations):
-        solution = iteration(solution, matvec(solution.direction), damping, residual_tolerance)
-    return solution.x, solution.residual
+        product = torch.add(matvec(p), p, alpha=damping)
+        curvature = p.dot(product)
+        active = active & (curvature > 0)
+        alpha = rr / curvature
+        x = torch.where(active, torch.addcmul(x, alpha, p), x)
+        r = torch.where(active, torch.addcmul(r, alpha, product, value=-1), r)
+        rr_next = r.dot(r)
+        p = torch.where(active, torch.addcmul(r, rr_next / rr, p), p)
+        rr, active = rr_next, active & (rr_next >= residual_tolerance)
+    return x, r
 
 
 def step_length(x: Tensor, product: Tensor, max_kl: float) -> tuple[Tensor, Tensor]:

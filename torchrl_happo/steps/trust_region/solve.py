@@ -17,9 +17,9 @@ with the Fisher information matrix :math:`F`. With the gradient :math:`g` of the
 4. a line search shortens the step until the true divergence and the true surrogate agree.
 
 :func:`find_direction` does the first two, :func:`take_step` the others. They see the policy through
-two things alone: its :class:`LocalModel`, which is the surrogate's gradient and the product with
-:math:`F`, and a function from parameters to the true surrogate and divergence. Nothing is modified
-in place and, with ``line_search="batched"``, nothing is read back from the device.
+two things alone: its :class:`.local_model.LocalModel`, which is the surrogate's gradient and the
+product with :math:`F`, and a function from parameters to the true surrogate and divergence. Nothing
+is modified in place and, with ``line_search="batched"``, nothing is read back from the device.
 :class:`~torchrl_happo.steps.TrustRegionStep` makes both from a network.
 """
 
@@ -32,43 +32,13 @@ from torch import Tensor
 
 from torchrl_happo.distributed import Average, own_mean
 from torchrl_happo.steps.trust_region.line_search import LINE_SEARCHES, Evaluate
+from torchrl_happo.steps.trust_region.local_model import LocalModel
 from torchrl_happo.steps.trust_region.natural_gradient import (
-    Iteration,
-    MatVec,
     conjugate_gradient,
-    iterate,
     step_length,
 )
 
-__all__ = ["Direction", "LocalModel", "TrustRegionResult", "find_direction", "take_step"]
-
-
-class LocalModel(NamedTuple):
-    """The policy near the present parameters, as far as a trust-region step knows it.
-
-    Attributes:
-        surrogate (Tensor): the surrogate at the present parameters, a scalar.
-        gradient (Tensor): its gradient, one vector.
-        fisher_product (callable): from a vector to its product with the Fisher matrix.
-        num_samples (Tensor or float): samples that surrogate and gradient are means over.
-            Defaults to ``1``; it matters where processes with unlike numbers step together.
-        num_fisher_samples (Tensor or float): samples that the Fisher matrix is a mean over.
-    """
-
-    surrogate: Tensor
-    gradient: Tensor
-    fisher_product: MatVec
-    num_samples: Tensor | float = 1.0
-    num_fisher_samples: Tensor | float = 1.0
-
-    def common(self, average: Average) -> LocalModel:
-        """Return the model of all processes that step together."""
-        surrogate, gradient = average([self.surrogate, self.gradient], self.num_samples)
-
-        def fisher_product(vector: Tensor) -> Tensor:
-            return average([self.fisher_product(vector)], self.num_fisher_samples)[0]
-
-        return self._replace(surrogate=surrogate, gradient=gradient, fisher_product=fisher_product)
+__all__ = ["Direction", "TrustRegionResult", "find_direction", "take_step"]
 
 
 class Direction(NamedTuple):
@@ -140,7 +110,6 @@ def find_direction(
     damping: float,
     cg_iterations: int,
     cg_tolerance: float,
-    iteration: Iteration = iterate,
 ) -> Direction:
     r"""Solve :math:`(F + \lambda I) x = g` for the natural gradient :math:`x`.
 
@@ -151,8 +120,6 @@ def find_direction(
         damping (float): :math:`\lambda`.
         cg_iterations (int): iterations of conjugate gradient.
         cg_tolerance (float): squared norm of the residual at which they stop.
-        iteration (callable): see :func:`conjugate_gradient`. Defaults to
-            :func:`~torchrl_happo.steps.trust_region.natural_gradient.iterate`.
 
     Returns:
         Direction: the natural gradient; zero if the gradient is zero or not finite.
@@ -171,7 +138,6 @@ def find_direction(
         damping=damping,
         num_iterations=cg_iterations,
         residual_tolerance=cg_tolerance,
-        iteration=iteration,
     )
     # The residual is g - (F + damping I) x, so that this product costs nothing.
     return Direction(x, target - residual, target, residual, damping)

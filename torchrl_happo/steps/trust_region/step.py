@@ -9,31 +9,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from torchrl_happo.masked import masked_mean
-from torchrl_happo.policy.distributions import kl_divergence
 from torchrl_happo.steps.compile.trust_region import CompiledModel
 from torchrl_happo.steps.minibatches import draw_rows
 from torchrl_happo.steps.step import VALID, Problem, setting_of
 from torchrl_happo.steps.trust_region.line_search import LINE_SEARCHES, Evaluate
-from torchrl_happo.steps.trust_region.linearize import linearizable
-from torchrl_happo.steps.trust_region.natural_gradient import (
-    Iteration,
-    fisher_vector_product,
-    flatten,
-    gradient,
-    iterate,
-    unflatten,
+from torchrl_happo.steps.trust_region.local_model import (
+    LocalModel,
+    Objective,
+    local_models,
+    trial,
 )
+from torchrl_happo.steps.trust_region.natural_gradient import flatten, unflatten
 from torchrl_happo.steps.trust_region.solve import (
     Direction,
-    LocalModel,
     TrustRegionResult,
     find_direction,
     take_step,
@@ -41,9 +36,6 @@ from torchrl_happo.steps.trust_region.solve import (
 from torchrl_happo.transaction import load_generator_state, uncached_autocast
 
 __all__ = ["TrustRegion", "TrustRegionProposal", "TrustRegionStep"]
-
-_Objective: TypeAlias = Callable[[Distribution, TensorDictBase], Tensor]
-_At: TypeAlias = tuple[LocalModel, Evaluate, Iteration]
 
 
 @dataclass(frozen=True)
@@ -173,61 +165,51 @@ class TrustRegionStep:
             data (TensorDictBase): the entries that the policy and the surrogate read, and perhaps
                 ``"valid"``, which says what divergence and Fisher matrix are averaged over.
         """
-        settings, learners = self.settings, self.problem.learners
         with uncached_autocast():
+            compiled = self._compiled_model(data)
+            if compiled is not None:
+                return TrustRegionProposal(self, *compiled)
             # Surrogate, gradient g and Fisher-vector product at the present parameters.
-            model, evaluate, iteration = self._compiled_model(data) or self._model(data)
+            (model,), evaluate = self.local_models(data, [self.surrogate])
             # With several processes each of these is a mean over the samples of all.
-            model = model.common(learners.mean)
-            # The direction x that solves (F + damping I) x = g.
-            direction = find_direction(
-                model,
-                damping=settings.damping,
-                cg_iterations=settings.cg_iterations,
-                cg_tolerance=settings.cg_tolerance,
-                iteration=iteration,
-            )
-        return TrustRegionProposal(self, model, direction, evaluate)
+            model = model.common(self.problem.learners.mean)
+            return TrustRegionProposal(self, model, self.direction(model), evaluate)
 
-    def _model(self, data: TensorDictBase) -> _At:
-        """Return the policy and its surrogate near the present parameters."""
-        (model,), evaluate = self.local_models(data, [self.surrogate])
-        return model, evaluate, iterate  # type: ignore[return-value]
+    def direction(self, model: LocalModel) -> Direction:
+        """Return the direction x that solves (F + damping I) x = g."""
+        settings = self.settings
+        return find_direction(
+            model,
+            damping=settings.damping,
+            cg_iterations=settings.cg_iterations,
+            cg_tolerance=settings.cg_tolerance,
+        )
 
     def local_models(
-        self, data: TensorDictBase, objectives: Sequence[_Objective]
-    ) -> tuple[list[LocalModel], Callable[[Tensor], tuple[Tensor, ...]]]:
+        self, data: TensorDictBase, objectives: Sequence[Objective]
+    ) -> tuple[list[LocalModel], Evaluate]:
         """Return objectives near the parameters by one forward pass, and the trial of others."""
         named = dict(self.problem.named_parameters())
         # Copies that share the values: no gradient is left behind at the network's own.
         leaves = {name: p.detach().requires_grad_() for name, p in self.trained().items()}
-        valid, batch_ndim = data.get(VALID, None), len(self.problem.sample_shape(data))
 
-        def policy(part: TensorDictBase) -> Distribution:
-            with torch.enable_grad(), linearizable():
-                return self.distribution({**named, **leaves}, part)
+        def policy(own: Mapping[str, Tensor], seen: TensorDictBase) -> Distribution:
+            return self.distribution({**named, **own}, seen)
 
-        old = policy(data)
-        with torch.enable_grad():
-            values = [objective(old, data) for objective in objectives]
-        # The Fisher matrix is a mean over states, which a share of them estimates.
         rows = self.draw_rows(data)
-        sample = old if rows is None else policy(data[rows])
-        counted = valid if valid is None or rows is None else valid[rows]
-        product = fisher_vector_product(sample, leaves, valid=counted, batch_ndim=batch_ndim)
-        numbers = self.count(data), self.count(data if rows is None else data[rows])
-        slopes = [flatten(gradient([value], leaves.values())) for value in values]
-        at = zip(values, slopes, strict=True)
-        models = [LocalModel(value.detach(), slope, product, *numbers) for value, slope in at]
+        part = data if rows is None else data[rows]
+        batch_ndim = len(self.problem.sample_shape(data))
+        old, models = local_models(policy, leaves, data, part, objectives, batch_ndim)
+        numbers = {"num_samples": self.count(data), "num_fisher_samples": self.count(part)}
 
         def evaluate(flat: Tensor) -> tuple[Tensor, ...]:
-            new = self.distribution({**named, **unflatten(flat, leaves)}, data)
-            kl = kl_divergence(old, new, batch_ndim=batch_ndim)
-            return *(objective(new, data) for objective in objectives), masked_mean(kl, valid)
+            return trial(policy, old, unflatten(flat, leaves), data, objectives, batch_ndim)
 
-        return models, evaluate
+        return [model._replace(**numbers) for model in models], evaluate
 
-    def _compiled_model(self, data: TensorDictBase) -> _At | None:
+    def _compiled_model(
+        self, data: TensorDictBase
+    ) -> tuple[LocalModel, Direction, Evaluate] | None:
         """Return the same from compiled code; ``None`` if that cannot be had."""
         compiled = self._compiled
         if compiled is None or compiled.code.is_given_up or len(data) < 2:
