@@ -10,6 +10,7 @@ import copy
 import logging
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from torch.optim.lr_scheduler import ExponentialLR
 from torchrl.modules import IndependentNormal, TanhNormal
 
 from torchrl_happo import HAPPOLoss, HATRPOLoss, SequentialUpdater
-from torchrl_happo.steps.compile.code import Compiler
+from torchrl_happo.steps.compile.code import Compiler, _may_change
 from torchrl_happo.steps.trust_region.step import TrustRegion
 
 
@@ -31,7 +32,6 @@ from torchrl_happo.steps.trust_region.step import TrustRegion
 def double():
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
-    forget_graphs()
     yield
     torch.set_default_dtype(before)
 
@@ -235,8 +235,6 @@ def test_a_gradient_that_is_not_finite_is_taken_back(happo, caplog):
 
 def test_networks_that_were_moved_are_followed(caplog):
     """Other types, loaded states and modes are followed; another setting is compiled anew."""
-    # What torch has learned from many batches of other sizes would leave a new setting to eager.
-    forget_graphs()
     happo = make_happo().reset()
     for updater in happo.both:
         updater(happo.batch)
@@ -344,6 +342,46 @@ def test_unlike_functions_do_not_count_as_one():
         function = compiler.compile(make(float(factor)), None)
         assert function([torch.ones(5)])[0].tolist() == [factor] * 5
         assert function([torch.ones(3)])[0].tolist() == [factor] * 3
+
+
+def test_the_number_of_items_alone_is_a_symbol():
+    """Torch would learn from functions of the same lines that other sizes change as well."""
+    symbols = []
+
+    def backend(graph, inputs):
+        symbols.append(sum(isinstance(value, torch.SymInt) for value in inputs))
+        return graph.forward
+
+    compiler = Compiler({"backend": backend})
+    for width in (2, 3, 5):
+        function = compiler.compile(lambda items: (items[0].exp().sum(-1),), None)
+        for number in (4, 6):
+            assert function([torch.zeros(number, width)])[0].tolist() == [width] * number
+    assert symbols == [1, 1, 1]
+
+
+def test_what_may_change_is_asked_for_at_each_call():
+    """A setting of a module, and a global of the user's own; a library's names are not."""
+    guards = [
+        SimpleNamespace(name=name)
+        for name in (
+            "L['read'].__closure__[0].cell_contents.function.scale",
+            "L['weights']['net.weight']",
+            "G['__import_user_dot_networks'].COEFFICIENT",
+            "G['__import_tensordict_dot_base'].NO_DEFAULT",
+            "G['torch'].Tensor",
+            "L['layout'].leaves",
+        )
+    ]
+    assert _may_change(guards) == [True, True, True, False, False, False]
+    scale = nn.Dropout(0.0)
+    scale.factor = 3.0
+    function = Compiler({"backend": "eager"}).compile(
+        lambda items: (scale.factor * items[0],), None
+    )
+    assert function([torch.ones(2)])[0].tolist() == [3, 3]
+    scale.factor = 4.0
+    assert function([torch.ones(2)])[0].tolist() == [4, 4]
 
 
 @pytest.mark.slow

@@ -23,6 +23,11 @@ __all__ = ["Code", "Compiler", "Function", "make_compiler"]
 
 logger = logging.getLogger(__name__)
 
+_LIBRARIES = ("torch", "__builtins_dict__", "__import_torch", "__import_tensordict")
+_MADE_FOR = ("layout", "result", "settings", "trained")
+#: How the names of guards begin that need not be asked.
+_CONSTANT = (*(f"G['{name}" for name in _LIBRARIES), *(f"L['{name}'" for name in _MADE_FOR))
+
 
 class Compiler:
     """Holds what a team's steps share: compiled functions, the memory of graphs, complaints.
@@ -56,8 +61,12 @@ class Compiler:
         # All such functions are made by the same few lines, and torch counts by line: isolated,
         # they do not count as one. Not dynamic but where it is marked: torch would take a number
         # that differs between two functions for one that changes at each call.
-        settings: dict[str, Any] = {"fullgraph": True, "isolate_recompiles": True, "dynamic": False}
-        compiled = torch.compile(function, **{**settings, **options})
+        settings: dict[str, Any] = {"fullgraph": True, "isolate_recompiles": True}
+        settings |= {"dynamic": False, **options}
+        if "mode" not in settings:
+            settings["options"] = {"guard_filter_fn": _may_change, **settings.get("options", {})}
+        compiled = torch.compile(function, **settings)
+        tracing = torch._dynamo.config.patch(trace_autograd_ops=True)
 
         def call(*arguments: Any) -> tuple[Any, ...]:
             *fixed, items = arguments
@@ -66,10 +75,20 @@ class Compiler:
                 torch._dynamo.mark_dynamic(tensor, 0)
             # Code from dynamo leaves a stack of networks with other tensors than its own.
             slots = nullcontext() if network is None else restored_slots([network])
-            with slots, torch.no_grad(), torch._dynamo.config.patch(trace_autograd_ops=True):
+            with slots, torch.no_grad(), tracing:
                 return compiled(*fixed, items)
 
         return call
+
+
+def _may_change(guards: Sequence[Any]) -> list[bool]:
+    """Say which of the conditions that compiled code was made under are asked at each call.
+
+    Modules, their settings and tensors may change between two calls. The names that a library
+    defines do not, nor does what a function is made for, which tells it apart from others. To ask
+    for these takes half of the time.
+    """
+    return [not guard.name.startswith(_CONSTANT) for guard in guards]
 
 
 class Code:
