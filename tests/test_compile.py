@@ -292,6 +292,17 @@ def test_hatrpo_with_other_settings():
     assert twins.backend.graphs == 7  # natural gradient and trial of two solvers
 
 
+def test_the_trust_region_of_a_block_says_that_it_is_not_compiled(caplog):
+    """Its members are a stack of networks, which dynamo cannot call with other weights."""
+    actor = make_actor()
+    loss = HATRPOLoss(actor, make_critic(), blocks=["agents"])
+    updater = SequentialUpdater(loss, num_epochs=1, compile={"backend": "eager"})
+    metrics = updater(make_batch(actor))
+    assert metrics["agents", "step_fraction"] > 0
+    assert "not compiled" in caplog.text
+    assert "a stack of networks" in caplog.text
+
+
 class Branching(nn.Module):
     """A network whose Python looks at numbers, which no graph can hold."""
 

@@ -116,8 +116,8 @@ class Code:
     ) -> None:
         self.compiler = compiler
         self.network = network
-        stacked = any(isinstance(module, TensorDictParams) for module in network.modules())
-        self.template = None if stacked else template
+        self.is_stacked = any(isinstance(module, TensorDictParams) for module in network.modules())
+        self.template = None if self.is_stacked else template
         self.replays = None if compiler.pool is None else GraphReplays(compiler.pool)
         self.is_given_up = False
         self._results: dict[Hashable, Layout] = {}

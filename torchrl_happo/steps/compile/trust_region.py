@@ -45,8 +45,7 @@ class CompiledModel:
 
     One function computes surrogate, gradient and natural gradient, all products with the Fisher
     matrix included; another one surrogate and divergence at other parameters. Several processes
-    average each product, which is then a function of its own. Of stacked networks, as of a block,
-    dynamo cannot trace the call with other weights: their step runs as it is.
+    average each product, which is then a function of its own.
 
     Args:
         step (TrustRegionStep): the step.
@@ -67,7 +66,15 @@ class CompiledModel:
         Args:
             data (TensorDictBase): the batch.
             rows (Tensor, optional): rows that the Fisher matrix is averaged over. ``None``: all.
+
+        Raises:
+            NotImplementedError: if the policy is a stack of networks.
         """
+        if self.code.is_stacked and self.code.compiler.options is not None:
+            raise NotImplementedError(
+                "torch.compile cannot call a stack of networks with other weights, as the trust "
+                "region of a block does; only the passes before and after it are compiled."
+            )
         layout, weights = Layout.of(data), self.code.weights()
         functions = _Functions(self.step, self.code, layout)
         settings = self.step.settings
@@ -84,7 +91,7 @@ class CompiledModel:
         learners = self.step.problem.learners
         if learners.alone:
             surrogate, slope, *found = bind("solve")(both)
-            direction = Direction(*found, settings.damping)
+            direction = Direction._make([*found, settings.damping])
         else:
             surrogate, slope = bind("slope")(batch)
         kind = slope.shape, slope.dtype, slope.device

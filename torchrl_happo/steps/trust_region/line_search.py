@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 #: From parameters, as a vector, to the surrogate and the mean divergence.
-Evaluate: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
+Evaluate: TypeAlias = Callable[[Tensor], tuple[Tensor, ...]]
 
 #: From such numbers of this process to those of all that search together.
 Common: TypeAlias = Callable[[Sequence[Tensor]], list[Tensor]]
@@ -33,7 +33,7 @@ class OneByOne:
 
     evaluate: Evaluate
 
-    def __call__(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, theta: Tensor) -> tuple[Tensor, ...]:
         """Return surrogate and mean divergence."""
         return self.evaluate(theta)
 

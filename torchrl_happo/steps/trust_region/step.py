@@ -200,12 +200,13 @@ class TrustRegionStep:
         part = data if rows is None else data[rows]
         batch_ndim = len(self.problem.sample_shape(data))
         old, models = local_models(policy, leaves, data, part, objectives, batch_ndim)
-        numbers = {"num_samples": self.count(data), "num_fisher_samples": self.count(part)}
+        number, share = self.count(data), self.count(part)
 
         def evaluate(flat: Tensor) -> tuple[Tensor, ...]:
             return trial(policy, old, unflatten(flat, leaves), data, objectives, batch_ndim)
 
-        return [model._replace(**numbers) for model in models], evaluate
+        models = [m._replace(num_samples=number, num_fisher_samples=share) for m in models]
+        return models, evaluate
 
     def _compiled_model(
         self, data: TensorDictBase
