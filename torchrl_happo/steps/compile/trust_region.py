@@ -86,7 +86,7 @@ class CompiledModel:
 
         part = data if rows is None else data[rows]
         batch = self.code.settle(layout.tensors(data))
-        both = [*batch, *(() if rows is None else layout.tensors(part))]
+        both = batch if rows is None else self.code.settle([*batch, *layout.tensors(part)])
         counts = self.step.count(data), self.step.count(part)
         learners = self.step.problem.learners
         if learners.alone:
