@@ -111,8 +111,8 @@ def test_what_no_simulator_builds_is_one_sentence(options, words):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("task.scenario=wheel", "'wheel', but the task is vmas/balance: .* by task.name."),
-        ("task.scenario=balanc", "task.scenario is 'balanc', but the task is vmas/balance"),
+        ("task.scenario=wheel", "'wheel', but the task is vmas/het_mass: .* by task.name."),
+        ("task.scenario=balanc", "task.scenario is 'balanc', but the task is vmas/het_mass"),
         ("task.name=mine task.scenario=balanc", "'balanc', which VMAS has not."),
         (
             "task=pettingzoo/simple_spread task.scenario=simple_tag_v3",

@@ -60,7 +60,7 @@ class ShuffledMinibatches:
             yield data
             return
         order = torch.randperm(num_items, generator=self.generator, device=self.generator.device)
-        valid = data.get(VALID, None)
+        valid = _valid_of(data)
         parts = order.split(size) if valid is None else _spread(order, valid, self.count(data))
         for index in parts:
             yield _rows(data, index)
@@ -169,6 +169,11 @@ class ReplayBufferMinibatches:
 
 def _counting(data: TensorDictBase) -> TensorDictBase:
     """Leave out items that do not count, which a sampler does not know; waits for the device."""
-    valid = data.get(VALID, None) if is_tensor_collection(data) else None
+    valid = _valid_of(data)
     counts = None if valid is None else valid.reshape(len(data), -1).any(1)
     return data if counts is None or not counts.any() else data[counts]
+
+
+def _valid_of(data: TensorDictBase | Tensor) -> Tensor | None:
+    """Return which entries count; ``None``: all, as of rows that stand for data elsewhere."""
+    return data.get(VALID, None) if is_tensor_collection(data) else None
