@@ -46,6 +46,7 @@ CALLS = {
     "a critic that is a plain network": trains(
         lambda: Team(critic=lambda: critic_of(nn.Sequential(nn.Flatten(-2), nn.Linear(15, 1))))
     ),
+    "a critic for each group": trains(Team),
     "agents that share a network": lambda: loss(make_actor(share_params=True), blocks=["agents"]),
     "agents that see each other": lambda: loss(
         categorical(stack(centralized=True)), blocks=["agents"]

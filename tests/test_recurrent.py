@@ -7,14 +7,20 @@ import copy
 import pytest
 import torch
 from newer import tensors
-from tensordict.nn import TensorDictModule, TensorDictSequential
+from tensordict.nn import NormalParamExtractor, TensorDictModule, TensorDictSequential
 from test_networks import SpecEnv, team
 from torch import nn
 from torchrl.collectors import Collector
 from torchrl.data import Binary, Bounded, Composite, OneHot, Unbounded
 from torchrl.data import Categorical as CategoricalSpec
 from torchrl.envs import Compose, StepCounter, TransformedEnv, VmasEnv
-from torchrl.modules import GRUModule, IndependentNormal, ProbabilisticActor, set_recurrent_mode
+from torchrl.modules import (
+    GRUModule,
+    IndependentNormal,
+    MultiAgentMLP,
+    ProbabilisticActor,
+    set_recurrent_mode,
+)
 
 from torchrl_happo import (
     ActorList,
@@ -171,6 +177,29 @@ def test_unlike_memories_are_refused():
 
     with pytest.raises(ValueError, match="'agents' have memories of unlike"):
         memory_transforms(ActorList([single(3), single(4)]))
+
+
+def test_one_memory_for_all_agents_is_refused_with_the_cure_for_memories():
+    """Not with that for stacks, which is no list of actors; the named cure is a list of them."""
+    env = team(Unbounded((2, 2)), n_agents=2)
+    memory = GRUModule(
+        input_size=2,
+        hidden_size=4,
+        in_keys=[("agents", "observation"), ("agents", "state")],
+        out_keys=[("agents", "_memory"), ("next", "agents", "state")],
+    )
+    heads = MultiAgentMLP(4, 4, n_agents=2, centralized=False, share_params=False, depth=0)
+    net = nn.Sequential(heads, NormalParamExtractor())
+    keys = [("agents", "loc"), ("agents", "scale")]
+    actor = ProbabilisticActor(
+        TensorDictSequential(memory, TensorDictModule(net, [("agents", "_memory")], keys)),
+        in_keys=keys,
+        out_keys=[("agents", "action")],
+        distribution_class=IndependentNormal,
+    )
+    with pytest.raises(ValueError, match=r"ActorList, such as make_actor\(env, recurrent='gru'\)"):
+        HAPPOLoss(actor, None)
+    assert len(HAPPOLoss(make_actor(env, recurrent="gru"), None).agents) == 2
 
 
 def test_refuses_arguments():

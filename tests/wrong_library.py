@@ -67,6 +67,8 @@ LOSSES = built([
     ("a group named by a number", lambda: loss({3: make_actor()}), TypeError, "named by strings"),
     ("a critic that is a plain network", lambda: loss(critic=nn.Linear(2, 2)), TypeError,
      "critic is a Linear; wrap it"),
+    ("a critic for each group", lambda: loss(critic={"agents": make_critic()}), TypeError,
+     "critic is a dict of .'agents'., but the team has one: pass a critic that reads all"),
     ("an actor that has not seen data", lambda: loss(categorical(stack(n_agent_inputs=None))),
      ValueError, "uninitialised lazy parameter .*run it once"),
     ("agents that share a network", lambda: loss(make_actor(share_params=True)), ValueError,

@@ -48,6 +48,11 @@ def check_networks(actors: object, critic: object, blocks: object) -> None:
         if not isinstance(actor, TensorDictModuleBase):
             raise TypeError(f"{whose} is {kind_of(actor)}; pass a ProbabilisticActor.")
         check_initialized(actor, whose)
+    if isinstance(critic, Mapping):
+        raise TypeError(
+            f"The critic is {kind_of(critic)} of {sorted(map(str, critic))}, but the team has one: "
+            "pass a critic that reads all groups, such as make_critic(env)."
+        )
     if critic is not None and not isinstance(critic, TensorDictModuleBase):
         raise TypeError(
             f"The critic is {kind_of(critic)}; wrap it as TensorDictModule(critic, in_keys=[...], "

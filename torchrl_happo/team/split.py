@@ -18,6 +18,7 @@ from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBas
 from tensordict.utils import unravel_key
 
 from torchrl_happo.policy.actor_list import ActorList
+from torchrl_happo.policy.memory import has_memory
 from torchrl_happo.policy.rows import cut_actor, num_agents, same_distribution, shared_part
 from torchrl_happo.team.agent import Agent
 from torchrl_happo.team.entries import path_of
@@ -109,10 +110,13 @@ def split_actor(
         agent.takes_size_of_group = as_block and n_agents is None and key_group is not None
         return [agent]
     if shared is not None:
+        own = "share_params=False, centralized=False"
+        if has_memory(actor):
+            own = "an ActorList, such as make_actor(env, recurrent='gru')"
         raise ValueError(
             f"The actor of group {name!r} has {shared}, but HAPPO updates one agent after the "
-            "other and needs a network for each (share_params=False, centralized=False); to update "
-            f"agents that share parameters as one block, pass blocks=[{name!r}]."
+            f"other and needs a network for each ({own}); to update agents that share parameters "
+            f"as one block, pass blocks=[{name!r}]."
         )
     agents: list[Agent] = []
     for index in range(n_agents):
