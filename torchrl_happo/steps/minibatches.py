@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 import torch
-from tensordict import TensorDict, TensorDictBase, is_tensor_collection
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import LazyTensorStorage, ReplayBuffer
 
@@ -176,4 +176,4 @@ def _counting(data: TensorDictBase) -> TensorDictBase:
 
 def _valid_of(data: TensorDictBase | Tensor) -> Tensor | None:
     """Return which entries count; ``None``: all, as of rows that stand for data elsewhere."""
-    return data.get(VALID, None) if is_tensor_collection(data) else None
+    return None if isinstance(data, Tensor) else data.get(VALID, None)
