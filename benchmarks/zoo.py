@@ -20,9 +20,9 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="the folder of the run")
     parser.add_argument("name", help="task and algorithm")
     options = parser.parse_args()
-    weights = dict(load(options.run).policy.state_dict())
+    policy = load(options.run).policy
     revision = read_origin(options.run)["revision"]
-    print(pack(options.run, options.name, weights, revision))
+    print(pack(options.run, options.name, policy, revision))
 
 
 if __name__ == "__main__":

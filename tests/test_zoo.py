@@ -7,7 +7,7 @@ import torch
 from recipe_helpers import tiny_config
 
 from torchrl_happo.recipe import load, training, zoo
-from torchrl_happo.recipe.checkpoint import DamagedCheckpointError
+from torchrl_happo.recipe.checkpoint import CheckpointError, DamagedCheckpointError
 from torchrl_happo.recipe.config import ConfigError
 from torchrl_happo.recipe.zoo import pack
 
@@ -36,12 +36,14 @@ def test_a_run_goes_into_the_zoo_and_comes_back(tmp_path, monkeypatch):
     config = tiny_config("evaluation.episodes=4")
     run, place = tmp_path / "run", tmp_path / "zoo"
     training.run(config, run)
-    weights = load(run).policy.state_dict()
-    pack(run, "vmas/mine/happo", dict(weights), "abc", place)
+    policy = load(run).policy
+    pack(run, "vmas/mine/happo", policy, "abc", place)
     monkeypatch.setattr(zoo, "ZOO", place)
     assert zoo.names() == ["vmas/mine/happo"]
-    again = load("zoo:vmas/mine/happo").policy.state_dict()
-    assert all(torch.equal(value, again[key]) for key, value in weights.items() if value.ndim)
+    again = dict(load("zoo:vmas/mine/happo").policy.named_parameters())
+    assert all(torch.equal(value, again[key]) for key, value in policy.named_parameters())
+    with pytest.raises(CheckpointError, match=r"do not fit this policy: \['bias', 'module\.0"):
+        zoo.restore(torch.nn.Linear(1, 1), again)
     assert zoo.read_record("vmas/mine/happo")["revision"] == "abc"
 
     policy = place / "vmas" / "mine" / "happo" / "policy.pt"

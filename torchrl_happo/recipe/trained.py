@@ -234,7 +234,7 @@ def load(
     env = build_env(config, num_envs)
     learner = make_learner(config, env)
     if "policy" in content:  # of the zoo: nothing that only training needs
-        learner.result.load_state_dict(content["policy"])
+        zoo.restore(learner.result, content["policy"])
     else:
         checkpoint.restore(content, learner.updater)
     for transform in memory_transforms(learner.result):

@@ -13,12 +13,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+
 from torchrl_happo.recipe import checkpoint
 from torchrl_happo.recipe.config import ConfigError
 from torchrl_happo.recipe.report import CURVE
 from torchrl_happo.recipe.validation import near
 
-__all__ = ["PREFIX", "find", "is_name", "names", "pack", "read_record"]
+__all__ = ["PREFIX", "find", "is_name", "names", "pack", "read_record", "restore"]
 
 #: What a name begins with, where the folder of a run could stand.
 PREFIX = "zoo:"
@@ -70,13 +72,26 @@ def read_record(name: str) -> dict[str, Any]:
     return record
 
 
-def pack(run: Path, name: str, policy: dict[str, Any], revision: str, zoo: Path = ZOO) -> Path:
+def restore(policy: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Copy a team's weights into its policy, by the names of parameters and buffers.
+
+    The states of modules are not the same in all versions of tensordict.
+    """
+    own = _weights_of(policy)
+    if own.keys() != weights.keys():
+        unlike = sorted(own.keys() ^ weights.keys())
+        raise checkpoint.CheckpointError(f"The weights do not fit this policy: {unlike}.")
+    for key, tensor in own.items():
+        tensor.copy_(weights[key])
+
+
+def pack(run: Path, name: str, policy: nn.Module, revision: str, zoo: Path = ZOO) -> Path:
     """Put the policy of a finished run into the zoo.
 
     Args:
         run (Path): its folder.
         name (str): task and algorithm.
-        policy (dict of str to Tensor): the policy's weights.
+        policy (nn.Module): the policy, as :func:`~torchrl_happo.recipe.load` returns it.
         revision (str): of the code that trained it.
         zoo (Path, optional): the folder of all teams. Defaults to the library's own.
 
@@ -86,7 +101,8 @@ def pack(run: Path, name: str, policy: dict[str, Any], revision: str, zoo: Path 
     content = checkpoint.read(run)
     folder = zoo / name
     folder.mkdir(parents=True, exist_ok=True)
-    kept = {"format": content["format"], "config": content["config"], "policy": policy}
+    weights = _weights_of(policy)
+    kept = {"format": content["format"], "config": content["config"], "policy": weights}
     checkpoint.write_atomically(folder / POLICY, kept)
     last = content["progress"]["evaluation"][-1]
     measured = {key: last[key] for key in ("frames", "return", "return_stderr", "episodes")}
@@ -94,6 +110,11 @@ def pack(run: Path, name: str, policy: dict[str, Any], revision: str, zoo: Path 
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
     shutil.copyfile(run / CURVE, folder / CURVE)
     return folder
+
+
+def _weights_of(policy: nn.Module) -> dict[str, Tensor]:
+    named = [*policy.named_parameters(), *policy.named_buffers()]
+    return {name: tensor.detach() for name, tensor in named}
 
 
 def _checksum(path: Path) -> str:
