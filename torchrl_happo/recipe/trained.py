@@ -276,7 +276,8 @@ def draw(env: EnvBase) -> Image.Image:
     """Draw the environment as it is now."""
     picture = Image.fromarray(env.render(mode="rgb_array"))
     height = round(picture.height * WIDTH / picture.width)
-    return picture.resize((WIDTH, height)).quantize(64)
+    # A median cut would spend its colours on the background, and paint small agents alike.
+    return picture.resize((WIDTH, height)).quantize(64, Image.Quantize.FASTOCTREE)
 
 
 def _leaf(key: NestedKey) -> str:
