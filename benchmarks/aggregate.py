@@ -1,4 +1,4 @@
-"""What a suite says over all of its tasks, and its results in the format of marl-eval.
+"""Aggregate a suite over all of its tasks, and write its results in the format of marl-eval.
 
     python benchmarks/aggregate.py vmas
     python benchmarks/aggregate.py vmas --marl-eval benchmarks/results/vmas.json

@@ -1,4 +1,4 @@
-"""What memory costs: an update of HATRPO against one of HAPPO, with a GRU for each agent.
+"""Time an update of HATRPO against one of HAPPO, with a GRU for each agent.
 
     python benchmarks/memory_cost.py --json benchmarks/results/memory_cost.json
 

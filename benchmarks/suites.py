@@ -12,7 +12,7 @@ __all__ = ["SUITES", "Suite"]
 
 @dataclass(frozen=True)
 class Suite:
-    """What is run, with which settings beyond the recipe's defaults.
+    """Tasks, algorithms and settings beyond the recipe's defaults.
 
     ``tasks`` maps the name that a task has in the results to the words that select it. The table
     shows evaluations after ``milestones`` environment steps, or the last ones, and beside them the

@@ -1,4 +1,4 @@
-"""What a transformer over the agents costs: acting with and without cache, and an update.
+"""Time a transformer over the agents: acting with and without cache, and an update.
 
     python benchmarks/transformer.py --json benchmarks/results/transformer.json
 
@@ -53,7 +53,7 @@ def acting(policy: Any, observation: TensorDict, use_cache: bool = True) -> None
 
 
 def contestants(n_agents: int) -> dict[str, Callable[[], object]]:
-    """What is timed for a team of this size."""
+    """Return the contestants for a team of this size."""
     env = DifferentialGame(n_agents=n_agents, num_envs=ENVS)
     many = DifferentialGame(n_agents=n_agents, num_envs=STEPS)
     actor, critic = make_transformer(env)

@@ -1,4 +1,4 @@
-"""What the tests need of TorchRL that its older versions lack.
+"""Parts of TorchRL that the tests need and its older versions lack.
 
 A test that uses it is skipped where TorchRL is too old; the reason names what it needs and the
 version that has it. Making an object of one of the classes below is enough for that: the

@@ -57,7 +57,7 @@ def trained(kind, env, *, entropy, cooling, updates, seed=0):
 
 
 def payoff_of(env, actor):
-    """What the most likely joint action pays."""
+    """Return the payoff of the most likely joint action."""
     return batch_of(env, actor, ExplorationType.DETERMINISTIC)["next", "reward"].mean().item()
 
 

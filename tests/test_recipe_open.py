@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import own_world
 import pytest
 import torch
@@ -17,6 +19,7 @@ from torchrl_happo import train as script
 from torchrl_happo.recipe import checkpoint, load, train, training
 from torchrl_happo.recipe.config import ConfigError
 from torchrl_happo.recipe.export import export_agent
+from torchrl_happo.recipe.trained import draw
 
 SMALL = (
     *("num_envs=4", "steps_per_batch=6", "total_frames=48", "model.num_cells=8"),
@@ -313,3 +316,14 @@ class TestAgents:
         said = capsys.readouterr().err
         assert sentence in said
         assert said.count("\n") == 1
+
+
+def test_an_animation_keeps_the_colours_of_small_agents():
+    """Two small agents of unlike colours on a ground of many greys, as VMAS draws its grid."""
+    greys = np.random.default_rng(0).integers(150, 256, (420, 420, 1), np.uint8)
+    picture = np.repeat(greys, 3, -1)
+    picture[100:106, 100:106], picture[200:206, 200:206] = (64, 191, 64), (64, 64, 191)
+    drawn = draw(SimpleNamespace(render=lambda mode: picture)).convert("RGB")
+    green, blue = (drawn.getpixel((place, place)) for place in (103, 203))
+    assert green[1] > green[2] + 90
+    assert blue[2] > blue[1] + 90

@@ -88,7 +88,7 @@ def numbers(n_agents):
 @pytest.mark.parametrize("n_agents", [1, 2, 5])
 @pytest.mark.parametrize("gamma", [0.9, 0.0])
 def test_advantages_of_the_chain(gamma, n_agents):
-    """Those of a loop over all sub-steps, with truncations and terminations between them."""
+    """They equal a loop over all sub-steps, with truncations and terminations between."""
     given = numbers(n_agents)
     advantage, target = chain_advantage(*given, gamma=gamma, lmbda=0.8)
     torch.testing.assert_close(advantage, by_hand(*given, gamma, 0.8))

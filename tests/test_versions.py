@@ -1,4 +1,4 @@
-"""What differs between versions of TorchRL: one short module, and sentences that name a version."""
+"""Versions of TorchRL: one short module of differences, and sentences that name a version."""
 
 from __future__ import annotations
 

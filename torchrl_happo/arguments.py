@@ -95,7 +95,7 @@ def check_numbers(*, at_least: float = -math.inf, optional: bool = False, **valu
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
-    """Refuse whatever is not one of the ``choices``, and name the near ones."""
+    """Raise unless a value is one of the ``choices``; the message names the near ones."""
     if value in choices:
         return
     near = get_close_matches(str(value), choices)

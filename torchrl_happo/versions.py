@@ -1,4 +1,4 @@
-"""What differs between the versions of TorchRL and tensordict, and the private names that we need.
+"""Differences between versions of TorchRL and tensordict, and the private names in use.
 
 Private names are wrapped by one function each, with the versions that they were checked against.
 What an older version lacks is replaced here, with the version that brought it.

@@ -15,7 +15,7 @@ __all__ = ["A2poConfig", "CoppoConfig", "Haa2cConfig", "HappoConfig", "HatrpoCon
 
 @dataclass
 class TeamConfig(AlgorithmConfig):
-    """What the algorithms share, with the defaults of BenchMARL's MAPPO.
+    """Settings that the algorithms share, with the defaults of BenchMARL's MAPPO.
 
     Attributes:
         order (str): of the agents, as for :class:`~torchrl_happo.SequentialUpdater`.

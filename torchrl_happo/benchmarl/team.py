@@ -76,7 +76,7 @@ class Team(Mappo):
         experiment.callbacks = [*experiment.callbacks, _Hooks(self)]
 
     def _check(self) -> None:
-        """Refuse what the sequential update cannot train."""
+        """Raise if the sequential update cannot train the experiment."""
         who, config = type(self).__name__.upper(), self.experiment_config
         for part in (*_parts(self.model_config), *_parts(self.critic_model_config)):
             if part.is_rnn or isinstance(part, GnnConfig):

@@ -94,7 +94,7 @@ def bounds_of_unit(bound: Tensor, unit: Agent | None, agents: Sequence[Agent]) -
 
 
 def check_clipping(clip_epsilon: Any, clip_value: Any) -> None:
-    """Refuse a clipping threshold that no loss can be built with."""
+    """Raise if no loss can be built with a clipping threshold."""
     is_mapping = isinstance(clip_epsilon, Mapping)
     if not is_mapping:
         check_clip_epsilon(clip_epsilon)

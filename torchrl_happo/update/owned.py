@@ -1,4 +1,4 @@
-"""What a block needs of the critic that it owns: returns and old values, beside its own data."""
+"""Entries for a block that owns its critic: returns and old values, beside its own data."""
 
 from __future__ import annotations
 

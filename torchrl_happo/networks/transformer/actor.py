@@ -132,7 +132,7 @@ class TransformerActor(ProbabilisticTensorDictSequential):
 
 
 def _check_mask(key: NestedKey, mask: Tensor, member: int) -> None:
-    """Refuse a mask that forbids every action; on an accelerator the look would wait for it."""
+    """Raise if a mask forbids every action; on an accelerator the look would wait for it."""
     if mask.is_cuda or torch.compiler.is_compiling():
         return
     if not bool((mask != 0).any(-1).all()):

@@ -182,7 +182,7 @@ def make_transformer(
 
 
 def _check_order(order: Any, n_agents: int) -> None:
-    """Refuse an order that does not name every agent of the team once."""
+    """Raise unless an order names every agent of the team once."""
     if order is not None and sorted(order) != list(range(n_agents)):
         raise ValueError(
             f"order must name each of the positions 0 to {n_agents - 1} once, got {list(order)}."

@@ -1,4 +1,4 @@
-"""What a transformer is built of: its size, and the groups of its team."""
+"""Parts of a transformer: its size, and the groups of its team."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class Mat(Happo):
     """One ratio of each agent, or of each dimension of its action, as the authors' code has it."""
 
     def check(self, config: TrainConfig) -> None:
-        """Refuse networks that the transformer takes the place of, and settings without effect."""
+        """Raise if a network is set that the transformer replaces, or a setting has no effect."""
         super().check(config)
         if self.size % self.num_heads:
             raise ConfigError(

@@ -31,7 +31,7 @@ class Tppo(Mat):
     splits: ClassVar[bool] = False
 
     target: str = choice("full", "greedy", default=default_of(Distillation, "target"))
-    """What agents learn: the whole distribution of the coordinated policy, or its best actions."""
+    """Target of the agents: the distribution of the coordinated policy, or its best actions."""
     distillation_epochs: int | None = count(None)
     """Passes of the agents over a batch; null: num_epochs."""
 
