@@ -9,6 +9,7 @@ from torchrl.envs import Compose, StepCounter, TransformedEnv, VmasEnv
 from torchrl.envs.utils import check_env_specs
 
 from torchrl_happo.envs import BatchedResetVmasEnv, TeamReward
+from torchrl_happo.versions import simulator
 
 SCENARIOS = [
     "balance",
@@ -118,6 +119,18 @@ def test_a_full_reset_is_vmas_own():
             data = env.reset()
             starts.append(env.reset(data if mask is None else data.set("_reset", mask)))
         assert (starts[0]["agents", "observation"] == starts[1]["agents", "observation"]).all()
+
+
+@pytest.mark.parametrize(("share", "is_new"), [("all", True), ("some", False)])
+def test_state_without_rows_is_drawn_anew_where_all_episodes_end(share, is_new):
+    """The masses of het_mass, one for all environments, in every batch of a training anew."""
+    env = BatchedResetVmasEnv("het_mass", num_envs=NUM_ENVS, seed=0)
+    data = env.reset()
+    (heavy, _), masses = simulator(env).agents, []
+    for _ in range(3):
+        masses.append(heavy.mass)
+        env.reset(data.set("_reset", torch.ones_like(MASK) if share == "all" else MASK))
+    assert len(set(masses)) == (3 if is_new else 1)
 
 
 def test_no_environment_is_reset():
