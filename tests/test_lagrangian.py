@@ -21,13 +21,14 @@ from torchrl_happo.recipe.compose import compose_config
 from torchrl_happo.recipe.config import ConfigError
 
 
-def make_updater(kind=HAPPOLagrangianLoss, **kwargs):
+def make_updater(kind=HAPPOLagrangianLoss, compile=False, **kwargs):
     """A small team; with costs, whose bound is 1, if the loss has them."""
     torch.manual_seed(0)
     actor, critic, cost_critic = make_actor(), make_critic(), make_critic()
     costs = {} if kind is HAPPOLoss else {"cost_critic": cost_critic, "cost_limit": 1.0, **kwargs}
     loss = kind(actor, critic, entropy_coeff=0.0, **costs)
-    return SequentialUpdater(loss, num_epochs=2, optimizer=partial(torch.optim.Adam, lr=1e-2))
+    optimizer = partial(torch.optim.Adam, lr=1e-2)
+    return SequentialUpdater(loss, num_epochs=2, optimizer=optimizer, compile=compile)
 
 
 def costly(batch, cost=None, ends=True):
@@ -74,6 +75,17 @@ class TestLimits:
         safe(batch), plain(batch)
         assert same_state(of_actor(safe), of_actor(plain))
         assert (safe.loss.multipliers < before).all()  # nothing is spent of the bound
+
+
+def test_compiled_it_is_that_of_eager(caplog):
+    """Agents, both critics, multipliers and metrics."""
+    eager, compiled = (make_updater(compile=c) for c in (False, {"backend": "eager"}))
+    batch = costly(make_batch(eager.loss.actor_network))
+    for _ in range(2):
+        wanted, got = eager(batch), compiled(batch)
+        torch.testing.assert_close(got.to_dict(), wanted.to_dict(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(compiled.loss.state_dict(), eager.loss.state_dict())
+    assert "not compiled" not in caplog.text
 
 
 class TestMultipliers:

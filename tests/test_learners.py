@@ -20,7 +20,13 @@ from torch.distributions import Categorical
 from torchrl.modules import IndependentNormal
 from wrong_calls import same
 
-from torchrl_happo import HAPPOLoss, HATRPOLoss, SequentialUpdater
+from torchrl_happo import (
+    HAPPOLagrangianLoss,
+    HAPPOLoss,
+    HATRPOLoss,
+    MACPOLoss,
+    SequentialUpdater,
+)
 from torchrl_happo.distributed import Learners
 from torchrl_happo.recipe.ranks import Ranks as RecipeRanks
 from torchrl_happo.steps import minibatches
@@ -148,6 +154,14 @@ class HalvesTogether(ShuffledMinibatches):
             yield torch.cat([first[index], second[index]])
 
 
+LOSSES = {
+    "happo": HAPPOLoss,
+    "hatrpo": HATRPOLoss,
+    "lagrangian": HAPPOLagrangianLoss,
+    "macpo": MACPOLoss,
+}
+
+
 class Case:
     """A team in float64, its data, and how it is trained; the same in every process."""
 
@@ -160,10 +174,11 @@ class Case:
         blocks=(),
         norm=None,
         fisher_fraction=1.0,
+        multiplier="learned",
         **settings,
     ):
         self.algorithm, self.masks, self.blocks, self.norm = algorithm, masks, blocks, norm
-        self.fisher_fraction = fisher_fraction
+        self.fisher_fraction, self.multiplier = fisher_fraction, multiplier
         self.distribution = Categorical if discrete else IndependentNormal
         self.settings = settings
 
@@ -181,9 +196,13 @@ class Case:
         own = {
             "happo": {"entropy_coeff": 0.01},
             "hatrpo": {"fisher_fraction": self.fisher_fraction},
+            "lagrangian": {"multiplier": self.multiplier},
+            "macpo": {},
         }[self.algorithm]
+        if self.algorithm in ("lagrangian", "macpo"):
+            own |= {"cost_critic": copy.deepcopy(critic), "cost_limit": 1.0}
         norm = self.norm and {"popart": PopArtValueNorm, "running": RunningValueNorm}[self.norm]
-        loss = {"happo": HAPPOLoss, "hatrpo": HATRPOLoss}[self.algorithm](
+        loss = LOSSES[self.algorithm](
             actor,
             critic,
             blocks=self.blocks,
@@ -209,6 +228,11 @@ class Case:
             data["agents", "active"][..., 2] = False
         if "steps" in self.masks:
             data["collector", "mask"] = torch.rand(N_ENVS, TIME) > 0.2
+        if self.algorithm in ("lagrangian", "macpo"):
+            data["next", "cost"] = torch.rand(N_ENVS, TIME, 1).double()
+            data["next", "episode_cost"] = data["next", "cost"].cumsum(1)
+            data["next", "done"] = torch.zeros(N_ENVS, TIME, 1, dtype=torch.bool)
+            data["next", "done"][1:, -1] = True  # fewer episodes end with the first learner
         return data
 
 
@@ -280,6 +304,24 @@ def test_two_halves_are_a_whole(ranks, algorithm, settings):
     assert min(graphs, others) == compiled
     assert first.keys() == second.keys() == whole.keys()
     for name, value in whole.items():
+        assert torch.equal(first[name], second[name]) or value.isnan().any(), name
+        torch.testing.assert_close(first[name], value, rtol=1e-10, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "settings"),
+    [
+        ("lagrangian", {"minibatch_size": 5}),
+        ("lagrangian", {"multiplier": "projected", "masks": ("agents",)}),
+        ("macpo", {"masks": ("agents",)}),
+    ],
+    ids=["learned", "projected", "bounded"],
+)
+def test_two_halves_are_a_whole_with_costs(ranks, algorithm, settings):
+    """Multipliers, the cost of an episode and the step within its bound, to 1e-10."""
+    case = Case(algorithm, **settings)
+    (first, _), (second, _) = ranks(train_half, case)
+    for name, value in train_whole(case).items():
         assert torch.equal(first[name], second[name]) or value.isnan().any(), name
         torch.testing.assert_close(first[name], value, rtol=1e-10, atol=1e-10, msg=name)
 

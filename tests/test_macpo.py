@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from compilation import Backend
 from recipe_helpers import table, tiny_config
 from team import N_AGENTS, make_actor, make_batch, make_critic, same_state
 from tensordict import TensorDict
@@ -11,6 +12,7 @@ from test_lagrangian import costly, of_actor
 from torch import nn
 
 from torchrl_happo import HATRPOLoss, MACPOLoss, SequentialUpdater
+from torchrl_happo.distributed import Learners
 from torchrl_happo.recipe import training
 from torchrl_happo.steps.trust_region.constrained import (
     ConstrainedProblem,
@@ -19,7 +21,7 @@ from torchrl_happo.steps.trust_region.constrained import (
 from torchrl_happo.steps.trust_region.dual import Case
 
 
-def make_updater(kind=MACPOLoss, dtype=torch.float64, **kwargs):
+def make_updater(kind=MACPOLoss, dtype=torch.float64, compile=False, **kwargs):
     """A small team; with a cost, whose bound is 1, if the loss has one."""
     torch.manual_seed(0)
     networks = [make_actor(), make_critic()]
@@ -27,7 +29,7 @@ def make_updater(kind=MACPOLoss, dtype=torch.float64, **kwargs):
     costs.update(kwargs)
     networks = [network.to(dtype) for network in networks]
     costs = {k: v.to(dtype) if isinstance(v, nn.Module) else v for k, v in costs.items()}
-    return SequentialUpdater(kind(*networks, max_kl=0.01, **costs), num_epochs=1)
+    return SequentialUpdater(kind(*networks, max_kl=0.01, **costs), num_epochs=1, compile=compile)
 
 
 def batch_of(updater, **kwargs):
@@ -79,6 +81,44 @@ def test_line_searches_give_the_same_step():
     moved, wanted = of_actor(one), of_actor(two)
     for name in wanted:
         torch.testing.assert_close(moved[name], wanted[name], rtol=0, atol=1e-12)
+
+
+@pytest.fixture
+def a_learner(tmp_path, monkeypatch):
+    """This process as one of a group, which averages each product with the Fisher matrix."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1
+    )
+    monkeypatch.setattr(Learners, "alone", False)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("line_search", "functions"),
+    [("sequential", ["product", "slope", "trial"]), ("batched", ["solve", "trial"])],
+    ids=["of several learners", "alone"],
+)
+def test_compiled_it_is_that_of_eager(line_search, functions, caplog, request):
+    """Natural gradients of gain and cost are one function for all agents; bounds are data."""
+    if "product" in functions:
+        request.getfixturevalue("a_learner")
+    backend = Backend()
+    eager, compiled = (
+        make_updater(line_search=line_search, **options)
+        for options in ({}, {"compile": {"backend": backend}})
+    )
+    batch = batch_of(eager)
+    for limit in (1.0, 1e6, -1e6):
+        for updater in (eager, compiled):
+            updater.loss.cost_limits = {"cost": limit}
+        wanted, got = eager(batch), compiled(batch)
+        torch.testing.assert_close(got.to_dict(), wanted.to_dict(), rtol=1e-7, atol=1e-7)
+    for name, wanted in of_actor(eager).items():
+        torch.testing.assert_close(of_actor(compiled)[name], wanted, rtol=0, atol=1e-9, msg=name)
+    made = compiled.steps["agents_0"]._compiled.code.compiler.functions
+    assert sorted(key[-1][0] for key in made if key[-1][0] in functions) == functions
+    assert "not compiled" not in caplog.text
 
 
 def test_a_step_that_is_rejected_restores_bit_for_bit():

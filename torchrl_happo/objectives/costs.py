@@ -75,10 +75,9 @@ class WithCosts(SequentialLoss):
         self.cost_norms = nn.ModuleDict({n: norm for n, norm in norms.items() if norm is not None})
         self._cost_reads = {name: critic_keys(network) for name, network in networks.items()}
 
-    @property
-    def critics(self) -> dict[str, Critic]:
-        """The critic of the reward, ``"critic"``, and that of each cost, by its name."""
-        critics = super().critics
+    def _critics(self) -> dict[str, Critic]:
+        """Return the critic of the reward, ``"critic"``, and that of each cost, by its name."""
+        critics = super()._critics()
         if not hasattr(self, "_cost_reads"):
             return critics
         reward = critics["critic"]

@@ -260,6 +260,9 @@ class WithCritics(_Base):
     @property
     def critics(self) -> dict[str, Critic]:
         """The critics by name: ``"critic"``, if the loss has one."""
+        return self._critics()
+
+    def _critics(self) -> dict[str, Critic]:  # torch compiles no property of a superclass
         if self.critic_network is None:
             return {}
         keys = self.tensor_keys

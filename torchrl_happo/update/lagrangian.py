@@ -8,7 +8,7 @@ import torch
 from tensordict import NestedKey, TensorDict
 from torch import Tensor
 
-from torchrl_happo.masked import masked_mean
+from torchrl_happo.masked import count, masked_mean
 from torchrl_happo.objectives.costs import WithCosts, episode_key
 from torchrl_happo.objectives.lagrangian import (
     HAPPOLagrangianLoss,
@@ -92,7 +92,7 @@ class PricedCosts(RatioFactor):
             own = batch.items(agent.share_of(cost, batch.batch.batch_dims))
             own = own if rows is None else own[rows.positions]
             means.append(masked_mean(log_ratio.exp() * own, valid))
-        return torch.stack(batch.learners.mean(means, log_ratio.numel()))
+        return torch.stack(batch.learners.mean(means, count(log_ratio, valid)))
 
     def report(self, agent: Agent) -> TensorDict:
         """Return the metrics of the factor, the multipliers of the agent and the episode costs."""

@@ -15,7 +15,12 @@ from torchrl_happo.steps.compile.code import Code
 from torchrl_happo.steps.compile.layout import Layout
 from torchrl_happo.steps.step import Problem
 from torchrl_happo.steps.trust_region.line_search import Evaluate, OneByOne
-from torchrl_happo.steps.trust_region.local_model import LocalModel, local_models, trial
+from torchrl_happo.steps.trust_region.local_model import (
+    LocalModel,
+    Objective,
+    local_models,
+    trial,
+)
 from torchrl_happo.steps.trust_region.natural_gradient import flatten, unflatten
 from torchrl_happo.steps.trust_region.solve import Direction
 
@@ -26,9 +31,12 @@ class Compilable(Protocol):
     """A trust-region step, as far as it is compiled."""
 
     distribution: Callable[[Mapping[str, Tensor], TensorDictBase], Distribution]
-    surrogate: Callable[[Distribution, TensorDictBase], Tensor]
     settings: Any
     problem: Problem
+
+    @property
+    def objectives(self) -> list[Objective]:
+        """The functions of policy and data that the step knows near the parameters."""
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Return the parameters that are not frozen."""
@@ -43,9 +51,9 @@ class Compilable(Protocol):
 class CompiledModel:
     r"""The functions of a policy that a trust-region step calls, compiled.
 
-    One function computes surrogate, gradient and natural gradient, all products with the Fisher
-    matrix included; another one surrogate and divergence at other parameters. Several processes
-    average each product, which is then a function of its own.
+    One function computes each objective, its gradient and its natural gradient, all products with
+    the Fisher matrix included; another one objectives and divergence at other parameters. Several
+    processes average each product, which is then a function of its own.
 
     Args:
         step (TrustRegionStep): the step.
@@ -60,8 +68,8 @@ class CompiledModel:
 
     def at(
         self, data: TensorDictBase, rows: Tensor | None
-    ) -> tuple[LocalModel, Direction, Evaluate]:
-        """Return the policy near its present parameters, the direction, and the trial of a step.
+    ) -> tuple[list[LocalModel], list[Direction], Evaluate]:
+        """Return each objective near the parameters, its direction, and the trial of a step.
 
         Args:
             data (TensorDictBase): the batch.
@@ -90,10 +98,13 @@ class CompiledModel:
         counts = self.step.count(data), self.step.count(part)
         learners = self.step.problem.learners
         if learners.alone:
-            surrogate, slope, *found = bind("solve")(both)
-            direction = Direction._make([*found, settings.damping])
+            flat = bind("solve")(both)
+            size = len(flat) // len(self.step.objectives)
+            solved = [flat[start : start + size] for start in range(0, len(flat), size)]
         else:
-            surrogate, slope = bind("slope")(batch)
+            flat = bind("slope")(batch)
+            solved = list(zip(flat[::2], flat[1::2], strict=True))
+        slope = solved[0][1]
         kind = slope.shape, slope.dtype, slope.device
         # Always in the same place, for graphs.
         room = torch.empty_like(slope), torch.empty_like(slope)
@@ -104,10 +115,9 @@ class CompiledModel:
             vector.copy_(direction)
             return multiply(both)[0]
 
-        def at(flat: Tensor) -> tuple[Tensor, Tensor]:
+        def at(flat: Tensor) -> tuple[Tensor, ...]:
             theta.copy_(flat)
-            surrogate, divergence = evaluate(batch)
-            return surrogate, divergence
+            return evaluate(batch)
 
         if key not in self._ready:
             # What cannot be compiled fails here, and by now torch has looked for the rule of the
@@ -118,11 +128,13 @@ class CompiledModel:
             if not learners.alone:
                 fisher_product(slope)
             self._ready.add(key)
-        model = LocalModel(surrogate, slope, fisher_product, *counts)
-        if not learners.alone:
-            model = model.common(learners.mean)
-            direction = self.step.direction(model)
-        return model, direction, OneByOne(at)
+        models = [LocalModel(value, own, fisher_product, *counts) for value, own, *_ in solved]
+        if learners.alone:
+            found = [Direction._make([*own, settings.damping]) for _, _, *own in solved]
+        else:
+            models = [model.common(learners.mean) for model in models]
+            found = [self.step.direction(model) for model in models]
+        return models, found, OneByOne(at)
 
 
 class _Functions:
@@ -148,38 +160,40 @@ class _Functions:
         """Return the weights that are not frozen."""
         return {name: weights[name] for name in self.trained}
 
-    def model(self, weights: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> LocalModel:
-        """Return the local model of the surrogate."""
-        size, objectives = len(self.layout.leaves), [self.step.surrogate]
+    def models(self, weights: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> list[LocalModel]:
+        """Return the local model of each objective."""
+        size = len(self.layout.leaves)
         data = part = self.layout.fill(tensors[:size])
         if len(tensors) > size:
             part = self.layout.fill(tensors[size:])
         policy, leaves = partial(self.policy, weights), self.leaves(weights)
         batch_ndim = len(self.step.problem.sample_shape(data))
-        return local_models(policy, leaves, data, part, objectives, batch_ndim)[1][0]
+        return local_models(policy, leaves, data, part, self.step.objectives, batch_ndim)[1]
 
     def solve(self, weights: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Return the surrogate, its gradient and the natural gradient."""
-        model = self.model(weights, tensors)
-        direction = self.step.direction(model)
-        return model.surrogate, model.gradient, *direction[:-1]
+        """Return each objective, its gradient and its natural gradient, one after the other."""
+        solved: list[Tensor] = []
+        for model in self.models(weights, tensors):
+            *direction, _damping = self.step.direction(model)
+            solved += [model.surrogate, model.gradient, *direction]
+        return tuple(solved)
 
     def slope(self, weights: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Return the surrogate and its gradient."""
-        model = self.model(weights, tensors)
-        return model.surrogate, model.gradient
+        """Return each objective and its gradient, one after the other."""
+        models = self.models(weights, tensors)
+        return tuple(number for model in models for number in (model.surrogate, model.gradient))
 
     def product(
         self, weights: Mapping[str, Tensor], vector: Tensor, tensors: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
         """Return the product of the Fisher matrix and a vector."""
-        return (self.model(weights, tensors).fisher_product(vector),)
+        return (self.models(weights, tensors)[0].fisher_product(vector),)
 
     def trial(
         self, weights: Mapping[str, Tensor], theta: Tensor, tensors: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
-        """Return surrogate and divergence at other parameters."""
+        """Return the objectives and the divergence at other parameters."""
         data, policy = self.layout.fill(tensors), partial(self.policy, weights)
         old, moved = policy({}, data), unflatten(theta, self.leaves(weights))
         batch_ndim = len(self.step.problem.sample_shape(data))
-        return trial(policy, old, moved, data, [self.step.surrogate], batch_ndim)
+        return trial(policy, old, moved, data, self.step.objectives, batch_ndim)

@@ -16,8 +16,8 @@ from torch.distributions import Distribution
 
 from torchrl_happo.steps.step import Problem
 from torchrl_happo.steps.trust_region.dual import Case, Combination, solve_dual
-from torchrl_happo.steps.trust_region.line_search import LINE_SEARCHES
-from torchrl_happo.steps.trust_region.local_model import LocalModel
+from torchrl_happo.steps.trust_region.line_search import LINE_SEARCHES, OneByOne
+from torchrl_happo.steps.trust_region.local_model import LocalModel, Objective
 from torchrl_happo.steps.trust_region.natural_gradient import flatten, unflatten
 from torchrl_happo.steps.trust_region.solve import Direction
 from torchrl_happo.steps.trust_region.step import TrustRegion, TrustRegionStep
@@ -69,20 +69,21 @@ class ConstrainedStep(TrustRegionStep):
 
     problem: ConstrainedProblem
 
+    @property
+    def objectives(self) -> list[Objective]:
+        """The surrogates of the gain and of the cost."""
+        assert self.problem.cost is not None
+        return [self.surrogate, self.problem.cost]
+
     def propose(self, data: TensorDictBase) -> ConstrainedProposal:  # type: ignore[override]
         """Find the natural gradients of the gain and of the cost.
 
         Args:
             data (TensorDictBase): as for an unconstrained step, and what the cost is read from.
         """
-        learners = self.problem.learners
-        assert self.problem.cost is not None
         assert self.problem.excess is not None
-        with uncached_autocast():
-            # One forward pass and one Fisher matrix for both.
-            models, evaluate = self.local_models(data, [self.surrogate, self.problem.cost])
-            gain, cost = (model.common(learners.mean) for model in models)
-            up, down = self.direction(gain), self.direction(cost)
+        # One forward pass and one Fisher matrix for both.
+        (gain, cost), (up, down), evaluate = self.near(data)
         excess = self.problem.excess(data)
         return ConstrainedProposal(self, gain, cost, up, down, excess, evaluate)
 
@@ -154,18 +155,20 @@ class ConstrainedProposal:
         before, cost_before = self.model.surrogate, self.cost_model.surrogate
         allowance = (-self.excess).clamp_min(0)
 
-        def within_bound(flat: Tensor) -> tuple[Tensor, Tensor]:
+        def within_bound(flat: Tensor) -> tuple[Tensor, ...]:
             gain, cost, kl = self.evaluate(flat)
             (cost,) = mean([cost], number)
             # Whatever breaks a condition of its own is as far as infinity.
             kl = torch.where(cost - cost_before <= allowance, kl, float("inf"))
             return torch.where(asks_gain | gain.isnan(), gain, before + 1), kl
 
+        # A trial that is called for one vector at a time stays such a one.
+        search_in = OneByOne(within_bound) if isinstance(self.evaluate, OneByOne) else within_bound
         on_cpu, alone = theta.device.type == "cpu", problem.learners.alone
         kind = settings.line_search or ("sequential" if on_cpu else "batched")
         with torch.no_grad(), uncached_autocast():
             search = LINE_SEARCHES[kind if alone else "sequential"](
-                within_bound,
+                search_in,
                 theta,
                 step,
                 before,

@@ -7,7 +7,7 @@ Read :meth:`TrustRegionStep.propose`, then :meth:`TrustRegionProposal.apply`; th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -165,15 +165,29 @@ class TrustRegionStep:
             data (TensorDictBase): the entries that the policy and the surrogate read, and perhaps
                 ``"valid"``, which says what divergence and Fisher matrix are averaged over.
         """
+        (model,), (direction,), evaluate = self.near(data)
+        return TrustRegionProposal(self, model, direction, evaluate)
+
+    @property
+    def objectives(self) -> list[Objective]:
+        """The functions of policy and data that the step knows near the parameters."""
+        return [self.surrogate]
+
+    def near(self, data: TensorDictBase) -> tuple[list[LocalModel], list[Direction], Evaluate]:
+        """Return each objective near the parameters, its natural gradient, and the trial of others.
+
+        Args:
+            data (TensorDictBase): as for :meth:`propose`.
+        """
         with uncached_autocast():
-            compiled = self._compiled_model(data)
+            compiled = self._compiled_models(data)
             if compiled is not None:
-                return TrustRegionProposal(self, *compiled)
-            # Surrogate, gradient g and Fisher-vector product at the present parameters.
-            (model,), evaluate = self.local_models(data, [self.surrogate])
+                return compiled
+            # Objectives, their gradients and Fisher-vector product at the present parameters.
+            models, evaluate = self.local_models(data)
             # With several processes each of these is a mean over the samples of all.
-            model = model.common(self.problem.learners.mean)
-            return TrustRegionProposal(self, model, self.direction(model), evaluate)
+            models = [model.common(self.problem.learners.mean) for model in models]
+            return models, [self.direction(model) for model in models], evaluate
 
     def direction(self, model: LocalModel) -> Direction:
         """Return the direction x that solves (F + damping I) x = g."""
@@ -185,10 +199,9 @@ class TrustRegionStep:
             cg_tolerance=settings.cg_tolerance,
         )
 
-    def local_models(
-        self, data: TensorDictBase, objectives: Sequence[Objective]
-    ) -> tuple[list[LocalModel], Evaluate]:
-        """Return objectives near the parameters by one forward pass, and the trial of others."""
+    def local_models(self, data: TensorDictBase) -> tuple[list[LocalModel], Evaluate]:
+        """Return the objectives near the parameters by one forward pass, and their trial."""
+        objectives = self.objectives
         named = dict(self.problem.named_parameters())
         # Copies that share the values: no gradient is left behind at the network's own.
         leaves = {name: p.detach().requires_grad_() for name, p in self.trained().items()}
@@ -208,9 +221,9 @@ class TrustRegionStep:
         models = [m._replace(num_samples=number, num_fisher_samples=share) for m in models]
         return models, evaluate
 
-    def _compiled_model(
+    def _compiled_models(
         self, data: TensorDictBase
-    ) -> tuple[LocalModel, Direction, Evaluate] | None:
+    ) -> tuple[list[LocalModel], list[Direction], Evaluate] | None:
         """Return the same from compiled code; ``None`` if that cannot be had."""
         compiled = self._compiled
         if compiled is None or compiled.code.is_given_up or len(data) < 2:
