@@ -184,6 +184,37 @@ def test_each_agent_has_costs_of_its_own():
     assert moved[1].abs() < 1e-6
 
 
+@pytest.mark.parametrize("bootstrap", [True, False])
+@pytest.mark.parametrize("place", ["cost", ("agents", "cost")])
+def test_a_truncated_episode_costs_what_is_to_come(place, bootstrap):
+    """What the critic expects after a cut is added, if asked for, but not where the task ended."""
+    torch.manual_seed(0)
+    actor, critic, cost_critic = make_actor(), make_critic(), make_critic()
+    *_, weight, bias = cost_critic.parameters()
+    with torch.no_grad():
+        weight.zero_(), bias.fill_(2.0)
+    loss = HAPPOLagrangianLoss(
+        *(actor, critic, {place: cost_critic}),
+        cost_limit={place: 1.0},
+        bootstrap_truncated=bootstrap,
+    )
+    batch = costly(make_batch(actor))
+    done, paid = batch["next", "done"], batch["next", "episode_cost"]
+    if place != "cost":
+        scale = torch.arange(1.0, 1 + N_AGENTS).unsqueeze(-1)
+        for name in ("cost", "episode_cost"):
+            batch["next", "agents", name] = batch["next", name].unsqueeze(-2) * scale
+    batch["next", "terminated"] = done.clone()
+    batch["next", "terminated"][1:] = False  # only the first copy's episodes end of themselves
+    share_cut = done[1:].sum() / done.sum()
+    metrics = SequentialUpdater(loss, num_epochs=1)(batch)
+    (name,) = loss.cost_limits
+    for index in range(N_AGENTS):
+        own = paid[done].mean() * (1 if place == "cost" else index + 1)
+        wanted = own + bootstrap * 2 * share_cut
+        torch.testing.assert_close(metrics[f"agents_{index}", f"episode_{name}"], wanted)
+
+
 def test_several_costs_at_once():
     """Each has a critic, a bound and a multiplier."""
     actor, critic = make_actor(), make_critic()

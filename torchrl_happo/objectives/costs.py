@@ -8,6 +8,9 @@ each of them, here called ``cost``:
 - ``("next", "episode_cost")``: the sum over the episode so far, as
   :class:`~torchrl.envs.RewardSum` writes it, read where an episode ends;
 - optional ``"cost_advantage"`` and ``"cost_value_target"``, which are estimated if they are absent.
+
+The cost of an episode that a time limit cuts is what was paid until then. A task that would go on
+has ``bootstrap_truncated=True``: what the critic of the cost expects to come, discounted, is added.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from torchrl.objectives.value import ValueEstimatorBase
 
 from torchrl_happo.objectives.base import SequentialLoss
 from torchrl_happo.objectives.critic import Critic, critic_keys, value_estimator
+from torchrl_happo.policy.memory import has_memory
 from torchrl_happo.team.construction import check_separate
 from torchrl_happo.team.entries import next_key, path_of
 from torchrl_happo.team.team import CriticKeys
@@ -40,16 +44,20 @@ class WithCosts(SequentialLoss):
     Attributes:
         cost_limits (dict of str to float): bound of the mean cost of an episode, by name.
         cost_keys (dict of str to NestedKey): the costs, under ``"next"``, by name.
+        bootstrap_truncated (bool): whether the cost of a truncated episode includes what its critic
+            expects to come.
     """
 
     cost_limits: dict[str, float]
     cost_keys: dict[str, NestedKey]
+    bootstrap_truncated: bool
     _cost_reads: dict[str, CriticKeys]
 
     def _init_costs(
         self,
         cost_critic: TensorDictModuleBase | Mapping[NestedKey, TensorDictModuleBase],
         cost_limit: float | Mapping[NestedKey, float],
+        bootstrap_truncated: bool,
     ) -> None:
         """Take up the critics of the costs; the loss of the reward must be initialised."""
         critics = cost_critic if isinstance(cost_critic, Mapping) else {"cost": cost_critic}
@@ -63,11 +71,18 @@ class WithCosts(SequentialLoss):
             )
         for key, limit in limits.items():
             check_limit(cost_name(key), limit)
+        self.bootstrap_truncated = bootstrap_truncated
         self.cost_keys = {cost_name(key): key for key in critics}
         self.cost_limits = {cost_name(key): float(limit) for key, limit in limits.items()}
         networks = {cost_name(key): network for key, network in critics.items()}
         for name, network in networks.items():
             _check_critic(name, network, self.critic_network)
+            if bootstrap_truncated and has_memory(network):
+                raise ValueError(
+                    f"bootstrap_truncated=True asks the critic of the cost {name!r} about states "
+                    "after the last, but its memory is not in the batch; pass a critic without "
+                    "memory, or bootstrap_truncated=False."
+                )
             check_separate(self.agents, network)
         self.cost_critics = nn.ModuleDict(networks)
         # Each critic has statistics of its own: costs and rewards have scales of their own.

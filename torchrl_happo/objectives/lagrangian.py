@@ -67,6 +67,9 @@ class HAPPOLagrangianLoss(WithCosts, HAPPOLoss):
         multiplier_lr (float): learning rate :math:`\eta`. Defaults to ``0.05``.
         by_agent (bool, optional): whether each agent has multipliers of its own. Defaults to
             ``None``: only ``"projected"`` ones, which follow each agent's own ratios.
+        bootstrap_truncated (bool): whether the cost of an episode that was truncated includes what
+            the critic of the cost expects to come. Defaults to ``False``: an episode costs what was
+            paid until it was cut.
         **kwargs: as for :class:`HAPPOLoss`. ``value_norm``, ``clip_value`` and the other arguments
             about the critic hold for the critics of costs as well, each with its own statistics.
 
@@ -105,6 +108,7 @@ class HAPPOLagrangianLoss(WithCosts, HAPPOLoss):
         initial_multiplier: float = 0.5,
         multiplier_lr: float = 0.05,
         by_agent: bool | None = None,
+        bootstrap_truncated: bool = False,
         **kwargs: Any,
     ) -> None:
         if multiplier not in _KINDS:
@@ -125,7 +129,7 @@ class HAPPOLagrangianLoss(WithCosts, HAPPOLoss):
                 f"initial_multiplier must be a finite number {least}, got {initial_multiplier!r}."
             )
         super().__init__(actor_network, critic_network, **kwargs)
-        self._init_costs(cost_critic, cost_limit)
+        self._init_costs(cost_critic, cost_limit, bootstrap_truncated)
         self.multiplier = multiplier
         self.multiplier_lr = multiplier_lr
         self.by_agent = multiplier == "projected" if by_agent is None else by_agent

@@ -77,6 +77,9 @@ class MACPOLoss(WithCosts, HATRPOLoss):
     Keyword Args:
         cost_limit (float or mapping): bound :math:`d` of the mean cost of an episode, summed
             without discount.
+        bootstrap_truncated (bool): whether the cost of an episode that was truncated includes what
+            the critic of the cost expects to come. Defaults to ``False``: an episode costs what was
+            paid until it was cut.
         **kwargs: as for :class:`HATRPOLoss`, but ``kl_split="weighted"`` and ``"greedy"``.
 
     Raises:
@@ -106,6 +109,7 @@ class MACPOLoss(WithCosts, HATRPOLoss):
         cost_critic: TensorDictModuleBase | Mapping[NestedKey, TensorDictModuleBase],
         *,
         cost_limit: float | Mapping[NestedKey, float],
+        bootstrap_truncated: bool = False,
         **kwargs: Any,
     ) -> None:
         if kwargs.get("kl_split") in ("weighted", "greedy"):
@@ -114,7 +118,7 @@ class MACPOLoss(WithCosts, HATRPOLoss):
                 "MACPO may have to give gain up; pass None or 'equal'."
             )
         super().__init__(actor_network, critic_network, **kwargs)
-        self._init_costs(cost_critic, cost_limit)
+        self._init_costs(cost_critic, cost_limit, bootstrap_truncated)
         if len(self.cost_limits) > 1:
             raise ValueError(
                 f"MACPO keeps one cost below its bound, got {list(self.cost_limits)}; add them up "

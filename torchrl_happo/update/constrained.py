@@ -12,7 +12,7 @@ from torchrl_happo.objectives.macpo import COST_ADVANTAGE, COST_EXCESS, MACPOLos
 from torchrl_happo.team.agent import Agent
 from torchrl_happo.update.batch import TeamBatch
 from torchrl_happo.update.correction import RatioFactor
-from torchrl_happo.update.lagrangian import episode_costs
+from torchrl_happo.update.episode_costs import episode_costs
 
 __all__ = ["BoundedCost"]
 

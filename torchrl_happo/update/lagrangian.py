@@ -9,18 +9,17 @@ from tensordict import NestedKey, TensorDict
 from torch import Tensor
 
 from torchrl_happo.masked import count, masked_mean
-from torchrl_happo.objectives.costs import WithCosts, episode_key
 from torchrl_happo.objectives.lagrangian import (
     HAPPOLagrangianLoss,
     adam_ascent,
     projected_ascent,
 )
 from torchrl_happo.team.agent import Agent
-from torchrl_happo.team.entries import has, next_key
 from torchrl_happo.update.batch import TeamBatch
 from torchrl_happo.update.correction import RatioFactor
+from torchrl_happo.update.episode_costs import episode_costs
 
-__all__ = ["PricedCosts", "episode_costs"]
+__all__ = ["PricedCosts"]
 
 
 class PricedCosts(RatioFactor):
@@ -105,44 +104,3 @@ class PricedCosts(RatioFactor):
     def end_batch(self) -> None:
         """Write the multipliers to the loss."""
         self.loss.multiplier_state.copy_(self.state)
-
-
-def episode_costs(batch: TeamBatch, loss: WithCosts) -> Tensor:
-    """Return the mean cost of the episodes that ended in a batch, for each cost and agent.
-
-    Args:
-        batch (TeamBatch): the batch of the update.
-        loss (WithCosts): names the costs.
-
-    Returns:
-        ``[n_costs, n_agents]`` over the units of the update; NaN where no episode ended, here or
-        with another learner.
-
-    Raises:
-        KeyError: if the batch does not say what an episode has cost.
-    """
-    dims, team, rows = batch.batch.batch_dims, batch.team, []
-    for name, key in loss.cost_keys.items():
-        place = episode_key(key)
-        if not has(batch.source, place):
-            path = place[1:] if len(place) > 2 else place[1]
-            raise KeyError(
-                f"The batch has no entry {place!r}, which the bound of the cost {name!r} needs; "
-                f"append RewardSum(in_keys=[{key!r}], out_keys=[{path!r}]) to the environment's "
-                "transforms."
-            )
-        total = batch.source.get(place)
-        done = batch.source.get(next_key(batch.critics[name].keys.done))
-        done = done.reshape(*done.shape[:dims], -1).any(-1)
-        if batch.masks is not None and batch.masks.steps is not None:
-            done = done & batch.masks.steps
-        means = []
-        for agent in team.agents:
-            own = agent.share_of(total, dims)
-            own = own.flatten(dims).mean(-1) if own.ndim > dims else own
-            means.append(masked_mean(own, done))
-        number = done.sum()
-        means = batch.learners.mean(means, number)
-        known = batch.learners.maximum(number.reshape(1).to(total)) > 0
-        rows.append(torch.where(known, torch.stack(means), float("nan")))
-    return torch.stack(rows)

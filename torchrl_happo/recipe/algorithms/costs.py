@@ -17,6 +17,8 @@ class WithCosts(SequentialConfig):
 
     cost_limit: float = number()
     """Bound of the mean cost of an episode."""
+    bootstrap_truncated: bool = False
+    """Whether an episode that max_steps ends also costs what is expected to come."""
 
     def check(self, config: TrainConfig) -> None:
         """Refuse a critic with memory: that of the cost would write to the same."""
@@ -34,4 +36,8 @@ class WithCosts(SequentialConfig):
                 f"algorithm={self.name} needs a task with a cost, which {config.task.name} does "
                 "not have: take one such as task=mujoco/halfcheetah_2x3_velocity."
             )
-        return {"cost_critic": build_critic(config, env), "cost_limit": self.cost_limit}
+        return {
+            "cost_critic": build_critic(config, env),
+            "cost_limit": self.cost_limit,
+            "bootstrap_truncated": self.bootstrap_truncated,
+        }
