@@ -22,7 +22,13 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import MLP, MultiAgentMLP, ProbabilisticActor, TanhNormal
 from torchrl.objectives import ClipPPOLoss
 
-from torchrl_happo import ActorList, HAPPOLoss, HATRPOLoss, SequentialUpdater
+from torchrl_happo import (
+    ActorList,
+    HAPPOLagrangianLoss,
+    HAPPOLoss,
+    HATRPOLoss,
+    SequentialUpdater,
+)
 from torchrl_happo.update.correction import RatioFactor
 
 OBS, ACT, AGENTS, BATCH = 3, 2, 3, (4, 6)
@@ -188,6 +194,43 @@ def test_one_agent_is_ppo():
     epochs_of(theirs, twin, data, scale=1.0)
     for ours, expected in zip(actor.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_one_agent_with_a_cost_is_ppo_lagrangian():
+    """With one agent an update is epochs of ClipPPOLoss on the advantage less the cost's price.
+
+    The price is softplus of a number that Adam has moved up the dual, by the excess of the cost.
+    """
+    nets = networks()
+    actor, twin = (actor_of(stacked(nets[:1])) for _ in range(2))
+    data = experience(nets, masked=False)
+    data["agents"] = data["agents"][..., :1]
+    cost = torch.rand(*BATCH, 1).double()
+    targets = dict.fromkeys(("value_target", "cost_value_target"), cost.unsqueeze(-2))
+    data.update({"cost_advantage": cost - cost.mean(), **targets})
+    done = torch.ones(*BATCH, 1, dtype=torch.bool)
+    data["next"] = {"cost": cost, "reward": cost, "episode_cost": cost, "done": done}
+    critics = [
+        TensorDictModule(
+            MultiAgentMLP(OBS, 1, 1, centralized=True, share_params=True).double(),
+            in_keys=[("agents", "observation")],
+            out_keys=[("agents", "state_value")],
+        )
+        for _ in range(2)
+    ]
+    loss = HAPPOLagrangianLoss(actor, *critics, cost_limit=0.2, entropy_coeff=0.0)
+    SequentialUpdater(loss, optimizer=ADAM, num_epochs=3, standardize_advantage=False)(data.clone())
+    xi = torch.tensor(0.5).double().expm1().log().requires_grad_()
+    dual = torch.optim.Adam([xi], lr=0.05, maximize=True)
+    (nn.functional.softplus(xi) * (cost.mean() - 0.2)).backward()
+    dual.step()
+    price = nn.functional.softplus(xi).detach()
+    data["advantage"] = (data["advantage"] - price * data["cost_advantage"]).unsqueeze(-2)
+    theirs = ClipPPOLoss(twin, None, entropy_coeff=0.0, functional=False)
+    theirs.set_keys(action=("agents", "action"), sample_log_prob=("agents", "action_log_prob"))
+    epochs_of(theirs, twin, data, scale=1.0)
+    for ours, expected in zip(actor.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-7, atol=1e-9)
 
 
 def test_one_block_is_mappo():
