@@ -50,6 +50,9 @@ TRAINING = {
     "update_seconds": "update_seconds",
 }
 ORIGIN = ("revision", "processor")
+#: Of tasks with a cost: an episode's, and the share of episodes within the bound, at an evaluation;
+#: the share of training batches since the one before whose episodes cost more than the bound.
+COSTS = ("cost", "within_limit", "batches_above")
 
 
 def command(suite: Suite, task: str, algorithm: str, seed: int, folder: Path) -> list[str]:
@@ -133,6 +136,11 @@ def record(name: str, task: str, algorithm: str, seed: int, folder: Path) -> Non
         since = [r for r in training if before < float(r["frames"]) <= after]
         means = {column: _mean(since, source) for column, source in TRAINING.items()}
         own = {column: row.get(column, "") for column in COLUMNS}
+        if (limit := SUITES[name].cost_limits.get(task)) is not None:
+            costs = [float(r["cost"]) for r in since if r["cost"] not in ("", "nan")]
+            above = f"{np.mean([cost > limit for cost in costs]):.3g}" if costs else ""
+            own |= {"cost": row["cost"], "within_limit": row.get("within_limit", "")}
+            own["batches_above"] = above
         seconds = f"{float(row['seconds']):.1f}"
         rows.append({**own, **means, "seconds": seconds, **origin, **known})
         before = after
@@ -140,7 +148,10 @@ def record(name: str, task: str, algorithm: str, seed: int, folder: Path) -> Non
     path.parent.mkdir(exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(
-            file, [*COLUMNS, *TRAINING, "seconds", *ORIGIN], restval="", lineterminator="\n"
+            file,
+            [*COLUMNS, *(COSTS if SUITES[name].cost_limits else ()), *TRAINING, "seconds", *ORIGIN],
+            restval="",
+            lineterminator="\n",
         )
         writer.writeheader()
         writer.writerows(rows)
@@ -197,7 +208,33 @@ def report(name: str) -> str:
         reference=suite.reference,
     )
     lines = table(runs, **layout, milestones=suite.milestones, reference=suite.reference)
-    return f"{lines}\n\n{path}"
+    return "\n\n".join([lines, *([cost_table(name)] if suite.cost_limits else []), str(path)])
+
+
+def cost_table(name: str) -> str:
+    """Write what the last evaluations of a suite cost, and how often training did more."""
+    suite, rows = SUITES[name], _read(HERE / "results" / f"{name}.csv")
+    lines = [
+        "| task (bound) | algorithm | return | cost of an episode | episodes within the bound "
+        "| training batches above it |",
+        "|" + "---|" * 6,
+    ]
+    for (task, limit), algorithm in itertools.product(suite.cost_limits.items(), suite.algorithms):
+        own = [row for row in rows if (row["task"], row["algorithm"]) == (task, algorithm)]
+        of_seeds = [
+            [row for row in own if row["seed"] == seed] for seed in {r["seed"] for r in own}
+        ]
+        if not of_seeds:
+            continue
+        ends = [max(of_seed, key=lambda row: int(row["frames"])) for of_seed in of_seeds]
+        means = [
+            _mean(ends, "return"),
+            _mean(ends, "cost"),
+            _mean(ends, "within_limit") or "-",
+            _mean([row for of_seed in of_seeds for row in of_seed], "batches_above"),
+        ]
+        lines.append(f"| {task} ({limit:g}) | {algorithm} | " + " | ".join(means) + " |")
+    return "\n".join(lines)
 
 
 def _interquartile_mean(returns: Sequence[float]) -> tuple[float, float, float]:

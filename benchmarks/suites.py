@@ -17,7 +17,8 @@ class Suite:
     ``tasks`` maps the name that a task has in the results to the words that select it. The table
     shows evaluations after ``milestones`` environment steps, or the last ones, and beside them the
     ``reference``: what its own code reached, by task, algorithm and milestone, one value a seed.
-    Runs of the suites ``beside`` it, on the same tasks, are shown with its own.
+    Runs of the suites ``beside`` it, on the same tasks, are shown with its own. Tasks with a cost
+    have its bound in ``cost_limits``.
     """
 
     tasks: dict[str, list[str]]
@@ -27,6 +28,7 @@ class Suite:
     milestones: tuple[int, ...] = ()
     reference: dict[tuple[str, str, int], list[float]] = field(default_factory=dict)
     beside: tuple[str, ...] = ()
+    cost_limits: dict[str, float] = field(default_factory=dict)
 
 
 ALGORITHMS = {
@@ -103,6 +105,34 @@ SUITES = {
         algorithms={name: COMPILED[name] for name in ("happo", "hatrpo", "mappo")},
         overrides=SELDOM,
         milestones=(500_000, 1_000_000, 2_000_000),
+    ),
+    # A cost beside the reward. The fixed penalty is what navigation pays by itself; on the robots,
+    # whose reward is about 1 a step for each unit of velocity, it is as much as is gained.
+    "safe": Suite(
+        tasks={
+            "vmas/navigation_collisions": [
+                *("task=vmas/navigation_collisions", "total_frames=600000", "render=false"),
+            ],
+            **{
+                f"mujoco/{name}": [f"task=mujoco/{name}", "total_frames=1000000"]
+                for name in ("halfcheetah_2x3_velocity", "halfcheetah_6x1_velocity")
+            },
+        },
+        algorithms={
+            "happo": ["algorithm=happo"],
+            "happo-penalty": [
+                *("algorithm=happo_lagrangian", "algorithm.multiplier=fixed"),
+                "algorithm.initial_multiplier=1",
+            ],
+            "happo_lagrangian": ["algorithm=happo_lagrangian"],
+            "macpo": ["algorithm=macpo"],
+        },
+        overrides=SELDOM,
+        cost_limits={
+            "vmas/navigation_collisions": 1.0,
+            "mujoco/halfcheetah_2x3_velocity": 25.0,
+            "mujoco/halfcheetah_6x1_velocity": 25.0,
+        },
     ),
     "mujoco_long": Suite(
         tasks={CHEETAH: [f"task={CHEETAH}", "total_frames=10000000"]},

@@ -13,6 +13,7 @@ from torchrl_happo.envs.games.payoffs import (
     xor_payoff,
 )
 from torchrl_happo.envs.games.tabular import TabularGame, TabularGameEnv
+from torchrl_happo.envs.penalty_cost import PenaltyCost
 from torchrl_happo.envs.simulators.envpool import EnvPoolEnv
 from torchrl_happo.envs.simulators.mujoco import make_mujoco
 from torchrl_happo.envs.simulators.pettingzoo import BatchedPettingZooEnv
@@ -29,6 +30,7 @@ __all__ = [
     "DifferentialGame",
     "EnvPoolEnv",
     "MatrixGame",
+    "PenaltyCost",
     "Rounds",
     "SeededForagingEnv",
     "TabularGame",

@@ -28,6 +28,7 @@ from torchrl_happo.arguments import first_line
 from torchrl_happo.envs import (
     BatchedPettingZooEnv,
     BatchedResetVmasEnv,
+    PenaltyCost,
     Rounds,
     TeamCost,
     TeamReward,
@@ -140,8 +141,11 @@ def known_settings(task: TaskConfig) -> dict[str, Any] | None:
 def check_scenario(task: TaskConfig) -> None:
     """Refuse another scenario under the name of a task, which would pass for that task."""
     family, _, leaf = task.name.partition("/")
-    scenario = task.settings.get("scenario")
-    if scenario and family == task.simulator and not str(scenario).startswith(leaf):
+    scenario, with_cost = task.settings.get("scenario"), task.settings.get("cost") is not None
+    # A variant has the name of its scenario and more.
+    is_variant = with_cost and leaf.startswith(f"{scenario}_")
+    fits = is_variant or str(scenario).startswith(leaf)
+    if scenario and family == task.simulator and not fits:
         raise ConfigError(
             f"task.scenario is {scenario!r}, but the task is {task.name}: choose another task, or "
             "give this one a name of its own by task.name."
@@ -194,12 +198,25 @@ def _arguments(function: Any, *without: str) -> dict[str, Any]:
 def _make_vmas(task: TaskConfig, num_envs: int, device: str) -> EnvBase:
     # VMAS would call its own time limit a termination, which must not be bootstrapped.
     limits: dict[str, Any] = {"num_envs": num_envs, "max_steps": None, "device": device}
-    return BatchedResetVmasEnv(**{"scenario": _leaf(task), **task.settings}, **limits)
+    settings = {"scenario": _leaf(task), **task.settings}
+    penalty = settings.pop("cost", None)
+    env = BatchedResetVmasEnv(**settings, **limits)
+    if penalty is None:
+        return env
+    own = {key: (*path_of(key)[:-1], "info", penalty) for key in env.reward_keys}
+    reported = env.full_observation_spec.keys(True, True)
+    if not own.keys() or any(place not in reported for place in own.values()):
+        known = sorted({path_of(key)[-1] for key in reported if "info" in path_of(key)})
+        raise ConfigError(
+            f"task.cost is {penalty!r}, which {settings['scenario']} does not report of its "
+            f"agents: take one of {', '.join(known) or 'its reports, which are none'}, or null."
+        )
+    return TransformedEnv(env, PenaltyCost(own))
 
 
 def _vmas_settings(task: TaskConfig) -> dict[str, Any]:
     found = _read_scenario(str(task.settings.get("scenario", _leaf(task))))
-    return {"scenario": None, "continuous_actions": True, **found}
+    return {"scenario": None, "continuous_actions": True, "cost": None, **found}
 
 
 @cache
