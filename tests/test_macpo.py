@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from compilation import Backend
@@ -81,6 +83,18 @@ def test_line_searches_give_the_same_step():
     moved, wanted = of_actor(one), of_actor(two)
     for name in wanted:
         torch.testing.assert_close(moved[name], wanted[name], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("limit", [-10.0, 1.0, 10.0])
+def test_what_an_agent_adds_is_not_left_for_the_next(limit):
+    """The excess at each turn is that at the turn before and the change that was made."""
+    updater = make_updater(cost_limit=limit)
+    metrics = updater(batch_of(updater))
+    order = sorted((a.name for a in updater.loss.agents), key=lambda n: metrics[n, "position"])
+    for before, after in pairwise(order):
+        added = metrics[before, "cost_change"]
+        assert added != 0
+        torch.testing.assert_close(metrics[after, "excess"], metrics[before, "excess"] + added)
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ class PenaltyCost(Transform):
         ...     PenaltyCost({("agents", "reward"): ("agents", "info", "agent_collisions")}),
         ... )
         >>> env.rollout(3)["next", "agents", "cost"].shape
-        torch.Size([4, 3, 3, 1])
+        torch.Size([4, 3, 4, 1])
     """
 
     def __init__(self, penalties: Mapping[NestedKey, NestedKey]) -> None:

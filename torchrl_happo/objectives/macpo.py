@@ -1,8 +1,9 @@
 r"""Multi-agent constrained policy optimisation (MACPO): HATRPO within a bound of a cost.
 
 Each agent in turn solves the problem of :mod:`torchrl_happo.objectives.hatrpo` among the steps that
-keep :math:`(1 - \gamma)(J_C - d) + \mathbb{E}[(r - 1) M A_C] \le 0`, with the mean cost
-:math:`J_C` of an episode and its bound :math:`d`.
+keep :math:`(1 - \gamma)(J_C - d) + \mathbb{E}[(r M - 1) A_C] \le 0`, with the mean cost
+:math:`J_C` of an episode and its bound :math:`d`. What the agents before it have added to the cost
+is counted by their factor :math:`M`.
 
 **Keys.** The keys of HAPPO, and the keys of costs (:mod:`torchrl_happo.objectives.costs`).
 **Defaults.** Those of HATRPO; ``cost_limit`` has none.
@@ -50,7 +51,7 @@ class MACPOLoss(WithCosts, HATRPOLoss):
 
     .. math::
         \max_\theta \mathbb{E}[r M A] \quad \text{such that} \quad
-        (1 - \gamma)(J_C - d) + \mathbb{E}[(r - 1) M A_C] \le 0, \quad
+        (1 - \gamma)(J_C - d) + \mathbb{E}[(r M - 1) A_C] \le 0, \quad
         \mathbb{E}[D_{KL}(\pi_\text{old} \| \pi_\theta)] \le \delta,
 
     by the natural gradients of gain and cost. Where the bound cannot be kept within the trust
@@ -65,7 +66,8 @@ class MACPOLoss(WithCosts, HATRPOLoss):
 
     The report of an agent says ``case`` (0: recovery, 1: the bound is being restored, 2: bound and
     trust region limit the step, 3: the bound is out of reach, 4: the cost has no slope),
-    ``excess`` :math:`(1 - \gamma)(J_C - d)`, ``price`` :math:`\nu` and ``cost_change``.
+    ``excess`` :math:`(1 - \gamma)(J_C - d) + \mathbb{E}[(M - 1) A_C]` at its turn, ``price``
+    :math:`\nu` and ``cost_change``.
 
     Args:
         actor_network (ProbabilisticTensorDictSequential or mapping of str to it): as for

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 
 import torch
 from tensordict import NestedKey, TensorDict
 from torch import Tensor
 
+from torchrl_happo.masked import count, masked_mean
 from torchrl_happo.objectives.macpo import COST_ADVANTAGE, COST_EXCESS, MACPOLoss
 from torchrl_happo.team.agent import Agent
 from torchrl_happo.update.batch import TeamBatch
@@ -18,7 +20,10 @@ __all__ = ["BoundedCost"]
 
 
 class BoundedCost(RatioFactor):
-    r"""The correction of MACPO: the factor, :math:`A_C`, and :math:`(1 - \gamma)(J_C - d)`.
+    r"""The correction of MACPO: the factor, :math:`A_C`, and the excess of the cost.
+
+    The excess is :math:`(1 - \gamma)(J_C - d) + \mathbb{E}[(M - 1) A_C]`: what the agents before
+    have added to the cost by their ratios, whose product is :math:`M`, is not left for the next.
 
     Args:
         batch (TeamBatch): the batch of the update.
@@ -48,6 +53,25 @@ class BoundedCost(RatioFactor):
             COST_ADVANTAGE: own,
             COST_EXCESS: excess.expand_as(self.log_factor).to(self.log_factor),
         }
+
+    def include(self, agent: Agent, log_ratio: Tensor) -> None:
+        """Multiply the factor by an agent's ratio, and count what that adds to the cost."""
+        batch, before = self.batch, self.log_factor.exp()
+        super().include(agent, log_ratio)
+        moved = self.log_factor.exp() - before
+        steps = None if batch.masks is None or batch.masks.steps is None else batch.masks.steps
+        steps = None if steps is None else batch.items(steps)
+        added = [masked_mean(moved * own, steps) for own in self._cost_advantages]
+        self.excess = self.excess + torch.stack(batch.learners.mean(added, count(moved, steps)))
+
+    @cached_property
+    def _cost_advantages(self) -> list[Tensor]:
+        """The advantage of each agent's cost at each item, averaged over a block's members."""
+        batch = self.batch
+        cost = batch.batch.get(batch.critics[self.name].keys.advantage)
+        shares = [agent.share_of(cost, batch.batch.batch_dims) for agent in batch.team.agents]
+        own = [batch.items(share) for share in shares]
+        return [each.mean(-1) if each.ndim > self.log_factor.ndim else each for each in own]
 
     def report(self, agent: Agent) -> TensorDict:
         """Return the metrics of the factor, and the cost of an episode."""
