@@ -45,6 +45,7 @@ COMPILED = {
 }
 # At a checkpoint the environments begin anew: how often that is belongs to the command of a run.
 SELDOM = ["progress=false", "collector.restart_interval=50"]
+VMAS = ["total_frames=600000", "render=false", "evaluation.interval=10"]
 CHEETAH = "mujoco/halfcheetah_2x3"
 SPEAKING = ["task=pettingzoo/simple_reference", "task.continuous_actions=false"]
 SUITES = {
@@ -57,7 +58,7 @@ SUITES = {
             )
         },
         algorithms=ALGORITHMS,
-        overrides=["total_frames=600000", "render=false", *SELDOM],
+        overrides=[*VMAS, *SELDOM],
     ),
     "followers": Suite(
         tasks={f"vmas/{name}": [f"task=vmas/{name}"] for name in ("dispersion", "navigation")},
@@ -65,7 +66,7 @@ SUITES = {
             **{name: ALGORITHMS[name] for name in ("happo", "hatrpo", "mappo")},
             **FOLLOWERS,
         },
-        overrides=["total_frames=600000", "render=false", *SELDOM],
+        overrides=[*VMAS, *SELDOM],
         beside=("vmas",),
     ),
     "mujoco": Suite(
@@ -110,9 +111,7 @@ SUITES = {
     # whose reward is about 1 a step for each unit of velocity, it is as much as is gained.
     "safe": Suite(
         tasks={
-            "vmas/navigation_collisions": [
-                *("task=vmas/navigation_collisions", "total_frames=600000", "render=false"),
-            ],
+            "vmas/navigation_collisions": ["task=vmas/navigation_collisions", *VMAS],
             **{
                 f"mujoco/{name}": [f"task=mujoco/{name}", "total_frames=1000000"]
                 for name in ("halfcheetah_2x3_velocity", "halfcheetah_6x1_velocity")
