@@ -107,6 +107,18 @@ SUITES = {
         overrides=SELDOM,
         milestones=(500_000, 1_000_000, 2_000_000),
     ),
+    "transformer": Suite(
+        tasks={
+            "vmas/passage": ["task=vmas/passage", *VMAS],
+            "pettingzoo/simple_spread": ["task=pettingzoo/simple_spread", "total_frames=600000"],
+            "mujoco/halfcheetah_6x1": ["task=mujoco/halfcheetah_6x1", "total_frames=2000000"],
+        },
+        algorithms={
+            "happo": ALGORITHMS["happo"],
+            **{name: [f"algorithm={name}"] for name in ("mat", "mat_dec", "tppo")},
+        },
+        overrides=SELDOM,
+    ),
     # A cost beside the reward. The fixed penalty is what navigation pays by itself; on the robots,
     # whose reward is about 1 a step for each unit of velocity, it is as much as is gained.
     "safe": Suite(

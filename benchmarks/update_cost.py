@@ -4,6 +4,7 @@
     python benchmarks/update_cost.py --agents 2 4 8 16 32 --json agents.json --plot agents.png
     python benchmarks/update_cost.py --report-only --json agents.json --plot agents.png
     python benchmarks/update_cost.py --memory --samples 60000
+    python benchmarks/update_cost.py --only happo hatrpo haa2c a2po coppo lagrangian macpo
 
 The contestants update the same team on the same data:
 
@@ -12,6 +13,8 @@ The contestants update the same team on the same data:
 - ``mappo``: TorchRL's ``MAPPOLoss`` with unshared networks and one Adam;
 - ``happo``: this library, and ``happo-compiled`` with ``SequentialUpdater(compile=True)``
   (and ``cudagraphs=True`` on a GPU);
+- ``haa2c``, ``a2po``, ``coppo``, ``lagrangian``, ``macpo``: the other algorithms of this library,
+  the last two with the critic of a cost besides;
 - ``hatrpo``: this library's trust region, and ``hatrpo-compiled``; ``hatrpo-fifth`` with a fifth
   of the samples in the Fisher matrix; ``hatrpo-double``: the same with eleven Fisher-vector
   products by double backward through a new graph each time, as the reference implementation does.
@@ -43,7 +46,16 @@ from torch.distributions import Categorical
 from torchrl.modules import IndependentNormal, MultiAgentMLP, ProbabilisticActor
 from torchrl.objectives.multiagent import MAPPOLoss
 
-from torchrl_happo import HAPPOLoss, HATRPOLoss, SequentialUpdater
+from torchrl_happo import (
+    A2POLoss,
+    CoPPOLoss,
+    HAA2CLoss,
+    HAPPOLagrangianLoss,
+    HAPPOLoss,
+    HATRPOLoss,
+    MACPOLoss,
+    SequentialUpdater,
+)
 from torchrl_happo.policy.distributions import kl_divergence
 from torchrl_happo.steps.trust_region import local_model
 from torchrl_happo.steps.trust_region.natural_gradient import flatten, gradient, unflatten
@@ -97,9 +109,9 @@ def make_batch(actor: nn.Module, samples: int, n_agents: int, device: str) -> Te
 
     done = torch.zeros(*shape, 1, dtype=torch.bool, device=device)
     reward = torch.randn(*shape, 1, device=device)
-    after = TensorDict(
-        {"agents": agents(), "reward": reward, "done": done, "terminated": done.clone()}, shape
-    )
+    costs = {"cost": reward.abs(), "episode_cost": reward.abs()}
+    ends = {"done": done, "terminated": done.clone()}
+    after = TensorDict({"agents": agents(), "reward": reward, **costs, **ends}, shape)
     batch = TensorDict({"agents": agents(), "next": after}, shape, device=device)
     with torch.no_grad():
         return actor(batch)
@@ -110,8 +122,10 @@ def sequential(
 ) -> SequentialUpdater:
     """This library's updater with the settings of the benchmark."""
     updater_kwargs = kwargs.pop("updater", {})
-    if loss_class is HAPPOLoss:
-        kwargs = {"clip_epsilon": CLIP, "entropy_coeff": 0.0, **kwargs}
+    if issubclass(loss_class, HAPPOLoss):
+        kwargs = {"entropy_coeff": 0.0, **kwargs}
+    if loss_class in (HAPPOLoss, HAPPOLagrangianLoss):
+        kwargs = {"clip_epsilon": CLIP, **kwargs}
     return SequentialUpdater(
         loss_class(actor, critic, **kwargs),
         optimizer=partial(torch.optim.Adam, lr=LR),
@@ -332,6 +346,11 @@ def contestants(args: argparse.Namespace, n_agents: int, samples: int, hidden: i
         "hatrpo-compiled": ours(HATRPOLoss, updater=faster),
         "hatrpo-fifth": ours(HATRPOLoss, fisher_fraction=0.2),
         "hatrpo-double": double_backward(sequential(HATRPOLoss, minibatch, *team()), batch),
+        "haa2c": ours(HAA2CLoss),
+        "a2po": ours(A2POLoss),
+        "coppo": ours(CoPPOLoss),
+        "lagrangian": ours(HAPPOLagrangianLoss, cost_critic=team()[1], cost_limit=1.0),
+        "macpo": ours(MACPOLoss, cost_critic=team()[1], cost_limit=1.0),
     }
     return {name: update for name, update in updates.items() if name in args.only}
 
@@ -424,6 +443,7 @@ NAMES = [
     *("floor", "plain", "mappo", "happo", "happo-compiled"),
     *("hatrpo", "hatrpo-compiled", "hatrpo-fifth", "hatrpo-double"),
 ]
+OTHERS = ["haa2c", "a2po", "coppo", "lagrangian", "macpo"]
 RATIOS = [
     ("happo", "plain"),
     ("happo", "floor"),
@@ -434,6 +454,7 @@ RATIOS = [
     ("hatrpo-fifth", "happo"),
     ("hatrpo", "hatrpo-double"),
     ("hatrpo-compiled", "hatrpo-double"),
+    *((name, "happo") for name in OTHERS),
 ]
 
 
@@ -447,7 +468,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, nargs="+", default=[128])
     parser.add_argument("--minibatch", type=int, help="samples in a minibatch; default: all")
     parser.add_argument("--discrete", action="store_true")
-    parser.add_argument("--only", nargs="+", default=NAMES, choices=NAMES)
+    parser.add_argument("--only", nargs="+", default=NAMES, choices=[*NAMES, *OTHERS])
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
