@@ -122,7 +122,10 @@ def test_overrides_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["task.make_env=own_world:no_env"], "returned None, but must return an environment"),
+        (
+            ["task.make_env=own_world:no_env"],
+            r"returned None; write it as make_env\(num_envs, device\)",
+        ),
         ([*CUSTOM, "model.make_actor=own_world:no_network"], "model.make_actor returned int"),
         ([*CUSTOM, "task.colour=red"], "no option 'task.colour'; there are: task.bonus, task.max"),
         ([*CUSTOM, "algorithm=ippo", "critic.make_critic=own_world:small_critic"], "leave it out"),

@@ -20,10 +20,12 @@ from tensordict import TensorDict
 from torchrl.envs.utils import ExplorationType, exploration_type, set_exploration_type
 from vmas.simulator.environment.environment import Environment
 
+from torchrl_happo import make_actor
 from torchrl_happo.recipe import cli, report, trained, training
 from torchrl_happo.recipe.algorithms import make_learner
 from torchrl_happo.recipe.collection import Batches
 from torchrl_happo.recipe.compose import compose_config
+from torchrl_happo.recipe.config import ConfigError
 from torchrl_happo.recipe.environments import make_env
 from torchrl_happo.recipe.evaluation import Evaluation
 from torchrl_happo.recipe.interrupt import deaf_children
@@ -95,6 +97,17 @@ class TestEvaluation:
         assert result["return"] == pytest.approx(returns.mean().item())
         assert result["return_std"] == pytest.approx(returns.std(correction=0).item())
         assert (result["episodes"], result["episode_length"]) == (5, 4)
+
+    def test_episodes_without_an_end_are_named(self, monkeypatch, caplog):
+        """Where nothing ends a sentence says so while it waits, and another one refuses."""
+        config = tiny_config("task=vmas/wheel", "evaluation.episodes=3", "task.max_steps=null")
+        evaluation = Evaluation(config)
+        monkeypatch.setattr("torchrl_happo.recipe.evaluation.PATIENCE", 0)
+        monkeypatch.setattr("torchrl_happo.recipe.evaluation.LONGEST", 30)
+        env = make_env(config.task, num_envs=3, seed=0)
+        with pytest.raises(ConfigError, match=r"3 of 3 go on after 30 steps; set task\.max_steps"):
+            evaluation(make_actor(env))
+        assert caplog.text.count("set task.max_steps if they have no end") == 1
 
     def test_counts_one_episode_of_each(self):
         """Environments that end early and start again do not count twice."""
@@ -276,3 +289,9 @@ def test_workers_collect_like_this_process():
         assert torch.equal(again[:, 0], observations[:, 0])
     finally:
         batches.close()
+
+
+def test_a_command_with_a_slip(capsys):
+    """One sentence with the command that was meant."""
+    assert cli.command_line(["evaluat", "run=outputs"]) == cli.REFUSED
+    assert "There is no command 'evaluat'; near: evaluate." in capsys.readouterr().err

@@ -295,3 +295,59 @@ def test_clipping_ranges_of_nobody_are_refused(values, words):
         fresh().clip_epsilon = {"agents": 0.1}
     with pytest.raises(ValueError, match="which is a mapping; give the critic a number"):
         fresh(clip_epsilon={"agents": 0.1}, clip_value=True)
+
+
+def grid(nested):
+    """Two agents who share a network, in a batch whose group has the agents in its size or not."""
+    net = nn.Linear(7, 3)
+    actor = actor_of(net)
+    size = [4, 5, 2] if nested else [4, 5]
+    agents = TensorDict({"observation": torch.randn(4, 5, 2, 7)}, size)
+    batch = TensorDict({"agents": agents}, [4, 5])
+    with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
+        batch = actor(batch)
+    batch["advantage"] = torch.randn(4, 5, 1)
+    return actor, batch
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_network_that_agents_share_is_no_single_agent(nested):
+    """Without blocks it is refused, whether or not the group's batch size has the agents."""
+    actor, batch = grid(nested)
+    updater = SequentialUpdater(HAPPOLoss(actor, None, entropy_coeff=0.0), num_epochs=1)
+    with pytest.raises(ValueError, match=r"'agents' has 2 agents, but its actor is one network"):
+        updater(batch)
+
+
+def test_a_single_agent_may_have_an_action_of_many_dimensions():
+    """Its log-probabilities have a dimension that its observation has not."""
+    net = nn.Sequential(nn.Linear(7, 6), nn.Unflatten(-1, (2, 3)))
+    actor = actor_of(net, group="robot")
+    batch = TensorDict({"robot": TensorDict({"observation": torch.randn(4, 5, 7)}, [4, 5])}, [4, 5])
+    with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
+        batch = actor(batch)
+    assert batch["robot", "action_log_prob"].shape == (4, 5, 2)
+    batch["advantage"] = torch.randn(4, 5, 1)
+    metrics = SequentialUpdater(HAPPOLoss(actor, None, entropy_coeff=0.0), num_epochs=1)(batch)
+    assert metrics["robot", "kl"] > 0
+
+
+def test_values_of_agents_whose_next_step_has_nothing():
+    """A critic that reads the state alone writes into a group that the next step lacks."""
+    torch.manual_seed(0)
+    actor = make_actor()
+    state = nn.Sequential(nn.Linear(4, 3), nn.Unflatten(-1, (3, 1)))
+    critic = TensorDictModule(state, in_keys=["state"], out_keys=[("agents", "state_value")])
+    batch = make_batch(actor)
+    for place in (batch, batch["next"]):
+        place["state"] = torch.randn(*batch.shape, 4)
+    results = []
+    for bare in (False, True):
+        loss = HAPPOLoss(copy.deepcopy(actor), copy.deepcopy(critic), entropy_coeff=0.0)
+        loss.set_keys(value=("agents", "state_value"))
+        own = batch.clone()
+        if bare:
+            del own["next", "agents"]
+        torch.manual_seed(0)
+        results.append(SequentialUpdater(loss, num_epochs=1)(own).to_dict())
+    torch.testing.assert_close(results[0], results[1])

@@ -301,7 +301,7 @@ TEAMS = trained([
      ValueError, r"pass an ActorList, or .*MultiAgentMLP, .*share_params=True and blocks=\["),
     ("a trust region without a divergence", partial(
         Team, lambda: make_actor(distribution=Truncated), loss=HATRPOLoss),
-     NotImplementedError, "No Fisher matrix of TruncatedNormal .*; choose another distribution"),
+     NotImplementedError, "No Fisher matrix of TruncatedNormal .*, or choose another distribution"),
     ("actions that do not exist", changed(partial(Team, lambda: categorical(stack())), lambda team:
         team.batch["agents"].set("action", team.batch[ACT] + 7)), ValueError, "leaves the range"),
     ("a critic of two values", partial(Team, critic=two_values), ValueError, "critic cannot read"),

@@ -14,7 +14,7 @@ from pathlib import Path
 CONF = Path(__file__).parent
 RECIPE = CONF.parent / "recipe"
 USAGE = """\
-Train a team of agents with HAPPO, HATRPO, MAPPO or IPPO.
+Train a team of agents with HAPPO, HATRPO, one of their followers, MAPPO or IPPO.
 
     torchrl-happo task=vmas/het_mass algorithm=happo    any OPTION=VALUE below
     torchrl-happo -m algorithm=happo,mappo seed=0,1,2   a sweep over all combinations

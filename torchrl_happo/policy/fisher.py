@@ -139,8 +139,10 @@ def _fisher_by_differentiation(component: D.Distribution, tangents: list[Tensor]
         old = kind(**parameters)
     except TypeError as error:
         raise NotImplementedError(
-            f"No Fisher matrix of {kind.__name__} is known, and {' and '.join(parameters)} alone "
-            "do not build one to differentiate; choose another distribution for the policy."
+            f"No Fisher matrix of {kind.__name__} is known, and the parameters in its "
+            f"arg_constraints ({', '.join(parameters) or 'none'}) do not build one to "
+            "differentiate; list there what its constructor takes and keep each as an attribute, "
+            "or choose another distribution."
         ) from error
     with torch.enable_grad():
         moving = {k: p.clone().requires_grad_() for k, p in parameters.items()}

@@ -29,6 +29,7 @@ from torchrl_happo.recipe.config import ConfigError, TrainConfig
 from torchrl_happo.recipe.overrides import normalize
 from torchrl_happo.recipe.ranks import LearnerError, world_rank, world_size
 from torchrl_happo.recipe.sweep import check_swept, remaining
+from torchrl_happo.recipe.validation import near
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,8 @@ def command_line(arguments: list[str]) -> int:
         except (ConfigError, CheckpointError) as error:
             return _refuse(str(error))
         return 0
+    if arguments and near(arguments[0], COMMANDS, "").startswith("near"):
+        return _refuse(f"There is no command {arguments[0]!r}; {near(arguments[0], COMMANDS, '')}.")
     compose.register()
     words = [normalize(word) for word in arguments]
     overrides = [word for word in words if not word.startswith("-") and "=" in word]

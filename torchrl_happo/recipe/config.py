@@ -76,7 +76,8 @@ class TaskConfig:
     team_reward: str | None = choice("mean", "sum")
     """How the agents' rewards become the team's one; null where all agents get the same."""
     make_env: Any = None
-    """With task=custom, who builds the environments: my_package.my_module:function."""
+    """With task=custom, who builds the environments: my_package.my_module:function, which returns
+    one, or has the arguments num_envs and device and returns so many."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Of the simulator, by its own names and with its own defaults: task.n_agents=4."""
 

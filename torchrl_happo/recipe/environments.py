@@ -292,8 +292,9 @@ def _make_custom(task: TaskConfig, num_envs: int, device: str) -> EnvBase:
     if not isinstance(env, EnvBase) or tuple(env.batch_size) != (num_envs,):
         got = f"batch size {[*env.batch_size]}" if isinstance(env, EnvBase) else repr(env)
         raise ConfigError(
-            f"task.make_env returned {got}, but must return an environment of batch size "
-            f"[{num_envs}], or take no num_envs and return one of batch size []."
+            f"task.make_env returned {got}; write it as make_env(num_envs, device), which returns "
+            f"an environment of batch size [num_envs], here {num_envs}, or as make_env(), which "
+            "returns one of batch size []."
         )
     return env
 

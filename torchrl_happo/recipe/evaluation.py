@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 import torch
@@ -10,9 +11,15 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from torchrl_happo.networks.actors import memory_transforms
-from torchrl_happo.recipe.config import TrainConfig
+from torchrl_happo.recipe.config import ConfigError, TrainConfig
 from torchrl_happo.recipe.environments import make_env
 from torchrl_happo.recipe.randomness import isolated_randomness
+
+logger = logging.getLogger(__name__)
+
+#: Without a time limit: seconds after which an evaluation says that it is waiting for episodes to
+#: end, and steps after which they count as endless.
+PATIENCE, LONGEST = 20, 10_000
 
 
 class Evaluation:
@@ -20,6 +27,8 @@ class Evaluation:
 
     One episode of each environment counts, whenever it ends: taking the first to finish instead
     would favour short episodes. The environments are built at the first call and kept.
+
+    Where ``task.max_steps`` is null, an episode that has not ended after 10,000 steps is refused.
 
     Args:
         config (TrainConfig): the run; ``config.evaluation`` has the number of episodes.
@@ -70,7 +79,20 @@ class Evaluation:
         returns = torch.zeros_like(state["episode_reward"])
         lengths = torch.zeros_like(returns)
         costs = torch.zeros_like(returns) if "episode_cost" in state.keys() else None
+        limit, start, is_said = self.config.task.max_steps, time.perf_counter(), False
         while running.any():
+            if limit is None and not is_said and time.perf_counter() - start > PATIENCE:
+                is_said = True
+                logger.warning(
+                    "After %d steps of an evaluation %d of %d episodes go on; set task.max_steps "
+                    "if they have no end.",
+                    *(int(lengths.max()), int(running.sum()), len(running)),
+                )
+            if limit is None and lengths.max() >= LONGEST:
+                raise ConfigError(
+                    f"The episodes of {self.config.task.name} do not end: {int(running.sum())} of "
+                    f"{len(running)} go on after {LONGEST} steps; set task.max_steps."
+                )
             step, state = env.step_and_maybe_reset(policy(state))
             returns += step["next", "reward"] * running
             lengths += running

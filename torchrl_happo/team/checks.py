@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from tensordict import NestedKey, TensorDictBase
-from torch import nn
+from torch import Tensor, nn
 
 from torchrl_happo.team.agent import Agent
 from torchrl_happo.team.entries import has, next_key, path_of, tensors_of
@@ -99,7 +99,39 @@ def _entries_of_group(
     return [key for key in keys if agents[0].owns(key)]
 
 
+def _check_is_one_agent(agent: Agent, batch: TensorDictBase) -> None:
+    """Refuse a network that several agents share, where it would pass for that of a single one.
+
+    A group may lack the agent dimension in its batch size. Then its log-probabilities have one
+    that observations and actions begin with as well; without agents it is one of the action.
+    """
+    key = agent.policy.log_prob_keys[0]
+    log_prob = batch.get(key)
+    if agent.index is not None or agent.num_members > 1 or not isinstance(log_prob, Tensor):
+        return
+    lead = log_prob.shape
+    if len(lead) != batch.batch_dims + 1 or lead[-1] == 1:
+        return
+    entries = [batch.get(k) for k in (*agent.actor.in_keys, *agent.policy.action_keys)]
+    seen = entries[: len(agent.actor.in_keys)]
+    if all(entry.shape[: len(lead)] == lead for entry in entries) and all(
+        entry.ndim > len(lead) for entry in seen
+    ):
+        raise _shared_network(agent, tuple(lead))
+
+
+def _shared_network(agent: Agent, shape: tuple[int, ...]) -> ValueError:
+    return ValueError(
+        f"The log-probability {agent.policy.log_prob_keys[0]!r} has shape {list(shape)}, "
+        f"so group {agent.group_name!r} has {shape[-1]} agents, but its actor is one "
+        "network that all of them share; pass an ActorList, or build it of a "
+        "MultiAgentMLP, with share_params=False, or with share_params=True and blocks=["
+        f"{agent.group_name!r}]."
+    )
+
+
 def _check_log_prob_shape(agent: Agent, batch: TensorDictBase) -> None:
+    _check_is_one_agent(agent, batch)
     data = agent.view(batch, [*agent.policy.action_keys, *agent.policy.log_prob_keys])
     log_prob = agent.stored_log_prob(data)
     if not log_prob.is_floating_point():
@@ -115,13 +147,7 @@ def _check_log_prob_shape(agent: Agent, batch: TensorDictBase) -> None:
         if shape[-1] == agent.num_members:
             return
         if agent.index is None:
-            raise ValueError(
-                f"The log-probability {agent.policy.log_prob_keys[0]!r} has shape {list(shape)}, "
-                f"so group {agent.group_name!r} has {shape[-1]} agents, but its actor is one "
-                "network that all of them share; pass an ActorList, or build it of a "
-                "MultiAgentMLP, with share_params=False, or with share_params=True and blocks=["
-                f"{agent.group_name!r}]."
-            )
+            raise _shared_network(agent, shape)
     raise ValueError(
         f"The log-probability {agent.policy.log_prob_keys[0]!r} of agent {agent.name!r} has shape "
         f"{list(shape)}, but the batch size is {list(wanted)}; collect with the loss's own actor."

@@ -100,7 +100,8 @@ def check_separate(agents: Iterable[Agent], critic: nn.Module | None) -> None:
         if id(parameter) in owners:
             raise ValueError(
                 f"Actor and critic share the parameter {name!r}, so that fitting the critic "
-                "would move a policy whose turn is over; give the critic its own network."
+                "would move a policy whose turn is over; give the critic its own network, in a "
+                "module that does not hold the actor as well."
             )
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import CompositeDistribution
 from tensordict.utils import unravel_key
 from torch import Tensor
@@ -32,6 +32,7 @@ __all__ = [
     "fill_ends",
     "filling_in_place",
     "share_ends",
+    "share_group",
 ]
 
 _NOT_FINITE = "The entry {!r} of the batch holds NaN or infinite numbers; nothing was updated."
@@ -65,6 +66,22 @@ def share_ends(team: Team, batch: TensorDictBase) -> TensorDictBase:
                 filled = batch.copy() if filled is batch else filled
                 filled.set(next_key(key), value.unsqueeze(-2).expand(*steps, *sizes, 1))
     return filled
+
+
+def share_group(batch: TensorDictBase, key: NestedKey) -> TensorDictBase:
+    """Return a batch whose next step has the group of an entry, perhaps with nothing in it.
+
+    Estimators put a step and the next one side by side, which must have the same groups.
+
+    Args:
+        batch (TensorDictBase): joint data of batch size ``[*B]``. Not modified.
+        key (NestedKey): the entry.
+    """
+    group = path_of(key)[:-1]
+    rows = batch.get(group, None) if group else None
+    if rows is None or has(batch, next_key(group)):
+        return batch
+    return batch.copy().set(next_key(group), TensorDict({}, rows.batch_size, device=rows.device))
 
 
 def fill_ends(team: Team, batch: TensorDictBase) -> TensorDictBase:

@@ -37,7 +37,7 @@ from torchrl_happo.team.checks import check_batch, check_team_shape
 from torchrl_happo.team.entries import compact, has, next_key
 from torchrl_happo.team.masks import Masks
 from torchrl_happo.team.team import Team
-from torchrl_happo.team.values import check_finite, explained, fill_ends, share_ends
+from torchrl_happo.team.values import check_finite, explained, fill_ends, share_ends, share_group
 from torchrl_happo.transaction import Undo, recordable
 from torchrl_happo.update.rows import Rows, padded_rows, selected_rows, taken
 
@@ -143,6 +143,7 @@ class TeamBatch:
             if not has(batch, keys.advantage):
                 # A policy may have written values before; the present ones are wanted.
                 batch = self._with_ends(critic, batch).exclude(keys.value)
+                batch = share_group(batch, keys.value)
                 critic.estimate(batch)
                 made = [keys.advantage, keys.value_target, keys.value, "shifted_valid"]
                 self.batch = self.batch.copy().update(batch.select(*made, strict=False))

@@ -47,7 +47,8 @@ Of MACPO, beside the metrics of HATRPO:
 
 - ``case``: 0 recovery, 1 the bound is being restored, 2 bound and trust region limit the step,
   3 the bound is out of reach, 4 the cost has no slope. Healthy: seldom 0.
-- ``excess``: how far the costs are above their bound, times 1 - gamma. Healthy: at most 0.
+- ``excess``: how far the costs are above their bound, times 1 - gamma; what the agents before have
+  added counts. Healthy: at most 0.
 - ``price``: multiplier of the cost in this step.
 - ``cost_change``: what the step changes of the cost.
 
