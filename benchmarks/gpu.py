@@ -34,9 +34,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import update_cost
-
-from torchrl_happo import HAPPOLoss, HATRPOLoss
 
 HERE = Path(__file__).parent
 LIMITS = {"tests": 180, "updates": 300, "training": 240, "learning": 120}
@@ -80,6 +77,10 @@ def waits(update: Callable[[], object], device: str) -> int | None:
 
 def updates(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Time updates, cell by cell and contestant by contestant."""
+    import update_cost  # takes seconds, which the other stages need not wait
+
+    from torchrl_happo import HAPPOLoss, HATRPOLoss
+
     for n_agents, samples in [(2, 40)] if args.tiny else [(3, 4000), (10, 4000), (3, 60_000)]:
         team = partial(update_cost.make_team, n_agents, 128, False, args.device)
         batch = update_cost.make_batch(team()[0], samples, n_agents, args.device)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+
+# The compiler would start processes beside those that share the tests already.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 # Two busy threads on a small machine spin each other to a standstill (up to 50 times slower).
 torch.set_num_threads(1)
@@ -35,6 +40,30 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(no_device)
+
+
+#: What worker processes of collectors and learners import.
+PRELOADED = ["vmas", "torchrl.envs.libs.vmas", "torchrl_happo.recipe.training"]
+
+
+@pytest.fixture(scope="session")
+def fork_server():
+    """Return the name of the start method that imports once for all processes of a session.
+
+    A process that torchrl starts by ``spawn`` imports it for ten seconds. One that a server forks
+    is given the same, pickled, and shares no memory with the tests either.
+    """
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    return "forkserver"
+
+
+@pytest.fixture
+def quick_workers(fork_server):
+    """Lets collectors start their workers by the fork server."""
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method(fork_server, force=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
 
 
 @pytest.fixture(scope="session")

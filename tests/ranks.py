@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import multiprocessing as mp
 
 SECONDS = 300
-#: How they are started. A fork is quicker and sees what was changed in memory (``mutants.py``), but
-#: torch cannot differentiate in one once it has used a CUDA device.
-METHOD = "spawn"
+#: How they are started where nothing else is asked for. A fork sees what was changed in memory
+#: (``mutants.py``), but torch cannot differentiate in one once it has used a CUDA device.
+METHOD = None
 
 
 class Ranks:
@@ -23,10 +23,11 @@ class Ranks:
     Args:
         size: how many.
         folder: for the file by which they find each other.
+        method: how they are started.
     """
 
-    def __init__(self, size, folder):
-        context = mp.get_context(METHOD)
+    def __init__(self, size, folder, method="spawn"):
+        context = mp.get_context(METHOD or method)
         self.tasks = [context.Queue() for _ in range(size)]
         self.answers = [context.Queue() for _ in range(size)]
         self.processes = [

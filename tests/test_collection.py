@@ -44,12 +44,15 @@ def acted_with(policy, batch):
 
 
 @pytest.mark.parametrize("way", WAYS, ids=" ".join)
-def test_the_policy_reaches_the_workers(way):
+def test_the_policy_reaches_the_workers(way, request):
     """A batch of one shape, whoever collects; the next one is the new policy's.
 
     Asynchronous workers may have batches of the old policy under way: it reaches them after that.
+    ``multi`` starts its workers as a user's run does, by ``spawn``.
     """
     kind, *overrides = way
+    if way != ("multi",):
+        request.getfixturevalue("quick_workers")
     config = tiny_config(f"collector={kind}", *overrides)
     policy = make_learner(config, make_env(config.task, num_envs=1, seed=0)).policy
     batches = Batches(config, policy)

@@ -213,6 +213,7 @@ def test_an_environment_that_raises(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_workers")
 @pytest.mark.parametrize("moment", ["next", "policy_changed"])
 def test_a_worker_that_is_killed(tmp_path, monkeypatch, moment):
     """Before a batch, or while the policy is sent: one sentence, no deadlock, the checkpoint stays.

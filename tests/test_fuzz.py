@@ -73,7 +73,7 @@ def assert_equal(one, other):
 def test_fuzz(loss_class, loss_kwargs):
     """Two updates on fresh batches of any scenario; the batch is left as it was."""
 
-    @effort(250 if loss_class in (HAPPOLoss, HATRPOLoss) else 60)
+    @effort(90 if loss_class in (HAPPOLoss, HATRPOLoss) else 40)
     @given(
         st.integers(0, 2**31),
         teams(),

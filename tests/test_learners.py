@@ -42,9 +42,9 @@ N_ENVS, TIME, UPDATES = 4, 6, 3
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def ranks(tmp_path_factory, fork_server):
     """Two processes, started once: that takes longer than what the tests do there."""
-    pool = Ranks(2, tmp_path_factory.mktemp("ranks"))
+    pool = Ranks(2, tmp_path_factory.mktemp("ranks"), fork_server)
     yield pool
     pool.close()
 
@@ -187,7 +187,7 @@ class Case:
         actor = make_actor(distribution=self.distribution).double()
         return actor, make_critic().double()
 
-    def team(self, group, seed=0):
+    def team(self, group, seed=0, **settings):
         actor, critic = self.networks()
         if seed:
             torch.manual_seed(seed)
@@ -211,7 +211,7 @@ class Case:
             **own,
         )
         loss.set_keys(value=("agents", "state_value"), action=("agents", "action"))
-        settings = {"num_epochs": 3, "max_grad_norm": 0.5, **self.settings}
+        settings = {"num_epochs": 3, "max_grad_norm": 0.5, **self.settings, **settings}
         optimizer = partial(torch.optim.Adam, lr=1e-3)
         return SequentialUpdater(loss, optimizer=optimizer, process_group=group, **settings)
 
@@ -262,7 +262,8 @@ def train_half(rank, group, case):
 
 
 def train_whole(case):
-    updater = case.team(None)
+    # Where the halves are compiled, the whole is not: that is ``test_compile.py``'s.
+    updater = case.team(None, compile=False)
     if case.settings.get("minibatch_size"):
         for step in updater.steps.values():
             if hasattr(step, "minibatches"):

@@ -7,7 +7,7 @@ A new kind of team is one line.
 from __future__ import annotations
 
 import copy
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import team
@@ -46,7 +46,20 @@ TEAMS = {
 }
 
 
-def build(
+@cache  # to make and to roll out the environments takes longer than an update
+def built(loss_index, team_name):
+    """Return what :func:`made` returns for a loss and a team, and the random state after it."""
+    return made(LOSSES[loss_index], **TEAMS[team_name]), torch.get_rng_state()
+
+
+def build(loss_class, team="feed-forward"):
+    """An updater for a team, and one batch of theirs, as made for this test alone."""
+    (updater, batch), state = built(LOSSES.index(loss_class), team)
+    torch.set_rng_state(state)
+    return copy.deepcopy(updater), batch.clone()
+
+
+def made(
     loss_class,
     *,
     input="observations",
@@ -140,7 +153,7 @@ def test_agents_that_are_not_there(team, loss_class):
     With memory of its own an agent remembers what it saw before it was born; so here it is born
     with the episode.
     """
-    updater, batch = build(loss_class, **TEAMS[team])
+    updater, batch = build(loss_class, team)
     batch = deaths(batch)
     if TEAMS[team].get("memory") is not None:
         for group in GROUPS:
@@ -161,7 +174,7 @@ def test_steps_that_are_padding(mask, team, loss_class):
 
     ``shifted_valid`` comes from TorchRL's estimators, so here an advantage comes with it.
     """
-    updater, batch = build(loss_class, **TEAMS[team])
+    updater, batch = build(loss_class, team)
     counts = torch.arange(STEPS).expand(ENVS, -1) < torch.tensor([[5], [7], [10], [3]])
     batch = batch.exclude("collector")
     if mask == "shifted_valid":
@@ -216,7 +229,7 @@ def test_a_mask_is_as_good_as_leaving_out(inactive, own, blocks, loss_class):
 
 def test_padding_behind_a_cut_trajectory():
     """A trajectory that the end of the batch cuts has the advantages it has without padding."""
-    updater, batch = build(HAPPOLoss)
+    updater, batch = build(LOSSES[0])
     whole = team_batch(updater.loss, batch[:, :7]).critic_batches["critic"]
     counts = torch.arange(STEPS).expand(ENVS, -1) < 7
     assert not batch["next", "done"][:, 6].any()
@@ -234,7 +247,7 @@ def test_no_minibatch_is_without_a_valid_entry(team, loss_class):
     Two steps count, in two episodes of one row: whatever else there is would fill minibatches of
     its own. Chunks are of five steps.
     """
-    updater, batch = build(loss_class, **TEAMS[team])
+    updater, batch = build(loss_class, team)
     counts = torch.zeros(ENVS, STEPS, dtype=torch.bool)
     counts[0, 1] = counts[0, 7] = True
     batch["collector", "mask"] = counts
@@ -252,7 +265,7 @@ def test_no_minibatch_is_without_a_valid_entry(team, loss_class):
 
 def test_nothing_counts():
     """A batch of padding changes no parameter, no optimiser and no statistic."""
-    updater, batch = build(HAPPOLoss)
+    updater, batch = build(LOSSES[0])
     update(updater, batch)
     before = copy.deepcopy(updater.state_dict())
     batch["collector", "mask"] = torch.zeros(ENVS, STEPS, dtype=torch.bool)

@@ -80,6 +80,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, overrides):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_workers")
 def test_memory_in_worker_processes(tmp_path):
     """Workers keep the hidden states of their own environments."""
     config = tiny_config(*GRU, *CRITIC, "collector=multi")

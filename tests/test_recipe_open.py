@@ -154,6 +154,7 @@ def test_a_yaml_of_ones_own(call, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_workers")
 def test_workers_build_the_environment_of_ones_own(tmp_path):
     """They find it by its name, in processes of their own."""
     words = [*SMALL, *CUSTOM, "collector=multi"]

@@ -266,6 +266,7 @@ def test_children_do_not_hear_ctrl_c():
     assert child.stdout == "True\n"
 
 
+@pytest.mark.usefixtures("quick_workers")
 def test_workers_collect_like_this_process():
     """Two processes give whole batches, act with the newest weights, and repeat from a seed."""
     config = tiny_config("collector=multi", "task=vmas/wheel")

@@ -76,7 +76,11 @@ def test_a_task_trains(task):
     if task.startswith("mujoco/"):
         pytest.importorskip("envpool")
     config = tiny_config(
-        f"task={task}", "num_envs=3", "steps_per_batch=4", "algorithm.minibatch_size=5"
+        f"task={task}",
+        "num_envs=3",
+        "steps_per_batch=4",
+        "algorithm.minibatch_size=6",
+        "algorithm.num_epochs=1",
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*not used by the scenario")

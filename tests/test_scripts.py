@@ -187,6 +187,7 @@ def test_the_loss_alone_in_a_loop_of_ones_own():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_workers")
 def test_weights_reach_collectors_in_other_processes():
     """Two worker processes act with the trained policy once its weights have been sent."""
     env = make_env(num_envs=3)

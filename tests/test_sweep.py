@@ -50,10 +50,25 @@ def sweep(monkeypatch, tmp_path):
     root.setLevel(level)
 
 
+def check_what_comes_out(tmp_path, folders):
+    """Every evaluation is in the table of all, and mean, error and seeds are in the short one."""
+    with (tmp_path / "multirun" / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    evaluations = sum(len(table(tmp_path / folder / "evaluation.csv")) for folder in folders)
+    assert len(rows) == evaluations
+    assert {(row["label"], row["seed"]) for row in rows} == {
+        (label, seed) for label in ("happo", "hatrpo") for seed in "01"
+    }
+    text = (tmp_path / "multirun" / "sweep.md").read_text()
+    assert text.startswith("| task | happo | hatrpo |\n|---|---|---|\n| vmas/het_mass | ")
+    assert (tmp_path / "multirun" / "sweep.png").stat().st_size > 10_000
+
+
 def test_a_sweep_goes_on_where_it_was(sweep, tmp_path):
     """Again: nothing runs. One is lost: that one runs. One was interrupted: it is resumed."""
     folders = sweep()
     assert len(set(folders)) == 4
+    check_what_comes_out(tmp_path, folders)
     before = {folder: table(tmp_path / folder / "metrics.csv") for folder in folders}
     summary = (tmp_path / "multirun" / "sweep.csv").read_text()
     assert sweep() == []
@@ -66,21 +81,6 @@ def test_a_sweep_goes_on_where_it_was(sweep, tmp_path):
     for folder in folders:
         assert table(tmp_path / folder / "metrics.csv")[:3] == before[folder]
     assert (tmp_path / "multirun" / "sweep.csv").read_text() != summary
-
-
-def test_what_comes_out(sweep, tmp_path):
-    """Every evaluation is in the table of all, and mean, error and seeds are in the short one."""
-    folders = sweep()
-    with (tmp_path / "multirun" / "sweep.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    evaluations = sum(len(table(tmp_path / folder / "evaluation.csv")) for folder in folders)
-    assert len(rows) == evaluations
-    assert {(row["label"], row["seed"]) for row in rows} == {
-        (label, seed) for label in ("happo", "hatrpo") for seed in "01"
-    }
-    text = (tmp_path / "multirun" / "sweep.md").read_text()
-    assert text.startswith("| task | happo | hatrpo |\n|---|---|---|\n| vmas/het_mass | ")
-    assert (tmp_path / "multirun" / "sweep.png").stat().st_size > 10_000
 
 
 def test_the_folder_of_another_run(tmp_path):
