@@ -164,7 +164,7 @@ def test_settings_reach_loss_and_updater(algorithm):
 def test_settings_of_the_clipped_surrogate():
     """Unlike thresholds on both sides, and an early end of the epochs."""
     updater = learner_of("algorithm.clip_epsilon_high=0.28", "algorithm.target_kl=0.01").updater
-    low, high = updater.loss._clip_bounds
+    low, high = updater.loss._log_range
     torch.testing.assert_close(torch.stack([low, high]).exp(), torch.tensor([0.8, 1.28]))
     names = [agent.name for agent in updater.loss.agents]
     assert all(updater.steps[name].target_kl == 0.01 for name in names)

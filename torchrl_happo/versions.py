@@ -1,12 +1,11 @@
 """Differences between versions of TorchRL and tensordict, and the private names in use.
 
 Private names are wrapped by one function each, with the versions that they were checked against.
-What an older version lacks is replaced here, with the version that brought it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +15,6 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent
 from torchrl._utils import _standardize
-from torchrl.objectives.utils import ValueEstimators
-from torchrl.objectives.value import GAE
 
 
 def needed(feature: str, version: str) -> str | None:
@@ -56,38 +53,8 @@ else:  # the value norms of TorchRL 0.13 have no scale
         newer(f"{kind}ValueNorm", "torchrl.modules", "0.14") for kind in ("", "Running", "PopArt")
     )
     LBForagingEnv = newer("LBForagingEnv", "torchrl.envs.libs.lbforaging", "0.14")
-    IPPOLoss, MAPPOLoss = (
-        newer(f"{kind}Loss", "torchrl.objectives.multiagent", "0.13") for kind in ("IPPO", "MAPPO")
-    )
-
-if hasattr(ValueEstimators, "MAGAE"):  # TorchRL 0.13
-    from torchrl.objectives.value import MultiAgentGAE
-
-    TEAM_GAE = ValueEstimators.MAGAE
-else:
-
-    class MultiAgentGAE(GAE):  # type: ignore[no-redef]
-        """GAE that pays the reward of the team to the value of each agent."""
-
-        def __init__(self, *, gamma: float = 0.99, lmbda: float = 0.95, **kwargs: Any) -> None:
-            super().__init__(gamma=gamma, lmbda=lmbda, **{"value_network": None, **kwargs})
-
-        def forward(self, tensordict: TensorDictBase, **kwargs: Any) -> TensorDictBase:
-            """Write advantage, returns and values, in place."""
-            keys, dims = self.tensor_keys, tensordict.batch_dims
-            one = tensordict.select(*self.value_network.in_keys, strict=False)[..., :1].copy()
-            value = self.value_network(one).get(keys.value)
-            own = tensordict.copy()
-            for key in (keys.reward, keys.done, keys.terminated):
-                entry = own.get(("next", key))
-                if entry.ndim < value.ndim:
-                    if self.shifted:
-                        raise ImportError(needed("shifted=True with a value of each agent", "0.13"))
-                    own.set(("next", key), torch.stack([entry] * value.shape[dims], dims))
-            made = super().forward(own, **kwargs)
-            return tensordict.update(made.select(keys.advantage, keys.value_target, keys.value))
-
-    TEAM_GAE = MultiAgentGAE
+    IPPOLoss = newer("IPPOLoss", "torchrl.objectives.multiagent", "0.13")
+    MAPPOLoss = newer("MAPPOLoss", "torchrl.objectives.multiagent", "0.13")
 
 
 def has_analytic_entropy(dist: Distribution) -> bool:
@@ -148,3 +115,36 @@ def single_network(stack: nn.Module) -> nn.Module:
 def set_time_limit(env: Any, max_steps: int) -> None:
     """Set the steps after which level-based foraging ends an episode (lbforaging 2.0.0)."""
     env.unwrapped._max_episode_steps = max_steps
+
+
+def buffer_parts(own: Any) -> dict[str, Any]:
+    """Return transform, collation and generator of a replay buffer (0.11.1 to 0.14.1)."""
+    return {"transform": own._transform, "collate_fn": own._collate_fn, "generator": own._rng}
+
+
+def takes_keywords(module: nn.Module) -> bool:
+    """Return whether a module passes its entries by keyword (tensordict 0.11.0 to 0.14.3)."""
+    return bool(module._kwargs)
+
+
+def draw(head: Any, dist: Distribution, kind: Any) -> Tensor:
+    """Return an action as a probabilistic module draws it (tensordict 0.11.0 to 0.14.3)."""
+    return head._dist_sample(dist, interaction_type=kind)
+
+
+def made_estimator(loss: Any) -> Any:
+    """Return the value estimator of a loss, if one was made (0.11.1 to 0.14.1)."""
+    return getattr(loss, "_value_estimator", None)
+
+
+def set_filling(estimator: Any, fill: Callable[..., TensorDictBase] | None) -> None:
+    """Fill in missing next observations by a function; ``None``: by TorchRL's (0.13 to 0.14.1)."""
+    if fill is None:
+        del estimator._sanitize_next_obs_nan
+    else:
+        estimator._sanitize_next_obs_nan = fill
+
+
+def set_head_weights(loss: Any, weights: Mapping[NestedKey, float]) -> None:
+    """Weigh the entropies of an action's parts in a PPO loss (0.11.1 to 0.14.1)."""
+    loss._entropy_coeff_map = weights

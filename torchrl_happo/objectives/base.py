@@ -26,6 +26,7 @@ from torchrl_happo.masked import VALID, masked, masked_mean
 from torchrl_happo.objectives.critic import WithCritics, critic_keys
 from torchrl_happo.objectives.joint import JointTerms
 from torchrl_happo.objectives.surrogate import corrected_advantage
+from torchrl_happo.objectives.team_gae import TEAM_GAE
 from torchrl_happo.policy.joint_row import gradients_in_rows
 from torchrl_happo.steps.first_order import FirstOrder
 from torchrl_happo.steps.step import Problem, StepFactory
@@ -40,7 +41,7 @@ from torchrl_happo.team.construction import (
 from torchrl_happo.team.masks import Masks
 from torchrl_happo.team.split import split_team, split_units
 from torchrl_happo.team.team import Team
-from torchrl_happo.versions import TEAM_GAE, ValueNorm, mask_keys, standardized
+from torchrl_happo.versions import ValueNorm, mask_keys, standardized
 
 __all__ = ["Actors", "SequentialLoss"]
 

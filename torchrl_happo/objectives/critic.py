@@ -21,13 +21,14 @@ from torchrl.objectives.utils import ValueEstimators, distance_loss
 from torchrl.objectives.value import ValueEstimatorBase
 
 from torchrl_happo.masked import VALID, count, masked_mean
+from torchrl_happo.objectives.team_gae import TEAM_GAE, MultiAgentGAE
 from torchrl_happo.objectives.value_norm import RealValues, update_value_norm
 from torchrl_happo.policy.memory import INIT, StepwiseCritic, has_memory, state_specs
 from torchrl_happo.steps.step import Problem
 from torchrl_happo.team.agent import Agent
 from torchrl_happo.team.team import CriticKeys
 from torchrl_happo.team.values import explained, filling_in_place
-from torchrl_happo.versions import TEAM_GAE, MultiAgentGAE, ValueNorm
+from torchrl_happo.versions import ValueNorm
 
 __all__ = ["Critic", "WithCritics", "critic_keys", "value_estimator"]
 

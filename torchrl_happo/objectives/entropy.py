@@ -9,8 +9,9 @@ from tensordict import NestedKey, is_tensor_collection
 from tensordict.utils import unravel_key
 
 from torchrl_happo.policy.policy import Policy
+from torchrl_happo.versions import set_head_weights
 
-__all__ = ["mean_entropies", "weights_of_heads"]
+__all__ = ["mean_entropies", "weigh_heads"]
 
 
 def mean_entropies(entropies: list[Any]) -> dict[str, Any]:
@@ -26,18 +27,24 @@ def mean_entropies(entropies: list[Any]) -> dict[str, Any]:
     return {**report, "entropy": total / sum(entropy.numel() for entropy in sums)}
 
 
-def weights_of_heads(
-    weights: Mapping[NestedKey, float], policies: Iterable[Policy]
-) -> dict[NestedKey, float]:
-    """The weight of each head's entropy, by the key of its log-probability and TorchRL's own name.
+def weigh_heads(
+    loss: Any, weights: float | Mapping[NestedKey, float], policies: Iterable[Policy]
+) -> bool:
+    """Weigh each head's entropy, by the key of its log-probability and TorchRL's own name.
 
     Args:
-        weights (mapping of NestedKey to float): by either.
+        loss (ClipPPOLoss): whose entropy bonus it is.
+        weights (float or mapping of NestedKey to float): by either key; a number weighs all alike.
         policies (iterable of Policy): all of the team.
+
+    Returns:
+        whether there is a weight for each head.
 
     Raises:
         ValueError: if a head has no weight, or a weight no head.
     """
+    if not isinstance(weights, Mapping):
+        return False
     names: dict[NestedKey, NestedKey] = {}
     for policy in policies:
         for action, log_prob in zip(policy.action_keys, policy.log_prob_keys, strict=False):
@@ -51,4 +58,5 @@ def weights_of_heads(
             f"entropy_coeff has weights for {list(weights)}, but the heads of the actors are "
             f"{heads}; name a weight for each of them, or one number for all."
         )
-    return {**given, **{name: given[head] for name, head in names.items()}}
+    set_head_weights(loss, {**given, **{name: given[head] for name, head in names.items()}})
+    return True

@@ -46,7 +46,7 @@ from torchrl_happo.objectives.clipping import (
     set_bounds,
     spread_bounds,
 )
-from torchrl_happo.objectives.entropy import mean_entropies, weights_of_heads
+from torchrl_happo.objectives.entropy import mean_entropies, weigh_heads
 from torchrl_happo.objectives.joint import JointTerms
 from torchrl_happo.objectives.surrogate import clipped_surrogate, corrected_advantage
 from torchrl_happo.steps.first_order import FirstOrder
@@ -235,9 +235,8 @@ class HAPPOLoss(SequentialLoss, ClipPPOLoss):
         self.standardizes = normalize_advantage is not False
         if isinstance(clip_epsilon, (tuple, list, Mapping)):
             spread_bounds(self, clip_epsilon, self._agents)
-        if isinstance(entropy_coeff, Mapping):
-            policies = [unit.policy for unit in self._units]
-            self._entropy_coeff_map = weights_of_heads(entropy_coeff, policies)
+        policies = [unit.policy for unit in self._units]
+        self._weighs_heads = weigh_heads(self, entropy_coeff, policies)
         self._bonus_follows_coefficient = follows_coefficient
 
     entropy_bonus: bool
@@ -245,10 +244,10 @@ class HAPPOLoss(SequentialLoss, ClipPPOLoss):
     @property
     def has_settings_by_agent(self) -> bool:  # type: ignore[override]
         """Whether each agent has a clipping range of its own."""
-        return self._clip_bounds[0].ndim > 0
+        return self._log_range[0].ndim > 0
 
     @property
-    def _clip_bounds(self) -> tuple[Tensor, Tensor]:
+    def _log_range(self) -> tuple[Tensor, Tensor]:
         both, own = self._buffers.get("clip_epsilon"), self._buffers
         low, high = own.get("clip_epsilon_low", both), own.get("clip_epsilon_high", both)
         return (-low).log1p(), high.log1p()
@@ -262,7 +261,7 @@ class HAPPOLoss(SequentialLoss, ClipPPOLoss):
 
     def _bounds(self, unit: Agent | None = None) -> list[Tensor]:
         """Return the bounds of the log-ratio, of a unit's members or of the whole team's."""
-        bounds = self._clip_bounds
+        bounds = self._log_range
         if bounds[0].ndim == 0:
             return list(bounds)
         return [bounds_of_unit(bound, unit, self._agents) for bound in bounds]
@@ -306,7 +305,7 @@ class HAPPOLoss(SequentialLoss, ClipPPOLoss):
 
     def _by_head(self, unit: Agent, entropy: Tensor | TensorDictBase) -> Tensor | TensorDictBase:
         """Files the entropy of a single head under its name, if each head has a weight."""
-        if self._entropy_coeff_map is None or is_tensor_collection(entropy):
+        if not self._weighs_heads or is_tensor_collection(entropy):
             return entropy
         return TensorDict({unit.policy.log_prob_keys[0]: entropy}, batch_size=entropy.shape)
 

@@ -29,7 +29,7 @@ from torchrl.objectives.utils import ValueEstimators
 from torchrl_happo.objectives.base import Actors, SequentialLoss
 from torchrl_happo.objectives.mat import MATLoss
 from torchrl_happo.objectives.prefix_gae import PrefixGAE
-from torchrl_happo.versions import TEAM_GAE
+from torchrl_happo.objectives.team_gae import TEAM_GAE
 
 __all__ = ["TPPOLoss"]
 

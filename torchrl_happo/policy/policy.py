@@ -37,7 +37,7 @@ from torchrl.modules import IndependentNormal, SafeModule, TanhNormal
 
 from torchrl_happo.policy.distributions import SquashedNormals, entropy
 from torchrl_happo.policy.joint_row import JointRow
-from torchrl_happo.versions import swapped
+from torchrl_happo.versions import swapped, takes_keywords
 
 __all__ = ["Policy"]
 
@@ -333,7 +333,7 @@ def _is_plain(module: TensorDictModuleBase) -> bool:
     """Whether calling the module is calling its network on the entries of its keys."""
     return (
         type(module) in (TensorDictModule, SafeModule)
-        and not module._kwargs
+        and not takes_keywords(module)
         and module.method is None
         and not module.method_kwargs
         and not getattr(module, "safe", False)

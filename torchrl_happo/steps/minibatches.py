@@ -13,6 +13,7 @@ from torchrl.data import LazyTensorStorage, ReplayBuffer
 
 from torchrl_happo.arguments import check_counts
 from torchrl_happo.masked import VALID
+from torchrl_happo.versions import buffer_parts
 
 __all__ = ["MinibatchSampler", "ReplayBufferMinibatches", "ShuffledMinibatches", "draw_rows"]
 
@@ -140,13 +141,13 @@ class ReplayBufferMinibatches:
                 "The replay buffer has no batch_size; build it with ReplayBuffer(batch_size=...)."
             )
         self.room = buffer.storage.max_size
+        parts = buffer_parts(buffer)
+        parts |= copy.deepcopy({name: parts[name] for name in ("transform", "generator")})
         self.buffer = ReplayBuffer(
             storage=LazyTensorStorage(self.room, device="auto"),
             sampler=copy.deepcopy(buffer.sampler),
-            transform=copy.deepcopy(buffer._transform),
-            collate_fn=buffer._collate_fn,
-            generator=copy.deepcopy(buffer._rng),
             batch_size=buffer.batch_size,
+            **parts,
         )
 
     def __call__(self, data: TensorDictBase) -> Iterator[TensorDictBase]:

@@ -23,6 +23,7 @@ from torchrl_happo.team.agent import Agent
 from torchrl_happo.team.entries import has, leaves, next_key, path_of, tensors_of
 from torchrl_happo.team.masks import Masks
 from torchrl_happo.team.team import Team
+from torchrl_happo.versions import set_filling
 
 __all__ = [
     "check_actions",
@@ -126,11 +127,11 @@ def filling_in_place(estimator: Any) -> Iterator[None]:
     with ``compact_obs=True`` leaves it at the end of a trajectory. It reads back from the device
     whether there is one, and then works on a copy, in which its values get lost (TorchRL 0.14.1).
     """
-    estimator._sanitize_next_obs_nan = _fill_next
+    set_filling(estimator, _fill_next)
     try:
         yield
     finally:
-        del estimator._sanitize_next_obs_nan
+        set_filling(estimator, None)
 
 
 def _fill_next(data: TensorDictBase, keys: Sequence[NestedKey]) -> TensorDictBase:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torchrl_happo.arguments import first_line
 from torchrl_happo.transaction import load_generator_state
-from torchrl_happo.versions import tensors_only
+from torchrl_happo.versions import made_estimator, tensors_only
 
 __all__ = ["check_state", "loss_state", "restore", "state_of"]
 
@@ -103,7 +103,7 @@ def loss_state(loss: nn.Module) -> dict[str, Tensor]:
 @contextmanager
 def _critic_once(loss: nn.Module) -> Iterator[None]:
     """Take the critic out of the value estimator, which holds it a second time."""
-    estimator: Any = getattr(loss, "_value_estimator", None)
+    estimator: Any = made_estimator(loss)
     network = getattr(estimator, "value_network", None)
     if network is not None:
         estimator.value_network = None

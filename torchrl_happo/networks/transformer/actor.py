@@ -19,6 +19,7 @@ from torch import Tensor
 from torchrl_happo.networks.transformer.attention import Cache
 from torchrl_happo.networks.transformer.heads import distribution_of
 from torchrl_happo.networks.transformer.model import MultiAgentTransformer
+from torchrl_happo.versions import draw
 
 __all__ = ["TransformerActor"]
 
@@ -128,7 +129,7 @@ class TransformerActor(ProbabilisticTensorDictSequential):
             mask = mask if head.group.n_agents is None else mask[..., member, :]
             _check_mask(head.mask, mask, member)
         dist = distribution_of(head, parameters, mask, member)
-        return cast(Tensor, self[-1]._dist_sample(dist, interaction_type=interaction_type()))
+        return draw(self[-1], dist, interaction_type())
 
 
 def _check_mask(key: NestedKey, mask: Tensor, member: int) -> None:
