@@ -38,7 +38,7 @@ from torchrl.modules import (
     TanhNormal,
 )
 
-from torchrl_happo import HAPPOLoss, HATRPOLoss, SequentialUpdater
+from torchrl_happo import A2POLoss, HAPPOLoss, HATRPOLoss, SequentialUpdater
 from torchrl_happo.envs import DifferentialGame
 from torchrl_happo.objectives import hatrpo
 from torchrl_happo.recipe import compose, environments
@@ -250,7 +250,15 @@ def cases():
     yield "hatrpo share", partial(BATCHED, fisher_fraction=0.5), normal, {}, {}, False
     yield "hatrpo sequential", partial(SHORT, line_search="sequential"), normal, {}, {}, False
     yield "happo early stop", HAPPO, normal, {}, {"target_kl": 0.01}, False
-    yield "happo dying", HAPPO, Categorical, {}, {"minibatch_size": 16}, True
+    small = {"minibatch_size": 16}
+    everything = (HAPPO, norm, {"clip_value": 0.2})
+    yield "happo value norm, clipped values, squashed", everything, TanhNormal, {}, small, False
+    yield "happo value norm, dying", (HAPPO, norm, {}), Categorical, {}, small, True
+    yield "hatrpo weighted", partial(BATCHED, kl_split="weighted"), normal, {}, {}, False
+    own = {"order": "random"}  # of which nothing is left
+    yield "hatrpo greedy", partial(BATCHED, kl_split="greedy"), normal, {}, own, False
+    yield "a2po", partial(A2POLoss, entropy_coeff=0.01), normal, {}, small, False
+    yield "happo dying", HAPPO, Categorical, {}, small, True
     yield "hatrpo dying", BATCHED, normal, {}, {}, True
 
 
@@ -273,8 +281,8 @@ def crossings(make_loss, distribution, bounds, settings, dying):
             num_epochs=2,
             max_grad_norm=1.0,
             check_finite=False,
-            order="fixed",  # a random one is drawn on the host, whose numbers it is
-            **settings,
+            # A random order is drawn on the host, whose numbers it is.
+            **{"order": "fixed", **settings},
         )
         updater.num_updates = 1  # the first update reads values
         batch = make_batch(distribution, dying)

@@ -11,10 +11,11 @@ import logging
 
 import pytest
 import torch
-from graph_emulator import emulate
+from graph_emulator import Recorder, emulate
 from team import make_actor, make_batch, make_critic
 from torch import nn
 from torch.distributions import Categorical
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torchrl.modules import IndependentNormal, TanhNormal
 
 from torchrl_happo import HAPPOLoss, HATRPOLoss, SequentialUpdater
@@ -222,6 +223,25 @@ def test_restored_optimisers_are_followed(device):
         for _ in range(3):
             updater(batch)
     assert_equal(*updaters)
+
+
+def test_nothing_is_compiled_while_a_graph_is_captured(device):
+    """A function has run once by itself, and three times beside, when its call is captured.
+
+    What compiles it at its first calls, or at its first ones on another stream, has done so.
+    """
+    replays, captured, total = GraphReplays(GraphPool()), [], torch.zeros(3)
+
+    def function(total, items):
+        captured.append(isinstance(_get_current_dispatch_mode(), Recorder))
+        total += items[0].sum(0)
+        return (items[0] * 2,)
+
+    call = replays.bind(function, [total])
+    for number in range(4):
+        call([torch.ones(4, 3)])
+        assert total.tolist() == [4 * (number + 1)] * 3  # what warm-ups have added is gone
+        assert captured == ([False] if number == 0 else [False] * 4 + [True])
 
 
 def test_a_replay_is_of_one_type_and_layout(device):

@@ -19,5 +19,7 @@ def test_every_update_runs(pretended):
         *(f"{loss} {kind}" for kind in distributions for loss in ("happo", "hatrpo")),
         *("happo schedule, clipped values", "happo value norm", "happo popart"),
         *("happo bounds", "hatrpo share", "hatrpo sequential", "happo early stop"),
+        *("happo value norm, clipped values, squashed", "happo value norm, dying"),
+        *("hatrpo weighted", "hatrpo greedy", "a2po"),
         *("happo dying", "hatrpo dying", "recipe"),
     ]

@@ -1,7 +1,8 @@
 """Count what an update reads back from the device, and copies to it, with ``check_finite=False``.
 
 Counted on the pretended device (``pretended_device.py``). Blind to what a library does below
-torch's operations, and to the first update, which looks at values once.
+torch's operations, to the first update, which looks at values once, and to a semi-greedy order,
+which reads the scores of the agents that are left at each turn and draws by them.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ import pytest
 #: The process that pretends takes long to import torch and to update every team.
 pytestmark = pytest.mark.slow
 
-#: Cases with a read-back, each of which the documentation of ``SequentialUpdater`` names.
-NAMED = {"hatrpo sequential", "happo early stop", "recipe"}
+#: Cases with a read-back, each of which the head of ``update/batch.py`` names.
+NAMED = {
+    *("hatrpo sequential", "happo early stop", "happo value norm, dying"),
+    *("hatrpo weighted", "hatrpo greedy", "recipe"),
+}
 
 
 def kinds(crossings):
@@ -33,6 +37,11 @@ def test_nothing_crosses(pretended):
         ("hatrpo sequential", {("read", "line_search.py"): 2 * 3}),
         # The divergence of two agents, of which none stays within the bound for two epochs.
         ("happo early stop", {("read", "first_order.py"): 2}),
+        # The returns that count.
+        ("happo value norm, dying", {("nonzero", "batch.py"): 1}),
+        # Gain and divergence of two agents, then what each has spent.
+        ("hatrpo weighted", {("read", "budget.py"): 2 * 2 + 2}),
+        ("hatrpo greedy", {("read", "budget.py"): 2 * 2 + 2}),
     ],
 )
 def test_what_crosses_is_named(pretended, case, wanted):

@@ -20,7 +20,12 @@ __all__ = ["Reestimated", "reestimate"]
 
 
 def reestimate(
-    advantage: Tensor, trace: Tensor, done: Tensor, *, gamma: float, lmbda: float
+    advantage: Tensor,
+    trace: Tensor,
+    done: Tensor,
+    *,
+    gamma: float | Tensor,
+    lmbda: float | Tensor,
 ) -> Tensor:
     r"""Estimate the advantage of other policies from that of GAE.
 
@@ -34,8 +39,8 @@ def reestimate(
         done (Tensor): whether a trajectory ends with a step, same shape.
 
     Keyword Args:
-        gamma (float): :math:`\gamma`.
-        lmbda (float): :math:`\lambda`.
+        gamma (float or Tensor): :math:`\gamma`.
+        lmbda (float or Tensor): :math:`\lambda`.
 
     Example:
         >>> advantage, end = torch.tensor([1.5, 1.0]), torch.tensor([False, True])
@@ -78,7 +83,10 @@ class Reestimated(RatioFactor):
                 "A2PO estimates the advantage of GAE again and needs its gamma and lmbda; pass a "
                 "critic, and call loss.make_value_estimator(ValueEstimators.GAE)."
             )
-        self.gamma, self.lmbda = float(estimator.gamma), float(estimator.lmbda)
+        # As precise as numbers of Python, which would be read back from the device.
+        self.gamma, self.lmbda = (
+            torch.as_tensor(setting).double() for setting in (estimator.gamma, estimator.lmbda)
+        )
         self.done = batch.critic_batches["critic"].get(next_key(critic.keys.done))
 
     def entries(self, agent: Agent) -> Mapping[NestedKey, Tensor]:
