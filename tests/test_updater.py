@@ -716,7 +716,7 @@ class Doubled(torch.distributions.TransformedDistribution):
 def test_an_entropy_that_is_not_known_is_estimated():
     r"""By :math:`-r \log \pi` at the stored actions, near the truth within the sample's error."""
     actor = make_actor(distribution=Doubled).double()
-    updater = make_updater(actor, make_critic().double())
+    updater = make_updater(actor, make_critic().double(), minibatch_size=100)
     batch = make_batch(actor, num_envs=100, time=20)
     before = actor.get_dist(batch).log_prob(batch["agents", "action"]).detach()
     metrics = updater(batch)
@@ -996,7 +996,7 @@ def test_perturbed_networks_are_picked_up():
 def test_entropy_of_a_squashed_normal_is_estimated_well():
     """The metric agrees with quadrature within the error of the batch's sample."""
     actor = make_actor(distribution=TanhNormal)
-    updater = make_updater(actor, num_epochs=3)
+    updater = make_updater(actor, num_epochs=3, minibatch_size=100)
     batch = make_batch(actor, num_envs=100, time=20)
     metrics = updater(batch)
     for agent in updater.loss.agents:
