@@ -157,7 +157,7 @@ def test_the_bound_behind_the_theorem(record):
         J(\bar\pi) \ge J(\pi) + \sum_m (L^{i_m} - C \max_s KL(\pi^{i_m} \| \bar\pi^{i_m})).
     """
 
-    @effort(60)
+    @effort(30)
     @given(batches_of_games, orders, st.floats(-6, 0))
     def holds(game_and_policies, source, log_distance):
         game, old = game_and_policies
