@@ -173,7 +173,7 @@ WITHOUT_CURE = {
     *(f"{value} in {key}" for value in ("nan", "inf") for key in (REWARD, NEXT_OBS)),
     *(f"NaN in the {what}" for what in ("advantage", "target", "stored distribution")),
     "NaN in the rewards of agents",
-    *("a keyword of the other loss", "an unknown keyword", "an unknown setting"),
+    "an unknown setting",
     *("a state of an optimiser in words", "a state of another version", "a state without networks"),
     *("a state of impossible generators", "a state that counts in words"),
     "a state without generators",

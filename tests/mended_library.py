@@ -72,6 +72,12 @@ CALLS = {
     "entropy_coeff of no group": lambda: loss(entropy_coeff={LOG_PROB: 0.1}),
     "kl_split": lambda: hatrpo(kl_split="equal"),
     "a loss of TorchRL": trains(Team),
+    "an unknown keyword": lambda: loss(clip_epsilon=0.2),
+    "a keyword of the other loss": lambda: hatrpo(max_kl=0.02),
+    "a discount": lambda: loss().make_value_estimator(gamma=0.9, lmbda=0.9),
+    "an advantage standardised at each step": lambda: SequentialUpdater(
+        loss(normalize_advantage_exclude_dims=(-2,))
+    ),
     "a loss that is a sum": lambda: SequentialUpdater(loss(reduction="mean")),
     "a frozen actor": trains(lambda: Team(make_actor().requires_grad_(True))),
     "a group by the critic's name": lambda: SequentialUpdater(

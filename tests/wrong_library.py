@@ -117,7 +117,7 @@ LOSSES = built([
     ("clip_value below 0", lambda: loss(clip_value=-0.1), ValueError, "must be positive .*-0.1"),
     ("samples_mc_entropy 0", lambda: loss(samples_mc_entropy=0), ValueError, "at least 1, got 0"),
     ("popart without statistics", lambda: loss(popart=True), ValueError, "needs the statistics"),
-    ("an unknown keyword", lambda: loss(clip_eps=0.2), TypeError, "argument 'clip_eps'"),
+    ("an unknown keyword", lambda: loss(clip_eps=0.2), TypeError, "'clip_eps'; did you mean"),
     ("an unknown key", lambda: loss().set_keys(valeu="v"), ValueError, "did you mean 'value'"),
     ("a value that no critic writes", lambda: loss().set_keys(value="v"), KeyError,
      r"critic writes .*from 'v'; call loss.set_keys"),
@@ -153,7 +153,9 @@ LOSSES = built([
      "there is no critic; pass one or leave it out"),
     ("a deviation that agents share", lambda: loss(deviating()), ValueError,
      r"one parameter module.*for all agents.*blocks=\['agents'\]"),
-    ("a keyword of the other loss", lambda: hatrpo(clip_epsilon=0.2), TypeError, "'clip_epsilon'"),
+    ("a keyword of the other loss", lambda: hatrpo(clip_epsilon=0.2), TypeError,
+     "HATRPOLoss has no argument 'clip_epsilon'; pass max_kl"),
+    ("a discount", lambda: loss(gamma=0.9), TypeError, "'gamma'; call loss.make_value_estimator"),
 ])
 
 UPDATERS = built([
@@ -164,6 +166,9 @@ UPDATERS = built([
      "agent 'agents_0' has no parameter that requires a gradient"),
     ("a loss that is a sum", lambda: SequentialUpdater(loss(reduction="sum")), ValueError,
      "reduction='sum', but .*build it with reduction='mean'"),
+    ("an advantage standardised at each step",
+     lambda: SequentialUpdater(loss(normalize_advantage_exclude_dims=(1,))), ValueError,
+     r"exclude_dims=\(1,\), but .*leave it out, or pass \(-2,\)"),
     ("a group by the critic's name", lambda: SequentialUpdater(
         loss({"critic": make_actor(1, group="critic")})), ValueError, "rename its group"),
     ("a hidden layer that PopArt would rescale", lambda: SequentialUpdater(

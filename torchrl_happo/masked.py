@@ -16,6 +16,7 @@ __all__ = [
     "masked_mean",
     "moments",
     "standardize",
+    "standardize_members",
 ]
 
 #: Entry of an agent's or a critic's data that marks the entries that count; absent: all of them.
@@ -140,6 +141,29 @@ def standardize(
     """
     mean, variance = moments(advantage, valid, average=average)
     return (advantage - mean) / (variance.sqrt() + eps)
+
+
+def standardize_members(
+    advantage: Tensor, valid: Tensor | None = None, *, average: Average = own_mean
+) -> Tensor:
+    """Standardise the advantages of several agents, ``[*B, n]``, each over its own valid entries.
+
+    Args:
+        advantage (Tensor): agents along the last dimension.
+        valid (Tensor, optional): boolean, same shape. ``None``: all entries are valid.
+
+    Keyword Args:
+        average (callable): of :func:`moments`.
+
+    Example:
+        >>> standardize_members(torch.tensor([[1.0, 10.0], [3.0, 30.0]]))
+        tensor([[-1.0000, -1.0000],
+                [ 1.0000,  1.0000]])
+    """
+    members = advantage.unbind(-1)
+    masks = [None] * len(members) if valid is None else valid.unbind(-1)
+    own = [standardize(a, v, average=average) for a, v in zip(members, masks, strict=True)]
+    return torch.stack(own, -1)
 
 
 def effective_sample_size(

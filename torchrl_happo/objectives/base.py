@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -79,6 +79,8 @@ class SequentialLoss(WithCritics):
     standardizes: bool = True
     #: Whether agents of one architecture read unlike settings of the loss.
     has_settings_by_agent: bool = False
+    #: What to write instead of arguments that this loss alone does not have, by their names.
+    _instead: ClassVar[Mapping[str, str]] = {}
     _warned = False
 
     def _init_team(

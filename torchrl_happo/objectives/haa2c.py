@@ -11,7 +11,8 @@ Each agent in turn maximises :math:`\mathbb{E}[r M]`, with the factor of
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, dispatch
@@ -61,6 +62,10 @@ class HAA2CLoss(HAPPOLoss):
         >>> bool(metrics["agents_0", "surrogate"] > metrics["agents_0", "surrogate_before"])
         True
     """
+
+    _instead: ClassVar[Mapping[str, str]] = {
+        "max_importance_ratio": "take HAPPOLoss, whose clip_epsilon bounds the ratio"
+    }
 
     def __init__(
         self,

@@ -47,6 +47,7 @@ from torchrl_happo.objectives.clipping import (
     spread_bounds,
 )
 from torchrl_happo.objectives.entropy import mean_entropies, weigh_heads
+from torchrl_happo.objectives.foreign import refuse_arguments
 from torchrl_happo.objectives.joint import JointTerms
 from torchrl_happo.objectives.surrogate import clipped_surrogate, corrected_advantage
 from torchrl_happo.steps.first_order import FirstOrder
@@ -106,8 +107,9 @@ class HAPPOLoss(SequentialLoss, ClipPPOLoss):
         normalize_advantage (bool, optional): whether to standardise the advantage, before the
             factor: ``forward`` of the tensordict it is given, the updater once per batch. Defaults
             to ``None``: only the updater.
-        normalize_advantage_exclude_dims (tuple of int): dimensions left out of it. Defaults to
-            ``()``: the advantage is a joint one.
+        normalize_advantage_exclude_dims (tuple of int): dimensions left out of it; ``(-2,)``, the
+            agents, standardises the advantage of each for itself, in an update as well, which takes
+            no other. Defaults to ``()``.
         reduction (str): ``"mean"``, ``"sum"`` or ``"none"``. Defaults to ``"mean"``.
         log_explained_variance (bool): whether ``forward`` reports the critic's explained
             variance. Defaults to ``True``.
@@ -119,9 +121,11 @@ class HAPPOLoss(SequentialLoss, ClipPPOLoss):
         blocks (collection of str): groups whose agents are updated together as one unit; they may
             share parameters. Defaults to ``()``.
         device (torch.device, optional): device of the buffers. Defaults to the networks'.
+        **foreign: other arguments, such as those that only TorchRL's losses have. Each is refused
+            by a sentence that says what to write instead.
 
     Raises:
-        TypeError: if an actor is not probabilistic.
+        TypeError: if an actor is not probabilistic, or for an argument that the loss has not.
         ValueError: if agents share parameters without being a block, if actor and critic share
             parameters, if ``clip_epsilon`` is not in (0, 1), or if ``entropy_coeff`` names other
             heads than the actors have.
@@ -153,18 +157,11 @@ class HAPPOLoss(SequentialLoss, ClipPPOLoss):
         ...     return_log_prob=True,
         ... )
         >>> critic = TensorDictModule(
-        ...     MultiAgentMLP(
-        ...         n_agent_inputs=5,
-        ...         n_agent_outputs=1,
-        ...         n_agents=3,
-        ...         centralized=True,
-        ...         share_params=True,
-        ...     ),
+        ...     MultiAgentMLP(5, 1, n_agents=3, centralized=True, share_params=True),
         ...     in_keys=[("agents", "observation")],
         ...     out_keys=[("agents", "state_value")],
         ... )
         >>> loss = HAPPOLoss(actor, critic, clip_epsilon=0.2, entropy_coeff=0.0)
-        >>> loss.set_keys(value=("agents", "state_value"))
         >>> data = TensorDict(
         ...     {
         ...         "agents": {"observation": torch.randn(4, 10, 3, 5)},
@@ -205,7 +202,9 @@ class HAPPOLoss(SequentialLoss, ClipPPOLoss):
         popart: bool = False,
         blocks: Collection[str] = (),
         device: torch.device | None = None,
+        **foreign: Any,
     ) -> None:
+        refuse_arguments(type(self), foreign, self._instead)
         check_networks(actor_network, critic_network, blocks)
         check_clipping(clip_epsilon, clip_value)
         check_entropy_coeff(entropy_coeff)

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -36,6 +36,7 @@ from torchrl.objectives import PPOLoss
 from torchrl_happo.arguments import check_counts, check_critic, check_numbers, check_positive
 from torchrl_happo.objectives.base import Actors, SequentialLoss
 from torchrl_happo.objectives.clipping import check_names, value_of
+from torchrl_happo.objectives.foreign import refuse_arguments
 from torchrl_happo.objectives.joint import JointTerms
 from torchrl_happo.objectives.surrogate import corrected_advantage, surrogate
 from torchrl_happo.policy.distributions import kl_divergence
@@ -52,6 +53,19 @@ Split: TypeAlias = Literal["equal", "weighted", "greedy"]
 
 #: Settings of the trust region that are fixed when the loss is built.
 _SETTINGS = {entry.name for entry in fields(TrustRegion)} - {"max_kl"}
+
+#: What to write instead of arguments of losses that clip ratios or penalise divergences.
+_INSTEAD = {
+    **dict.fromkeys(
+        ("clip_epsilon", "max_importance_ratio", "dtarg", "beta", "increment", "decrement"),
+        "pass max_kl, which bounds the step",
+    ),
+    "samples_mc_kl": "leave it out, as the divergence is exact",
+    **dict.fromkeys(
+        ("entropy_bonus", "entropy_coeff", "samples_mc_entropy", "entropy_coef"),
+        "leave it out, as a trust region has no entropy bonus, or take HAPPOLoss",
+    ),
+}
 
 
 class HATRPOLoss(SequentialLoss, PPOLoss):
@@ -106,8 +120,10 @@ class HATRPOLoss(SequentialLoss, PPOLoss):
             normalize_advantage_exclude_dims, reduction, log_explained_variance, value_norm,
             popart, blocks, device: as
             for :class:`HAPPOLoss`.
+        **foreign: as for :class:`HAPPOLoss`.
 
     Raises:
+        TypeError: for an argument that the loss has not.
         ValueError: if an argument is out of range, or as :class:`HAPPOLoss` does.
 
     Example:
@@ -122,6 +138,8 @@ class HATRPOLoss(SequentialLoss, PPOLoss):
         >>> bool(metrics["agents_0", "kl"] <= 0.01)
         True
     """
+
+    _instead: ClassVar[Mapping[str, str]] = _INSTEAD
 
     def __init__(
         self,
@@ -149,7 +167,9 @@ class HATRPOLoss(SequentialLoss, PPOLoss):
         popart: bool = False,
         blocks: Collection[str] = (),
         device: torch.device | None = None,
+        **foreign: Any,
     ) -> None:
+        refuse_arguments(type(self), foreign, self._instead)
         check_networks(actor_network, critic_network, blocks)
         check_critic(critic_network, critic_coeff, loss_critic_type, clip_value, reduction)
         check_numbers(

@@ -24,9 +24,9 @@ step, and the team may choose in one place. For decentralised execution take
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, dispatch
@@ -85,6 +85,10 @@ class MATLoss(BlockLoss):
         >>> sorted(updater(batch).keys())
         ['agents', 'critic']
     """
+
+    _instead: ClassVar[Mapping[str, str]] = {
+        "separate_losses": "leave it out, as both losses train what the networks share"
+    }
 
     def __init__(
         self,

@@ -197,6 +197,12 @@ def check_loss(loss: Any) -> None:
             f"The loss has reduction={loss.reduction!r}, but the steps of a SequentialUpdater "
             "follow means over the entries that count; build it with reduction='mean'."
         )
+    if (dims := tuple(loss.normalize_advantage_exclude_dims)) not in ((), (-2,)):
+        raise ValueError(
+            f"The loss has normalize_advantage_exclude_dims={dims}, but a SequentialUpdater "
+            "standardises over all steps of a batch; leave it out, or pass (-2,) for the advantage "
+            "of each agent by itself."
+        )
     for agent in loss.agents:
         if agent.name == "critic":
             raise ValueError(

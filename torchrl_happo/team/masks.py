@@ -17,7 +17,7 @@ from torchrl_happo.team.agent import Agent
 from torchrl_happo.team.entries import leaves, next_key, path_of
 from torchrl_happo.team.team import Team
 
-__all__ = ["Masks"]
+__all__ = ["Masks", "shared_reward"]
 
 
 class Masks:
@@ -184,6 +184,23 @@ class Masks:
             if value.is_floating_point():
                 finite = value.isfinite()
                 yield (finite if counts is None else finite | ~counts).all()
+
+
+def shared_reward(reward: Tensor, key: NestedKey, masks: Masks | None, dims: int) -> Tensor:
+    """Return the one reward of the agents that act at a step; 0 where nobody acts.
+
+    Args:
+        reward (Tensor): that of each agent, ``[*B, n_agents, 1]``, the same for all that act.
+        key (NestedKey): where it lies.
+        masks (Masks, optional): the masks of the batch. ``None``: everything counts.
+        dims (int): number of dimensions of ``B``.
+    """
+    mask = None if masks is None else masks.entry(key)
+    if mask is None:
+        return reward.select(dims, 0)
+    mask = mask.reshape(*mask.shape, *(1,) * (reward.ndim - mask.ndim))
+    paid = torch.where(mask, reward, -torch.inf).amax(dims)
+    return torch.where(mask.any(dims), paid, torch.zeros_like(paid))
 
 
 def _done_at(batch: TensorDictBase, team: Team, last: Tensor) -> TensorDictBase:

@@ -23,19 +23,19 @@ from collections.abc import Mapping
 from functools import cached_property
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import unravel_key
 from torch import Tensor
 
 from torchrl_happo.distributed import Learners
-from torchrl_happo.masked import moments, standardize
+from torchrl_happo.masked import moments, standardize, standardize_members
 from torchrl_happo.objectives.critic import Critic
 from torchrl_happo.policy.memory import write_states
 from torchrl_happo.team.agent import Agent
 from torchrl_happo.team.agreement import check_agreement
 from torchrl_happo.team.checks import check_batch, check_team_shape
 from torchrl_happo.team.entries import compact, has, next_key
-from torchrl_happo.team.masks import Masks
+from torchrl_happo.team.masks import Masks, shared_reward
 from torchrl_happo.team.team import Team
 from torchrl_happo.team.values import check_finite, explained, fill_ends, share_ends, share_group
 from torchrl_happo.transaction import Undo, recordable
@@ -58,6 +58,8 @@ class TeamBatch:
 
     Keyword Args:
         standardize_advantage (bool): whether to standardise the advantage. Defaults to ``True``.
+        each_for_itself (bool): whether to standardise an advantage per agent over the decisions of
+            each agent alone, members of blocks included. Defaults to ``False``.
         sequence_length (int, optional): steps in a chunk. ``None``: the whole length of the batch
             where a network is recurrent (an actor, or the critic), otherwise single steps.
         read_values (bool): whether to look for numbers that are not finite, which waits for the
@@ -80,6 +82,7 @@ class TeamBatch:
         batch: TensorDictBase,
         *,
         standardize_advantage: bool = True,
+        each_for_itself: bool = False,
         sequence_length: int | None = None,
         read_values: bool = False,
         learners: Learners | None = None,
@@ -93,6 +96,7 @@ class TeamBatch:
         self.source = batch
         self.learners = Learners() if learners is None else learners
         self.standardize_advantage = standardize_advantage
+        self.each_for_itself = each_for_itself
         self.pads = pads and self.learners.alone
         networks = [agent.source for agent in team.agents]
         check_batch(team, batch, [*networks, *(critic.network for critic in critics.values())])
@@ -164,7 +168,11 @@ class TeamBatch:
             for key in per_agent:
                 value = batch.get(key)
                 # The team is done when all of its agents are; they are paid the same.
-                value = value.all(dims) if key in places else self._shared(key, value)
+                value = (
+                    value.all(dims)
+                    if key in places
+                    else shared_reward(value, key, self.masks, dims)
+                )
                 for group in (key[1:-1], key[:-1]) if len(key) > 2 else ():
                     # A group with an agent dimension has no place for an entry of the team.
                     batch.set(group, TensorDict(dict(batch.get(group).items()), batch.batch_size))
@@ -177,16 +185,6 @@ class TeamBatch:
             last[..., :-1] = ids[..., 1:] != ids[..., :-1]
             batch.set(places[0], done | last.reshape(*last.shape, *(1,) * (done.ndim - dims)))
         return batch
-
-    def _shared(self, key: NestedKey, reward: Tensor) -> Tensor:
-        """Return the one reward of the agents that act at a step; 0 where nobody acts."""
-        dims = self.batch.batch_dims
-        mask = None if self.masks is None else self.masks.entry(key)
-        if mask is None:
-            return reward.select(dims, 0)
-        mask = mask.reshape(*mask.shape, *(1,) * (reward.ndim - mask.ndim))
-        paid = torch.where(mask, reward, -torch.inf).amax(dims)
-        return torch.where(mask.any(dims), paid, torch.zeros_like(paid))
 
     # -- the agents ----------------------------------------------------------------------------
 
@@ -222,9 +220,16 @@ class TeamBatch:
         dims = self.batch.batch_dims
         advantage = self._advantage if joint is None else self._standardized_together(joint)
         own = agent.share_of(advantage, dims)
-        if self.standardize_advantage and advantage.ndim == dims + 1:
-            own = standardize(own, self.valid(agent), average=self.learners.mean)
-        return own
+        is_alone = advantage.ndim == dims + 1 or self.each_for_itself
+        return self.standardized(agent, own) if is_alone else own
+
+    def standardized(self, agent: Agent, advantage: Tensor) -> Tensor:
+        """Standardise an agent's advantage, ``[*B]`` or ``[*B, n_members]``, where it counts."""
+        if not self.standardize_advantage:
+            return advantage
+        by_member = self.each_for_itself and advantage.ndim > self.batch.batch_dims
+        rule = standardize_members if by_member else standardize
+        return rule(advantage, self.valid(agent), average=self.learners.mean)
 
     @cached_property
     def _advantage(self) -> Tensor:
@@ -232,7 +237,8 @@ class TeamBatch:
         return self._standardized_together(self.batch.get(self.team.keys.advantage))
 
     def _standardized_together(self, advantage: Tensor) -> Tensor:
-        if advantage.ndim == self.batch.batch_dims + 1 or not self.standardize_advantage:
+        one = advantage.ndim == self.batch.batch_dims + 1 or self.each_for_itself
+        if one or not self.standardize_advantage:
             return advantage
         valid = None if self.masks is None else self.masks.team_decisions()
         return standardize(advantage.squeeze(-1), valid, average=self.learners.mean).unsqueeze(-1)

@@ -9,7 +9,6 @@ import torch
 from tensordict import NestedKey
 from torch import Tensor
 
-from torchrl_happo.masked import standardize
 from torchrl_happo.objectives.a2po import CLIP_SCALE, A2POLoss
 from torchrl_happo.team.agent import Agent
 from torchrl_happo.team.entries import next_key
@@ -109,9 +108,7 @@ class Reestimated(RatioFactor):
             new = reestimate(*members, gamma=self.gamma, lmbda=self.lmbda).movedim(0, -1)
         else:
             new = reestimate(own, trace, done, gamma=self.gamma, lmbda=self.lmbda)
-        if batch.standardize_advantage:
-            new = standardize(new, batch.valid(agent), average=batch.learners.mean)
-        return new
+        return batch.standardized(agent, new)
 
     def include(self, agent: Agent, log_ratio: Tensor) -> None:
         """Multiply the factor by an agent's ratio, and count the agent."""

@@ -116,10 +116,8 @@ class SequentialUpdater:
         >>> from torchrl_happo.envs import MatrixGame
         >>> env = MatrixGame(torch.tensor([[8.0, -12.0], [-12.0, 4.0]]), num_envs=16)
         >>> actor, critic = make_actor(env), make_critic(env)
-        >>> updater = SequentialUpdater(
-        ...     HAPPOLoss(actor, critic, entropy_coeff=0.0),
-        ...     optimizer=partial(torch.optim.Adam, lr=1e-3),
-        ... )
+        >>> loss = HAPPOLoss(actor, critic, entropy_coeff=0.0)
+        >>> updater = SequentialUpdater(loss, optimizer=partial(torch.optim.Adam, lr=1e-3))
         >>> for batch in Collector(env, actor, frames_per_batch=64, total_frames=128):
         ...     metrics = updater(batch)
         >>> sorted(metrics.keys())
@@ -243,6 +241,7 @@ class SequentialUpdater:
                 critics,
                 batch,
                 standardize_advantage=self.standardize_advantage,
+                each_for_itself=bool(self.loss.normalize_advantage_exclude_dims),
                 sequence_length=self.sequence_length,
                 read_values=self.check_finite or self.num_updates == 0,
                 learners=self.learners,
