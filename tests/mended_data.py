@@ -58,6 +58,7 @@ DATA = {
     f"no {('next', 'terminated')}": reads(
         renamed(("next", "terminated"), ("next", "dead")), terminated="dead"
     ),
+    "rewards that are whole": reads(setting(REWARD, lambda reward: reward.long().float())),
     "an advantage without a target": reads(
         lambda batch: batch.update(
             {"advantage": ramp(*STEPS, 1), "value_target": ramp(*STEPS, 3, 1)}

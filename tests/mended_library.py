@@ -72,6 +72,7 @@ CALLS = {
     "entropy_coeff of no group": lambda: loss(entropy_coeff={LOG_PROB: 0.1}),
     "kl_split": lambda: hatrpo(kl_split="equal"),
     "a loss of TorchRL": trains(Team),
+    "agents at the root": trains(lambda: Team(categorical(stack()))),
     "an unknown keyword": lambda: loss(clip_epsilon=0.2),
     "a keyword of the other loss": lambda: hatrpo(max_kl=0.02),
     "a discount": lambda: loss().make_value_estimator(gamma=0.9, lmbda=0.9),

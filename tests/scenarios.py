@@ -2,137 +2,81 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import tempfile
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from hypothesis import strategies as st
 from newer import PopArtValueNorm, RunningValueNorm
+from scenario_groups import Cast, teams
 from tensordict import TensorDict
-from tensordict.nn import NormalParamExtractor, TensorDictModule, TensorDictSequential
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
-from torch.distributions import Categorical
-from torchrl.data import LazyTensorStorage, ReplayBuffer, SamplerWithoutReplacement
-from torchrl.envs.utils import ExplorationType, set_exploration_type
-from torchrl.modules import (
-    MLP,
-    IndependentNormal,
-    MaskedCategorical,
-    MultiAgentMLP,
-    OneHotCategorical,
-    ProbabilisticActor,
-    TanhNormal,
+from torchrl.data import (
+    LazyMemmapStorage,
+    LazyTensorStorage,
+    ReplayBuffer,
+    SamplerWithoutReplacement,
 )
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules import MLP, MultiAgentMLP
 
-from torchrl_happo import ActorList, SequentialUpdater
-from torchrl_happo.networks.actors import CentralizedMLP
+from torchrl_happo import CoPPOLoss, HAPPOLoss, HATRPOLoss, SequentialUpdater
 from torchrl_happo.networks.recurrent import add_memory
 
-DISTRIBUTIONS = {
-    "tanh": TanhNormal,
-    "normal": IndependentNormal,
-    "categorical": Categorical,
-    "masked": MaskedCategorical,
-    "one-hot": OneHotCategorical,
+__all__ = [
+    "Scenario",
+    "a2po",
+    "critics",
+    "datasets",
+    "haa2c",
+    "happo",
+    "hatrpo",
+    "teams",
+    "updaters",
+]
+
+#: How an update is called: as it is, or within another mode of torch.
+MODES = {
+    "plain": nullcontext,
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": partial(torch.autocast, "cpu", dtype=torch.bfloat16),
 }
 
 
-@dataclass(frozen=True)
-class Group:
-    """One group of the team.
-
-    ``name=None`` puts its keys at the root, ``block`` makes its agents one unit with one network,
-    and ``listed`` gives each an actor object of its own where a stack of networks is usual.
-    """
-
-    name: str | None
-    kind: str
-    n_agents: int | None
-    obs_dim: int
-    size: int
-    block: bool
-    listed: bool
-
-    def key(self, leaf):
-        return leaf if self.name is None else (self.name, leaf)
-
-    @property
-    def continuous(self):
-        return self.kind in ("tanh", "normal")
-
-    @property
-    def n_choices(self):
-        return self.size + 1
-
-    def shape(self, batch):
-        return [*batch] if self.n_agents is None else [*batch, self.n_agents]
-
-    def actor(self, *, saturated):
-        if self.listed and self.n_agents is not None and not self.block:
-            member = replace(self, n_agents=None)
-            return ActorList([member.actor(saturated=saturated) for _ in range(self.n_agents)])
-        n_outputs = 2 * self.size if self.continuous else self.n_choices
-        mlp = {"num_cells": [8], "activation_class": nn.Tanh}
-        if self.n_agents is None:
-            net = MLP(in_features=self.obs_dim, out_features=n_outputs, **mlp)
-        else:
-            net = MultiAgentMLP(
-                self.obs_dim,
-                n_outputs,
-                self.n_agents,
-                centralized=False,
-                share_params=self.block,
-                **mlp,
-            )
-        if self.continuous:
-            if saturated:  # at the bounds, if there are any
-                with torch.no_grad():
-                    list(net.parameters())[-1][..., : self.size] += 8.0
-            net = nn.Sequential(net, NormalParamExtractor())
-        names = ["loc", "scale"] if self.continuous else ["logits"]
-        keys = {name: self.key(name) for name in names}
-        masks = {"mask": self.key("action_mask")} if self.kind == "masked" else {}
-        return ProbabilisticActor(
-            TensorDictModule(net, in_keys=[self.key("observation")], out_keys=list(keys.values())),
-            in_keys={**keys, **masks},
-            out_keys=[self.key("action")],
-            distribution_class=DISTRIBUTIONS[self.kind],
-            return_log_prob=True,
-        )
-
-    def observe(self, batch, scale):
-        shape = self.shape(batch)
-        entries = {"observation": scale * torch.randn(*shape, self.obs_dim)}
-        if self.kind == "masked":
-            mask = torch.rand(*shape, self.n_choices) < 0.5
-            mask[..., 0] |= ~mask.any(-1)
-            entries["action_mask"] = mask
-        return entries
+def two_groups(parameters):
+    """An optimiser whose parameters lie in groups of their own."""
+    parameters = list(parameters)
+    first, rest = parameters[:1], parameters[1:]
+    groups = [{"params": first}, *([{"params": rest, "lr": 0.0}] if rest else [])]
+    return torch.optim.SGD(groups, lr=0.01)
 
 
-@st.composite
-def teams(draw):
-    """One to three groups, or a single agent at the root."""
-    sizes = {"obs_dim": st.integers(1, 4), "size": st.integers(1, 3)}
-    kinds = st.sampled_from(list(DISTRIBUTIONS))
-    if draw(st.integers(0, 5)) == 0:
-        build = partial(Group, None, n_agents=None, block=False, listed=False)
-        return [draw(st.builds(build, kind=kinds, **sizes))]
-    names = ["agents", "speakers", "listeners"][: draw(st.integers(1, 3))]
-    return [
-        draw(
-            st.builds(
-                Group,
-                st.just(name),
-                kinds,
-                st.one_of(st.none(), st.integers(1, 3)),
-                block=st.integers(0, 3).map(lambda i: i == 0),
-                listed=st.integers(0, 3).map(lambda i: i == 0),
-                **sizes,
-            )
-        )
-        for name in names
-    ]
+def make_buffer(kind, batch_size):
+    """A replay buffer that draws the minibatches."""
+    storage = LazyTensorStorage(1000)
+    if kind == "on disk":
+        storage = LazyMemmapStorage(1000, scratch_dir=tempfile.mkdtemp())
+    prefetch = {"prefetch": 2} if kind == "prefetch" else {}
+    sampler = SamplerWithoutReplacement()
+    return ReplayBuffer(storage=storage, sampler=sampler, batch_size=batch_size, **prefetch)
+
+
+class Reader(nn.Module):
+    """An MLP over the observations of all groups, of any type and shape."""
+
+    def __init__(self, event_dims, n_in, n_out):
+        super().__init__()
+        self.event_dims = event_dims
+        self.cast = Cast()
+        self.mlp = MLP(in_features=n_in, out_features=n_out, num_cells=[8])
+
+    def forward(self, *inputs):
+        events = zip(inputs, self.event_dims, strict=True)
+        return self.mlp(torch.cat([self.cast(x).flatten(-dims) for x, dims in events], -1))
 
 
 @dataclass(frozen=True)
@@ -149,6 +93,8 @@ class Data:
     dtype: torch.dtype
     chunks: bool
     mask_name: str = "active"
+    loose: bool = False
+    mode: str = "plain"
     traj_ids: bool = False
     nan_ends: bool = False
 
@@ -171,6 +117,8 @@ datasets = st.builds(
     mask_name=st.sampled_from(["active", "active", "mask"]),  # ours, and TorchRL's of dead agents
     traj_ids=st.booleans(),
     nan_ends=st.booleans(),
+    loose=st.integers(0, 4).map(lambda i: i == 0),  # groups without an agent dimension
+    mode=st.sampled_from(["plain"] * 4 + [*MODES]),
 )
 
 critics = st.fixed_dictionaries(
@@ -216,7 +164,7 @@ updaters = st.fixed_dictionaries(
         "by_agent": st.booleans(),
         "standardize_advantage": st.booleans(),
         "check_finite": st.sampled_from([None, True, False]),
-        "replay_buffer": st.integers(0, 4).map(lambda i: i == 0),
+        "replay_buffer": st.sampled_from([None] * 12 + ["in memory", "prefetch", "on disk"]),
         "seed": st.integers(0, 3),
         "optimizer": st.sampled_from(
             [
@@ -225,6 +173,10 @@ updaters = st.fixed_dictionaries(
                 partial(torch.optim.SGD, lr=0.01, momentum=0.9),
                 partial(torch.optim.Adam, lr=torch.tensor(1e-3)),
                 partial(torch.optim.Adafactor, lr=0.01),
+                partial(torch.optim.RMSprop, lr=1e-3),
+                partial(torch.optim.NAdam, lr=1e-3),
+                partial(torch.optim.ASGD, lr=1e-3),
+                two_groups,
             ]
         ),
         "scheduler": st.sampled_from(
@@ -263,15 +215,9 @@ class Scenario:
             loss_kwargs["value_norm"] = loss_kwargs["value_norm"](shape=1)
         if data.chunks:
             updater_kwargs["sequence_length"] = data.shape[-1]
-        if updater_kwargs["replay_buffer"]:
+        if kind := updater_kwargs.pop("replay_buffer"):
             size = updater_kwargs.pop("minibatch_size") or 4
-            updater_kwargs["replay_buffer"] = ReplayBuffer(
-                storage=LazyTensorStorage(1000),
-                sampler=SamplerWithoutReplacement(),
-                batch_size=size,
-            )
-        else:
-            del updater_kwargs["replay_buffer"]
+            updater_kwargs["replay_buffer"] = make_buffer(kind, size)
         if loss_kwargs.get("kl_split") == "greedy":
             updater_kwargs["order"] = "random"  # the budget's own
         self.groups, self.data = groups, data
@@ -279,16 +225,25 @@ class Scenario:
         self.actor = TensorDictSequential(*actors)
         self.alone = len(groups) == 1
         per_agent = per_agent_critic and self.alone and groups[0].n_agents is not None
-        per_agent = per_agent and critic_memory is None
+        per_agent = per_agent and critic_memory is None and groups[0].sight == "floats"
         self.value_shape = [groups[0].n_agents, 1] if per_agent else [1]
         self.critic = self._critic(per_agent, critic_memory).to(data.dtype)
+        by_agent = updater_kwargs.pop("by_agent", False)
+        named = [group.name for group in groups if group.name is not None]
+        if by_agent and named:  # settings of each group
+            if issubclass(loss_class, HAPPOLoss) and "clip_epsilon" in loss_kwargs:
+                loss_kwargs["clip_epsilon"] = dict.fromkeys(named, loss_kwargs["clip_epsilon"])
+            if loss_class is HATRPOLoss and loss_kwargs["kl_split"] in (None, "equal"):
+                loss_kwargs["max_kl"] = dict.fromkeys(named, loss_kwargs["max_kl"])
+        if loss_class is not CoPPOLoss:
+            loss_kwargs["blocks"] = [group.name for group in groups if self._is_block(group)]
         self.loss = loss_class(
             actors[0] if self.alone else dict(zip([g.name for g in groups], actors, strict=True)),
             self.critic,
-            blocks=[group.name for group in groups if self._is_block(group)],
             **loss_kwargs,
         )
-        if updater_kwargs.pop("by_agent", False):  # settings of each agent
+        self._freeze_agents()
+        if by_agent:  # settings of each agent
             names = [agent.name for agent in self.loss.agents]
             epochs = updater_kwargs["num_epochs"]
             updater_kwargs["num_epochs"] = dict.fromkeys(names, epochs) | {names[0]: 1}
@@ -297,6 +252,20 @@ class Scenario:
     @staticmethod
     def _is_block(group):
         return group.block and group.name is not None
+
+    def _freeze_agents(self):
+        """Freeze the first agent of each group that asks for it."""
+        asking = {group.name for group in self.groups if group.freezes_an_agent}
+        for name in asking:
+            agents = [agent for agent in self.loss.agents if agent.group_name == name]
+            if len(agents) > 1:
+                agents[0].actor.requires_grad_(False)
+
+    def update(self, batch):
+        """Update with a batch, in the mode of the scenario."""
+        mode = self.data.mode
+        with MODES["plain" if mode == "autocast" and self.data.dtype.itemsize > 4 else mode]():
+            return self.updater(batch)
 
     def _critic(self, per_agent, memory):
         keys = [group.key("observation") for group in self.groups]
@@ -310,12 +279,9 @@ class Scenario:
                 num_cells=[8],
             )
             return TensorDictModule(net, keys, [self.groups[0].key("state_value")])
-        net = CentralizedMLP(
-            [1 if group.n_agents is None else 2 for group in self.groups],
-            in_features=sum(group.obs_dim * (group.n_agents or 1) for group in self.groups),
-            out_features=1 if memory is None else 8,
-            num_cells=[8],
-        )
+        dims = [len(g.seen_shape) + (g.n_agents is not None) for g in self.groups]
+        n_in = sum(torch.Size(g.seen_shape).numel() * (g.n_agents or 1) for g in self.groups)
+        net = Reader(dims, n_in, 1 if memory is None else 8)
         if memory is None:
             return TensorDictModule(net, keys, ["state_value"])
         return add_memory(
@@ -357,11 +323,13 @@ class Scenario:
             for group in self.groups:
                 seen = batch["next"][group.key("observation")]
                 ends = over.reshape(*shape, *(1,) * (seen.ndim - len(shape))).expand_as(seen)
-                seen[ends] = float("nan")
+                if seen.is_floating_point():
+                    seen[ends] = float("nan")
         if data.counted is not None:  # as of trajectories of unlike lengths
             batch["collector", "mask"] = torch.rand(*shape) < data.counted
         if data.advantage != "estimated":
-            members = [self.loss.num_agents, 1] if data.advantage == "agent" else [1]
+            n_agents = sum(group.n_agents or 1 for group in self.groups)
+            members = [n_agents, 1] if data.advantage == "agent" else [1]
             batch["advantage"] = data.reward_scale * torch.randn(*shape, *members).to(data.dtype)
             batch["value_target"] = torch.randn(*shape, *self.value_shape).to(data.dtype)
             with torch.no_grad():
@@ -375,5 +343,8 @@ class Scenario:
             if group.name is None:
                 observation.update(entries)
             else:
-                observation[group.name] = TensorDict(entries, group.shape(self.data.shape))
+                # A list of actors stacks its rows along the agent dimension of the group.
+                loose = self.data.loose and not group.is_listed
+                size = self.data.shape if loose else group.shape(self.data.shape)
+                observation[group.path] = TensorDict(entries, size)
         return observation

@@ -9,7 +9,7 @@ import pytest
 import torch
 from newer import tensors
 from team import make_observations, state_of
-from tensordict.nn import TensorDictModule
+from tensordict.nn import CompositeDistribution, TensorDictModule, set_composite_lp_aggregate
 from torch import nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import IndependentNormal, MultiAgentMLP, ProbabilisticActor
@@ -116,6 +116,12 @@ def hook(find):
     return change
 
 
+def backward_hook(actor):
+    """Halves the gradient that reaches the stack."""
+    stack = next(m for m in actor.modules() if is_stack(m))
+    stack.register_full_backward_pre_hook(lambda module, gradients: (gradients[0] / 2,))
+
+
 def warm(kind):
     def change(actor):
         next(m for m in actor.modules() if isinstance(m, kind)).temperature = 0.3
@@ -140,6 +146,7 @@ ACTORS = {
         lambda: discrete(nn.Sequential(stack(), nn.Tanh())),
         hook(lambda m: type(m) is nn.Tanh),
     ),
+    "backward hook": (lambda: discrete(stack()), backward_hook),
     "temperature beside": (lambda: discrete(nn.Sequential(stack(), Cool())), warm(Cool)),
     "temperature around": (lambda: discrete(Container()), warm(Container)),
     "numbers of agents": (lambda: discrete(nn.Sequential(stack(), Identified())), nothing),
@@ -166,6 +173,7 @@ def joint_gradient(actor, data, agent):
     return parameters, torch.autograd.grad(-(ratio * advantage).mean(), parameters)
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 @pytest.mark.parametrize("case", ACTORS)
 @BOTH
 def test_fresh_data_has_ratio_one_and_the_gradient_is_the_joint_actors(case, loss_class):
@@ -180,6 +188,10 @@ def test_fresh_data_has_ratio_one_and_the_gradient_is_the_joint_actors(case, los
     )
     change(actor)
     data = collect(actor)
+    if loss_class is HATRPOLoss and change is backward_hook:
+        with pytest.raises(ValueError, match=r"have a hook on a gradient.*first-order loss"):
+            updater(data)
+        return
     metrics = updater(data)["agents_0"]
     assert metrics["surrogate_before"].item() == pytest.approx(0, abs=1e-5)
     if loss_class is HATRPOLoss:
@@ -200,6 +212,103 @@ def test_fresh_data_has_ratio_one_and_the_gradient_is_the_joint_actors(case, los
     updater(data)
     for old, new, gradient in zip(before, parameters, gradients, strict=True):
         torch.testing.assert_close(new.detach(), old - 0.1 * gradient, rtol=1e-4, atol=1e-6)
+
+
+class Two(nn.Module):
+    """What two heads are made of."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = stack(n_out=5)
+
+    def forward(self, observation):
+        loc, scale, logits = self.net(observation).split([1, 1, 3], -1)
+        return loc, scale.exp(), logits
+
+
+def heads_in_a_tensordict():
+    """An actor whose distribution takes all its parameters in one entry, a tensordict."""
+    keys = [
+        ("agents", "params", *key) for key in (("go", "loc"), ("go", "scale"), ("say", "logits"))
+    ]
+    return ProbabilisticActor(
+        TensorDictModule(Two(), in_keys=[("agents", "observation")], out_keys=keys),
+        in_keys=[("agents", "params")],
+        distribution_class=CompositeDistribution,
+        distribution_kwargs={
+            "distribution_map": {
+                "go": torch.distributions.Normal,
+                "say": torch.distributions.Categorical,
+            },
+            "name_map": {name: ("agents", "action", name) for name in ("go", "say")},
+        },
+        return_log_prob=True,
+    )
+
+
+@BOTH
+def test_heads_whose_parameters_lie_in_a_tensordict(loss_class):
+    """They are compared with the joint actor's head by head, and trained."""
+    torch.manual_seed(0)
+    with set_composite_lp_aggregate(False):
+        actor = heads_in_a_tensordict()
+        loss, data = loss_class(actor), collect(actor)
+        metrics = SequentialUpdater(loss, num_epochs=2, order="fixed")(data)
+    assert metrics["agents_0", "surrogate_before"].item() == pytest.approx(0, abs=1e-5)
+    assert all(metrics[agent.name, "kl"] > 0 for agent in loss.agents)
+
+
+@pytest.mark.parametrize("build", [lambda net: net, lambda net: nn.Sequential(net, Cool())])
+@BOTH
+def test_a_subclass_for_a_group_of_one(build, loss_class):
+    """It has no companions whose policies its parameters could move."""
+    torch.manual_seed(0)
+    net = Bounded(OBS, ACT, 1, centralized=False, share_params=False, num_cells=8, depth=1)
+    actor = discrete(build(net))
+    data = make_observations(8, 10, 1)
+    data["advantage"] = torch.randn(8, 10, 1)
+    with torch.no_grad():
+        data = actor(data)
+    metrics = SequentialUpdater(loss_class(actor), num_epochs=2)(data)
+    assert metrics["agents", "surrogate_before"].item() == pytest.approx(0, abs=1e-5)
+    assert metrics["agents", "kl"] > 0
+
+
+def test_a_hook_on_the_gradient_of_a_stack():
+    """No row would call it. On the parameters of an agent, as the sentence says, it acts."""
+    moved = []
+    for hooked in (False, True):
+        torch.manual_seed(0)
+        actor = discrete(stack())
+        loss = HAPPOLoss(actor, entropy_coeff=0.0)
+        updater = SequentialUpdater(
+            loss, optimizer=partial(torch.optim.SGD, lr=0.1), num_epochs=1, order="fixed"
+        )
+        data, before = collect(actor), [p.clone() for p in loss.agents[0].parameters()]
+        if hooked:
+            handles = [p.register_hook(lambda grad: grad / 2) for p in actor.parameters()]
+            with pytest.raises(ValueError, match=r"a hook on its gradient.*each of loss\.agents"):
+                updater(data)
+            for handle in handles:
+                handle.remove()
+            for p in loss.agents[0].parameters():
+                p.register_hook(lambda grad: grad / 2)
+        updater(data)
+        own = loss.agents[0].parameters()
+        moved.append([(p - q).detach() for p, q in zip(own, before, strict=True)])
+    torch.testing.assert_close(moved[1], [step / 2 for step in moved[0]], rtol=1e-3, atol=1e-7)
+
+
+def test_a_trust_region_refuses_hooks_on_gradients():
+    """Of an agent's parameters, however they are held; without them it takes its step."""
+    actor = discrete(stack())
+    loss = HATRPOLoss(actor)
+    updater, data = SequentialUpdater(loss), collect(actor)
+    handle = loss.agents[1].parameters()[0].register_hook(lambda grad: grad / 2)
+    with pytest.raises(ValueError, match=r"'agents_1' have a hook.*remove it, or take a first-ord"):
+        updater(data)
+    handle.remove()
+    assert updater(data)["agents_1", "kl"] > 0
 
 
 class Talking(nn.Module):

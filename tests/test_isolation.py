@@ -8,7 +8,8 @@ from functools import partial
 import pytest
 import torch
 from newer import PopArtValueNorm
-from scenarios import Data, Group, Scenario
+from scenario_groups import Group
+from scenarios import Data, Scenario
 from wrong_calls import same
 
 from torchrl_happo import HAPPOLoss, HATRPOLoss, SequentialUpdater
@@ -41,7 +42,7 @@ UPDATER = {
     "scheduler": partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5),
     "num_epochs": 2,
     "minibatch_size": 7,
-    "replay_buffer": False,
+    "replay_buffer": None,
 }
 
 

@@ -12,10 +12,12 @@ from team import N_AGENTS, make_actor, make_batch, make_critic
 from test_lagrangian import costly
 from torchrl.collectors import Collector
 from torchrl.objectives import A2CLoss, ClipPPOLoss, KLPENPPOLoss, PPOLoss
+from wrong_calls import flat_actor
 
 import torchrl_happo
 from torchrl_happo import (
     A2POLoss,
+    ActorList,
     CoPPOLoss,
     HAA2CLoss,
     HAPPOLagrangianLoss,
@@ -153,6 +155,36 @@ def test_misspelt_arguments(kind, name, words):
     """The near ones are named, those of the class itself as well."""
     with pytest.raises(TypeError, match=f"{kind.__name__} has no argument '{name}'; {words}$"):
         kind(make_actor(), make_critic(), **{name: 1})
+
+
+CLIPPED = [kind for kind in LOSSES if not issubclass(kind, (HATRPOLoss, HAA2CLoss))]
+
+
+@pytest.mark.parametrize("kind", CLIPPED, ids=lambda kind: kind.__name__)
+def test_a_clipping_range_by_name_acts_in_every_loss_that_clips(kind):
+    """All alike, it is the number, to the bit; a narrow one holds a policy back."""
+    moved = []
+    for clip_epsilon in (0.2, {"agents": 0.2}, {"agents": 1e-6}):
+        torch.manual_seed(0)
+        loss, batch = LOSSES[kind](kind, clip_epsilon=clip_epsilon, entropy_coeff=0.0)
+        updater = SequentialUpdater(
+            loss, optimizer=partial(torch.optim.SGD, lr=0.5), num_epochs=3, minibatch_size=7
+        )
+        updater(batch)
+        moved.append([p.detach().clone() for p in loss.actor_network.parameters()])
+    assert all(map(torch.equal, moved[0], moved[1]))
+    assert not all(map(torch.equal, moved[0], moved[2]))
+
+
+@pytest.mark.parametrize("kind", [CoPPOLoss, MATLoss], ids=lambda kind: kind.__name__)
+def test_a_list_of_actors_is_no_block(kind):
+    """The sentence does not blame an argument that nobody passed."""
+    actor = ActorList([flat_actor() for _ in range(3)])
+    for given in (actor, {"agents": actor}):
+        with pytest.raises(ValueError, match=f"{kind.__name__} moves.*one Prob.*take HAPPOLoss"):
+            kind(given, make_critic())
+    HAPPOLoss(actor, make_critic())  # the cures
+    kind(make_actor(), make_critic())
 
 
 @EACH

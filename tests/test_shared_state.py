@@ -171,10 +171,13 @@ def test_optimisers_of_several_parameter_groups():
     assert same == [False] * 2 + [True] * (len(same) - 2)
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @BOTH
-def test_under_autocast_the_factor_is_that_of_the_moved_policy(loss_class):
+def test_under_autocast_the_factor_is_that_of_the_moved_policy(masked, loss_class):
     """The cache of casts, if it were used, would give kl 0 and factor 1."""
     updater, batch = team(loss_class)
+    if masked:
+        batch["agents", "active"] = torch.rand(*batch.shape, 3) < 0.8
     with torch.autocast("cpu", dtype=torch.bfloat16):
         metrics = updater(batch)
         assert torch.is_autocast_cache_enabled()

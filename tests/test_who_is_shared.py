@@ -162,20 +162,28 @@ def test_blocks_of_any_network(kind, loss_class):
     assert loss.num_agents in (1, 3)
 
 
+def of_side(kind, group):
+    """The actors of three agents."""
+    if kind == "stack":
+        return actor_of(heads(5), group)
+    return ActorList([actor_of(nn.Linear(5, 3), group) for _ in range(3)])
+
+
+@pytest.mark.parametrize("kind", ["stack", "list"])
 @BOTH
-def test_groups_two_levels_deep(loss_class):
+def test_groups_two_levels_deep(kind, loss_class):
     """Keys of any depth: the numbers equal a team's whose groups lie at the root."""
     outcomes = []
     for deep in (False, True):
         torch.manual_seed(0)
         groups = [("team", side) if deep else (side,) for side in ("left", "right")]
         actors = {
-            side: actor_of(heads(5), group)
+            side: of_side(kind, group)
             for side, group in zip(("left", "right"), groups, strict=True)
         }
         data = TensorDict({"advantage": torch.randn(40, 1)}, [40])
         for group in groups:
-            data[(*group, "observation")] = torch.randn(40, 3, 5)
+            data[group] = TensorDict({"observation": torch.randn(40, 3, 5)}, [40, 3])
         with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
             for actor in actors.values():
                 data = actor(data)

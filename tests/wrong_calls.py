@@ -271,6 +271,17 @@ def stack(**kwargs):
     return MultiAgentMLP(**{**settings, **defaults, **kwargs})
 
 
+def at_root():
+    """An actor of several agents whose keys name no group."""
+    return ProbabilisticActor(
+        TensorDictModule(stack(), in_keys=["observation"], out_keys=["logits"]),
+        in_keys=["logits"],
+        out_keys=["action"],
+        distribution_class=Categorical,
+        return_log_prob=True,
+    )
+
+
 def over_one_trunk():
     """A list of actors whose networks begin with the same layer."""
     trunk = nn.Linear(5, 4)

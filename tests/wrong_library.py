@@ -19,6 +19,7 @@ from wrong_calls import (
     Team,
     Truncated,
     adding,
+    at_root,
     built,
     called,
     categorical,
@@ -159,6 +160,8 @@ LOSSES = built([
 ])
 
 UPDATERS = built([
+    ("agents at the root", lambda: HAPPOLoss(at_root()), ValueError,
+     r"3 agents, but its action 'action' lies at the root .*name a group in the actor's keys"),
     ("a loss of TorchRL", lambda: SequentialUpdater(ClipPPOLoss(make_actor(), make_critic())),
      TypeError, "HAPPOLoss or a HATRPOLoss, got a ClipPPOLoss"),
     ("no loss", lambda: SequentialUpdater(None), TypeError, "got None"),
@@ -242,6 +245,8 @@ UPDATERS = built([
 ])
 
 BATCHES = called([
+    ("rewards that are whole", setting(REWARD, lambda reward: reward.long()), ValueError,
+     r"'reward'\) is of torch.int64, but must be of a float type; write it as torch.float32"),
     *((f"{value} in {key}", spoil(key, value), ValueError, f"{key[-1]}.* holds NaN or infinite")
       for value in (NAN, INF) for key in (OBS, ACT, LOG_PROB, REWARD, NEXT_OBS)),
     ("NaN in the stored distribution", spoil(("agents", "loc")), ValueError, "'loc'.* holds NaN"),

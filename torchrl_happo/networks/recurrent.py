@@ -23,6 +23,7 @@ from torchrl_happo.networks.initialization import init_orthogonal
 from torchrl_happo.networks.observations import ObservationEncoder, encode_inputs
 from torchrl_happo.policy.actor_list import ActorList
 from torchrl_happo.policy.memory import next_key, state_specs
+from torchrl_happo.team.entries import path_of
 
 __all__ = ["CELLS", "add_memory", "make_recurrent_actor", "memory_transforms"]
 
@@ -68,7 +69,7 @@ def memory_transforms(
         torch.Size([4, 3, 3, 1, 16])
     """
     states: dict[NestedKey, Unbounded] = {}
-    groups: dict[str, Composite] = {}
+    groups: dict[NestedKey, Composite] = {}
     for actor in actors.values() if isinstance(actors, Mapping) else _parts(actors):
         if not isinstance(actor, ActorList):
             states.update(state_specs(actor))
@@ -81,9 +82,9 @@ def memory_transforms(
                 "same kind of memory."
             )
         if rows[0]:
-            n = len(rows)
-            groups[str(actor.group)] = Composite(
-                {key[1:]: _stacked(spec, n) for key, spec in rows[0].items()}, shape=(n,)
+            n, depth = len(rows), len(path_of(actor.group))
+            groups[actor.group] = Composite(
+                {key[depth:]: _stacked(spec, n) for key, spec in rows[0].items()}, shape=(n,)
             )
     if not states and not groups:
         return []

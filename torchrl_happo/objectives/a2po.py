@@ -113,7 +113,7 @@ class A2POLoss(HAPPOLoss):
     def agent_gain(self, agent: Agent, log_ratio: Tensor, data: TensorDictBase) -> Tensor:
         """Return the surrogate in view of the agents that moved before, element by element."""
         keys, scale = self.tensor_keys, data.get(CLIP_SCALE, None)
-        low, high = self._log_range
+        low, high = self._bounds(agent)
         inner = (low.expm1() / 2).log1p(), (high.expm1() / 2).log1p()
         if scale is not None:
             low, high = (low.expm1() * scale).log1p(), (high.expm1() * scale).log1p()

@@ -79,8 +79,7 @@ class SequentialLoss(WithCritics):
     standardizes: bool = True
     #: Whether agents of one architecture read unlike settings of the loss.
     has_settings_by_agent: bool = False
-    #: What to write instead of arguments that this loss alone does not have, by their names.
-    _instead: ClassVar[Mapping[str, str]] = {}
+    _instead: ClassVar[Mapping[str, str]] = {}  # cures for arguments the loss has not
     _warned = False
 
     def _init_team(

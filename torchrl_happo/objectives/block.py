@@ -13,6 +13,7 @@ from torch.distributions import Distribution
 
 from torchrl_happo.objectives.base import Actors
 from torchrl_happo.objectives.happo import HAPPOLoss
+from torchrl_happo.policy.actor_list import ActorList
 from torchrl_happo.policy.distributions import entropy
 from torchrl_happo.policy.side_by_side import SideBySide
 from torchrl_happo.team.split import split_units
@@ -34,7 +35,7 @@ class BlockLoss(HAPPOLoss):
 
     Raises:
         TypeError: if ``blocks`` is passed.
-        ValueError: if there are several actors.
+        ValueError: if there are several actors, or an ActorList.
     """
 
     def __init__(
@@ -51,6 +52,12 @@ class BlockLoss(HAPPOLoss):
                 f"{name} moves the agents of one group at once, each in view of the others, but "
                 f"there are the groups {list(actor_network)}; put all agents into one group, or "
                 "take HAPPOLoss."
+            )
+        parts = actor_network.values() if isinstance(actor_network, Mapping) else [actor_network]
+        if any(isinstance(part, ActorList) for part in parts):
+            raise ValueError(
+                f"{name} moves the agents of a group at once, but an ActorList has an actor for "
+                "each; give the group one ProbabilisticActor, or take HAPPOLoss."
             )
         super().__init__(actor_network, critic_network, **kwargs)
 

@@ -101,7 +101,7 @@ class CoPPOLoss(BlockLoss):
             return super().agent_gain(agent, log_ratio, data)
         known = torch.where(log_ratio.isfinite(), log_ratio, 0.0)
         companions = known.sum(-1, keepdim=True) - known
-        low, high = self._log_range
+        low, high = self._bounds(agent)
         inner = (low.expm1() / 2).log1p(), (high.expm1() / 2).log1p()
         advantage = corrected_advantage(data, self.tensor_keys)
         return doubly_clipped_surrogate(log_ratio, companions, advantage, inner, (low, high))

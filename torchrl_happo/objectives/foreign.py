@@ -65,7 +65,7 @@ def refuse_arguments(loss: type, arguments: Mapping[str, Any], cures: Mapping[st
 
 def _accepted(loss: type) -> set[str]:
     """Return the keywords that a loss and the classes that it extends have here."""
-    builders = [vars(kind).get("__init__") for kind in loss.__mro__]
+    builders = [vars(kind)["__init__"] for kind in loss.__mro__ if "__init__" in vars(kind)]
     own = [init for init in builders if getattr(init, "__module__", "").startswith("torchrl_happo")]
     parameters = [p for init in own for p in inspect.signature(init).parameters.values()]
     return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}

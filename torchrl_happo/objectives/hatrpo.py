@@ -276,7 +276,8 @@ class HATRPOLoss(SequentialLoss, PPOLoss):
         """Return what an agent's step is to solve; it draws the rows of its own Fisher matrix."""
         generator = torch.Generator(agent.parameters()[0].device)
         generator.manual_seed(agent.position.start)
-        return super().agent_problem(agent, **{**kwargs, "generator": generator})
+        own = {"generator": generator, "module": agent.source}
+        return super().agent_problem(agent, **{**kwargs, **own})
 
     def step_factory(self, first_order: FirstOrder) -> StepFactory:
         """Return one trust-region step on the whole batch."""

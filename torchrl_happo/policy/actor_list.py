@@ -56,13 +56,15 @@ class ActorList(TensorDictModuleBase):
         super().__init__()
         if not actors:
             raise ValueError("An ActorList needs an actor for each agent of its group, got none.")
-        groups = {_group(key) for actor in actors for key in actor.dist_sample_keys}
-        if len(groups) != 1 or None in groups:
+        keys = [_path_of(key) for actor in actors for key in actor.dist_sample_keys]
+        groups = {key[:-1] for key in keys}
+        if len(groups) != 1 or () in groups:
             raise ValueError(
                 "The actors of an ActorList must write their actions into one group, such as "
                 f"('agents', 'action'), got {[actor.dist_sample_keys for actor in actors]}."
             )
-        self.group = groups.pop()
+        self._path = groups.pop()
+        self.group = unravel_key(self._path)
         self.actors = nn.ModuleList(actors)
         self.in_keys = _union(actor.in_keys for actor in actors)
         self.out_keys = _union(actor.out_keys for actor in actors)
@@ -98,12 +100,13 @@ class ActorList(TensorDictModuleBase):
                 f"{[*tensordict.batch_size, len(self.actors)]}."
             )
         shared = tensordict.select(
-            *(key for key in self.in_keys if _group(key) != self.group), strict=False
+            *(key for key in self.in_keys if not self._inside([key])), strict=False
         )
         written = []
         actors: list[Any] = list(self.actors)
         for actor, row in zip(actors, group.unbind(-1), strict=True):
-            view = shared.copy().set(self.group, row.select(*_inside(actor.in_keys), strict=False))
+            own = row.select(*self._inside(actor.in_keys), strict=False)
+            view = shared.copy().set(self.group, own)
             written.append(actor(view).select(*actor.out_keys))
         for owner in ("root", "next"):
             rows = [td if owner == "root" else td.get("next", None) for td in written]
@@ -111,20 +114,20 @@ class ActorList(TensorDictModuleBase):
             if any(row is None for row in rows):
                 continue
             stack = LazyStackedTensorDict.maybe_dense_stack(rows, tensordict.batch_dims)
-            place = self.group if owner == "root" else ("next", self.group)
+            place = self._path if owner == "root" else ("next", *self._path)
             target = tensordict.get(place, None)
             tensordict.set(place, stack if target is None else target.update(stack))
         return tensordict
 
+    def _inside(self, keys: Sequence[NestedKey]) -> list[NestedKey]:
+        """Return the keys that lie in the group, as they are called there."""
+        depth, paths = len(self._path), map(_path_of, keys)
+        return [unravel_key(path[depth:]) for path in paths if path[:depth] == self._path]
 
-def _group(key: NestedKey) -> str | None:
+
+def _path_of(key: NestedKey) -> tuple[str, ...]:
     key = unravel_key(key)
-    return key[0] if isinstance(key, tuple) else None
-
-
-def _inside(keys: Sequence[NestedKey]) -> list[NestedKey]:
-    """The nested keys without their group."""
-    return [unravel_key(key)[1:] for key in keys if _group(key) is not None]
+    return (key,) if isinstance(key, str) else key
 
 
 def _union(lists: Iterable[Any]) -> list[NestedKey]:

@@ -19,7 +19,7 @@ from torchrl.modules.models.multiagent import MultiAgentNetBase
 from torchrl_happo.policy.rows import Tie
 from torchrl_happo.versions import swapped
 
-__all__ = ["JointRow", "gradients_in_rows"]
+__all__ = ["JointRow", "gradients_in_rows", "row_of"]
 
 
 class JointRow:
@@ -73,14 +73,20 @@ class JointRow:
                 scratch = module(scratch)
         return scratch
 
-    def row_of(self, value: Any, batch_dims: int) -> Any:
-        """Return the agent's row of an entry of the joint actor, a tensor or a tensordict."""
-        if isinstance(value, TensorDictBase):
-            return value.apply(
-                lambda leaf: leaf.select(batch_dims, self.index),
-                batch_size=value.batch_size[:batch_dims],
-            )
-        return value.select(batch_dims, self.index)
+
+def row_of(value: Any, index: int, batch_dims: int) -> Any:
+    """Return an agent's row of an entry of the joint actor, a tensor or a tensordict.
+
+    Args:
+        value (Tensor or TensorDictBase): ``[*B, n_agents, ...]``.
+        index (int): the agent's row.
+        batch_dims (int): number of dimensions of ``B``.
+    """
+    if isinstance(value, TensorDictBase):
+        return value.apply(
+            lambda leaf: leaf.select(batch_dims, index), batch_size=value.batch_size[:batch_dims]
+        )
+    return value.select(batch_dims, index)
 
 
 def _with_row(stack: Tensor, row: int | None, weight: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ from torch.func import functional_call
 from torchrl.modules import IndependentNormal, SafeModule, TanhNormal
 
 from torchrl_happo.policy.distributions import SquashedNormals, entropy
-from torchrl_happo.policy.joint_row import JointRow
+from torchrl_happo.policy.joint_row import JointRow, row_of
 from torchrl_happo.versions import swapped, takes_keywords
 
 __all__ = ["Policy"]
@@ -183,7 +183,7 @@ class Policy:
         outputs = row.outputs(_flat_modules(row.joint), data, own)
         of_group = {*self.written_keys, *self.network_keys}
         values = {
-            key: row.row_of(outputs.get(key), data.batch_dims)
+            key: row_of(outputs.get(key), row.index, data.batch_dims)
             for key in self.head.in_keys
             if unravel_key(key) in of_group
         }

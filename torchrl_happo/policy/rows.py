@@ -66,9 +66,16 @@ class Tie:
     def __call__(self) -> None:
         """Point the tensor at its row of the stack, wherever that lies now.
 
-        When the stack is frozen or unfrozen, its rows are; a single row may be frozen by itself.
+        Hooks on the stack's gradient are refused: its rows are parameters of their own. When the
+        stack is frozen or unfrozen, its rows are; a single row may be frozen by itself.
         """
         stack = _tensor_of(self.source, self.key)
+        if self.index is not None and (stack._backward_hooks or _accumulation_hooks(stack)):
+            raise ValueError(
+                f"The stack {self.key!r} of the agents' parameters has a hook on its "
+                "gradient, which the step of one agent would not call; remove it, or register it "
+                "on the parameters of each of loss.agents."
+            )
         row = stack.detach() if self.index is None else stack.detach()[self.index]
         slot = self.module._parameters.get(self.name)
         if slot is None:
@@ -138,7 +145,9 @@ def shared_part(actor: nn.Module, n_agents: int) -> str | None:
     for path, module in _outside_stacks(actor):
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad and not _has_rows(module, name, n_agents):
-                return f"one parameter {path}.{name} for all agents"
+                return (
+                    f"one parameter {path}.{name} for all agents (with rows it is [{n_agents}, d])"
+                )
     return None
 
 
@@ -264,6 +273,13 @@ def follow_settings(single: nn.Module, joint: ProbabilisticTensorDictSequential)
 
 def signature(joint: nn.Module) -> tuple[tuple[nn.Module, bool, int], ...]:
     """Return the modules of an actor, their modes and their numbers of hooks."""
-    return tuple(
-        (m, m.training, len(m._forward_hooks) + len(m._forward_pre_hooks)) for m in joint.modules()
-    )
+    return tuple((m, m.training, sum(map(len, _hooks(m)))) for m in joint.modules())
+
+
+def _hooks(module: nn.Module) -> Iterator[Mapping[int, object]]:
+    yield from (module._forward_hooks, module._forward_pre_hooks)
+    yield from (module._backward_hooks, module._backward_pre_hooks)
+
+
+def _accumulation_hooks(tensor: Tensor) -> object:
+    return getattr(tensor, "_post_accumulate_grad_hooks", None)

@@ -48,6 +48,7 @@ class Problem:
             given. Empty: not known.
         learners (Learners): the processes that take the step together.
         generator (torch.Generator): draws minibatches.
+        module (nn.Module, optional): what ``distribution`` runs, whose hooks a step may refuse.
         code (Any): what ``loss`` and ``distribution`` read besides their arguments, for the
             compiler; ``None``: nothing is compiled.
     """
@@ -64,6 +65,7 @@ class Problem:
     names: tuple[str, ...] = ()
     learners: Learners = field(default_factory=Learners)
     generator: torch.Generator = field(default_factory=torch.Generator)
+    module: nn.Module | None = None
     code: Any = None
 
 

@@ -8,13 +8,15 @@ of others, nor its parameters on the policies of others.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
+from torchrl_happo.policy.joint_row import row_of
 from torchrl_happo.policy.memory import has_memory
 from torchrl_happo.policy.policy import Parameters, Policy
 from torchrl_happo.team.agent import Agent
@@ -71,10 +73,16 @@ def _check_group(members: list[Agent], rows: TensorDictBase) -> None:
     with explained(f"The actor of agent {members[0].name!r}", rows, joint.network_keys):
         whole = joint.parameters(rows.select(*keys, strict=False))
     for agent in members:
-        if _same(_parameters(agent, rows), _row(whole, agent, rows)):
+        alike = _same(_parameters(agent, rows), _row(whole, agent, rows))
+        if alike and not _changes_gradients(agent.source):
             continue
         agent.evaluate_jointly()
         _check_independence(agent, joint, rows, whole)
+
+
+def _changes_gradients(joint: nn.Module) -> bool:
+    """Whether a hook may change gradients on their way back, which a row alone would not call."""
+    return any(m._backward_hooks or m._backward_pre_hooks for m in joint.modules())
 
 
 def _parameters(agent: Agent, rows: TensorDictBase) -> Parameters | None:
@@ -91,14 +99,25 @@ def _index(agent: Agent) -> int:
 
 
 def _row(whole: Parameters, agent: Agent, rows: TensorDictBase) -> Parameters:
-    return {name: value.select(rows.batch_dims, _index(agent)) for name, value in whole.items()}
+    return {name: row_of(value, _index(agent), rows.batch_dims) for name, value in whole.items()}
+
+
+def _leaves(parameters: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of parameters, some of which may lie in a tensordict, head by head."""
+    leaves: dict[str, Tensor] = {}
+    for name, value in parameters.items():
+        nested = isinstance(value, TensorDictBase)
+        parts = value.flatten_keys(".").items() if nested else [("", value)]
+        leaves.update({f"{name}.{part}": tensor for part, tensor in parts})
+    return leaves
 
 
 def _same(own: Parameters | None, wanted: Parameters) -> bool:
+    mine = {} if own is None else _leaves(own)
     return own is not None and all(
-        own[name].shape == value.shape
-        and torch.allclose(own[name], value, equal_nan=True, **_CLOSE)
-        for name, value in wanted.items()
+        mine[name].shape == value.shape
+        and torch.allclose(mine[name], value, equal_nan=True, **_CLOSE)
+        for name, value in _leaves(wanted).items()
         if isinstance(value, Tensor)
     )
 
@@ -127,10 +146,11 @@ def _check_independence(
     moved = joint.parameters(rows.select(*agent.update_keys, strict=False))
     for parameter, value in zip(parameters, before, strict=True):
         parameter.copy_(value)
-    for name, value in whole.items():
+    after = _leaves(moved)
+    for name, value in _leaves(whole).items():
         companions = [i for i in range(value.shape[dims]) if i != index]
-        kept = torch.tensor(companions, device=value.device)
-        one, two = (v.index_select(dims, kept) for v in (value, moved[name]))
+        kept = torch.tensor(companions, device=value.device, dtype=torch.long)
+        one, two = (v.index_select(dims, kept) for v in (value, after[name]))
         if not torch.allclose(one, two, equal_nan=True, **_CLOSE):
             raise ValueError(
                 f"Parameters of agent {agent.name!r} move the policies of other agents, by "

@@ -239,7 +239,10 @@ def check_team_shape(
             f"{[*steps, team.num_agents, 1]} for each agent."
         )
     if value.dtype != torch.bool and not value.is_floating_point():
-        raise ValueError(f"The entry {key!r} is of {value.dtype}, but must be of a float type.")
+        raise ValueError(
+            f"The entry {key!r} is of {value.dtype}, but must be of a float type; write it as "
+            "torch.float32."
+        )
 
 
 def _check_masks(team: Team, batch: TensorDictBase) -> None:

@@ -83,7 +83,7 @@ def split_actor(
     if isinstance(actor, ActorList):
         return [
             Agent(
-                f"{group or actor.group}" + (f"_{index}" if len(actor.actors) > 1 else ""),
+                (group or _named(actor.group)) + (f"_{index}" if len(actor.actors) > 1 else ""),
                 single,
                 group=actor.group,
                 position=slice(start + index, start + index + 1),
@@ -117,6 +117,13 @@ def split_actor(
             f"The actor of group {name!r} has {shared}, but HAPPO updates one agent after the "
             f"other and needs a network for each ({own}); to update agents that share parameters "
             f"as one block, pass blocks=[{name!r}]."
+        )
+    if key_group is None:
+        raise ValueError(
+            f"The actor of {name!r} has networks for {n_agents} agents, but its action "
+            f"{actor.dist_sample_keys[0]!r} lies at the root of the data, where no dimension is "
+            "that of agents; name a group in the actor's keys, such as ('agents', 'action'), and "
+            "rename the environment's entries by a RenameTransform."
         )
     agents: list[Agent] = []
     for index in range(n_agents):

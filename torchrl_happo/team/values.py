@@ -234,6 +234,11 @@ def check_actions(
             f"The action {key!r} is of {action.dtype}, but the {drawn} draws actions of a float "
             "type; collect with the loss's own actor."
         )
+    if one_hot and action.dtype == torch.bool:
+        raise ValueError(
+            f"The action {key!r} is of torch.bool, but the {drawn} draws actions of whole numbers; "
+            "write it as torch.int64."
+        )
     bounds = _bounds(dist, one_hot) if read_values else None
     if bounds is not None:
         inside = (action >= bounds[0]) & (action <= bounds[1])

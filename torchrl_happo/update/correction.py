@@ -88,7 +88,9 @@ class RatioFactor:
         if rows is None:
             self.log_factor = self.log_factor + log_ratio
         else:
-            self.log_factor = self.log_factor.index_add(0, rows.positions, log_ratio)
+            # Under autocast a ratio may have fewer digits than the factor.
+            own = log_ratio.to(self.log_factor.dtype)
+            self.log_factor = self.log_factor.index_add(0, rows.positions, own)
 
     def report(self, agent: Agent) -> TensorDict:
         """Return mean, largest value and effective sample size of the factor where it is used."""

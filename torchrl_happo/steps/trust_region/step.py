@@ -37,6 +37,8 @@ from torchrl_happo.transaction import load_generator_state, uncached_autocast
 
 __all__ = ["TrustRegion", "TrustRegionProposal", "TrustRegionStep"]
 
+_PRE_HOOKS = "_backward_pre_hooks"  # of modules; tensors have none
+
 
 @dataclass(frozen=True)
 class TrustRegion:
@@ -249,7 +251,14 @@ class TrustRegionStep:
         return float(self.problem.sample_shape(data).numel()) if valid is None else valid.sum()
 
     def follow(self) -> None:
-        """Do nothing: the parameters are looked up for each batch."""
+        """Refuse hooks on gradients, which are no part of a trust region's local model."""
+        module = self.problem.module
+        hooked: list[Any] = [*self.trained().values(), *(module.modules() if module else ())]
+        if any(each._backward_hooks or getattr(each, _PRE_HOOKS, None) for each in hooked):
+            raise ValueError(
+                f"The networks of {self.problem.name!r} have a hook on a gradient, which a "
+                "trust-region step cannot take account of; remove it, or take a first-order loss."
+            )
 
     def end_batch(self) -> None:
         """Do nothing: a schedule sets ``max_kl`` from outside."""
