@@ -145,9 +145,7 @@ def shared_part(actor: nn.Module, n_agents: int) -> str | None:
     for path, module in _outside_stacks(actor):
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad and not _has_rows(module, name, n_agents):
-                return (
-                    f"one parameter {path}.{name} for all agents (with rows it is [{n_agents}, d])"
-                )
+                return f"one parameter {path}.{name} for all agents"
     return None
 
 

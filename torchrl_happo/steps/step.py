@@ -68,6 +68,16 @@ class Problem:
     module: nn.Module | None = None
     code: Any = None
 
+    def refuse_hooks(self) -> None:
+        """Refuse hooks on gradients, of modules and of parameters, for steps that call none."""
+        modules = () if self.module is None else self.module.modules()
+        hooked: list[Any] = [*modules, *(parameter for _, parameter in self.named_parameters())]
+        if any(h._backward_hooks or getattr(h, "_backward_pre_hooks", None) for h in hooked):
+            raise ValueError(
+                f"The networks of {self.name!r} have a hook on a gradient, which a trust-region "
+                "step cannot take account of; remove it, or take a first-order loss."
+            )
+
 
 def setting_of(problem: Problem, name: str, value: ByName[Any], default: Any) -> Any:
     """Return a setting's value for one problem.

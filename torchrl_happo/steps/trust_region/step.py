@@ -37,8 +37,6 @@ from torchrl_happo.transaction import load_generator_state, uncached_autocast
 
 __all__ = ["TrustRegion", "TrustRegionProposal", "TrustRegionStep"]
 
-_PRE_HOOKS = "_backward_pre_hooks"  # of modules; tensors have none
-
 
 @dataclass(frozen=True)
 class TrustRegion:
@@ -252,13 +250,7 @@ class TrustRegionStep:
 
     def follow(self) -> None:
         """Refuse hooks on gradients, which are no part of a trust region's local model."""
-        module = self.problem.module
-        hooked: list[Any] = [*self.trained().values(), *(module.modules() if module else ())]
-        if any(each._backward_hooks or getattr(each, _PRE_HOOKS, None) for each in hooked):
-            raise ValueError(
-                f"The networks of {self.problem.name!r} have a hook on a gradient, which a "
-                "trust-region step cannot take account of; remove it, or take a first-order loss."
-            )
+        self.problem.refuse_hooks()
 
     def end_batch(self) -> None:
         """Do nothing: a schedule sets ``max_kl`` from outside."""
