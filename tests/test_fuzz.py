@@ -101,7 +101,7 @@ def test_fuzz(loss_class, loss_kwargs):
         torch.manual_seed(seed)
         scenario = Scenario(
             loss_class,
-            [replace(groups[0], listed=False)] if loss_class is CoPPOLoss else groups,
+            [replace(groups[0], listed=False, deep=False)] if loss_class is CoPPOLoss else groups,
             data,
             {**own, **critic},
             {**updater, "target_kl": target_kl if loss_class is not HATRPOLoss else None},
