@@ -110,8 +110,7 @@ class Critic:
         target = data.get(keys.value_target)
         # A copy: the critic writes its value where clip_value looks for the old one.
         value = self.network(data.copy()).get(keys.value)
-        if norm is not None:
-            target = norm.normalize(target)
+        target = target if norm is None else norm.normalize(target)
         loss = distance_loss(target, value, loss_function=self.loss_type)
         clipped = None
         if self.clip_value is not None:
