@@ -9,7 +9,12 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 from torch.distributions import Beta, Independent
 from torchrl.envs.utils import ExplorationType, set_exploration_type
-from torchrl.modules import MaskedCategorical, MultiAgentMLP, ProbabilisticActor
+from torchrl.modules import (
+    MaskedCategorical,
+    MultiAgentMLP,
+    OneHotCategorical,
+    ProbabilisticActor,
+)
 
 from torchrl_happo import HAPPOLoss, SequentialUpdater
 
@@ -113,3 +118,24 @@ def test_unchecked_the_factor_of_the_others_stays_finite(case):
         assert metrics[f"agents_{i}", "factor_mean"].isfinite()
         assert all(p.isfinite().all() for p in agents[i].parameters())
         assert not all(map(torch.equal, before[i], agents[i].parameters()))
+
+
+def test_one_hot_actions_that_say_yes_or_no():
+    """What an environment's own specs draw is refused, and trains in the type that is named."""
+    net = MultiAgentMLP(5, 3, 3, centralized=False, share_params=False, num_cells=[8])
+    actor = ProbabilisticActor(
+        TensorDictModule(net, [("agents", "observation")], [("agents", "logits")]),
+        [("agents", "logits")],
+        [("agents", "action")],
+        distribution_class=OneHotCategorical,
+        return_log_prob=True,
+    )
+    with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
+        batch = actor(make_observations())
+    batch["advantage"] = torch.randn(*batch.shape, 1)
+    updater = SequentialUpdater(HAPPOLoss(actor, None, entropy_coeff=0.0), num_epochs=1)
+    batch["agents", "action"] = batch["agents", "action"].bool()
+    with pytest.raises(ValueError, match=r"is of torch\.bool, .* write it as torch\.int64"):
+        updater(batch)
+    batch["agents", "action"] = batch["agents", "action"].to(torch.int64)
+    assert updater(batch)["agents_0", "kl"] > 0
