@@ -109,6 +109,10 @@ def test_the_estimator_reads_prefixes(order):
     env = game()
     actor, critic = make_transformer(env, prefix_values=True, order=order)
     batch = rollout(env, actor, 3)
+    # Some steps end nothing, and some are cut: both look ahead.
+    batch["next", "terminated"][::2] = False
+    batch["next", "done"][::4] = False
+    assert batch["next", "terminated"].any()
     loss = TPPOLoss(actor, critic)
     loss.make_value_estimator(gamma=0.9, lmbda=0.7)
     written = batch.copy()
