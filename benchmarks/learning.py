@@ -9,8 +9,9 @@ A run is one call of the recipe (its command is logged); its folder lies under
 ``benchmarks/runs/<suite>``, which git ignores. When it has ended, its evaluations are added to
 ``benchmarks/results/<suite>.csv``, which is committed: the return of the deterministic policy and,
 over the iterations since the evaluation before, the mean return of training episodes and the mean
-seconds of collecting and of updating. Beside them stand the seconds of training so far, by the
-clock, the revision of this repository and the processor's name.
+seconds of collecting and of updating; where episodes can be won, the shares that are. Beside them
+stand the seconds of training so far, by the clock, the revision of this repository and the
+processor's name.
 
 The report shows the mean of the seeds' evaluations at the end, or at the suite's milestones, with
 the standard error over the seeds, and curves of the interquartile mean over all seeds with 95 %
@@ -44,8 +45,11 @@ logger = logging.getLogger("learning")
 
 HERE = Path(__file__).parent
 COLUMNS = ["suite", "task", "algorithm", "seed", "frames", "return", "return_stderr", "episodes"]
+#: Where episodes can be won: the shares that are, in evaluation and in training.
+WON = ("win_rate", "training_win_rate")
 TRAINING = {
     "training_return": "return",
+    "training_win_rate": "win_rate",
     "collect_seconds": "collect_seconds",
     "update_seconds": "update_seconds",
 }
@@ -53,6 +57,10 @@ ORIGIN = ("revision", "processor")
 #: Of tasks with a cost: an episode's, and the share of episodes within the bound, at an evaluation;
 #: the share of training batches since the one before whose episodes cost more than the bound.
 COSTS = ("cost", "within_limit", "batches_above")
+MEASURES = {
+    "return": "team return, deterministic",
+    "win_rate": "share of episodes won, deterministic",
+}
 
 
 def command(suite: Suite, task: str, algorithm: str, seed: int, folder: Path) -> list[str]:
@@ -135,7 +143,7 @@ def record(name: str, task: str, algorithm: str, seed: int, folder: Path) -> Non
         after = float(row["frames"])
         since = [r for r in training if before < float(r["frames"]) <= after]
         means = {column: _mean(since, source) for column, source in TRAINING.items()}
-        own = {column: row.get(column, "") for column in COLUMNS}
+        own = {column: row.get(column, "") for column in (*COLUMNS, WON[0])}
         if (limit := SUITES[name].cost_limits.get(task)) is not None:
             costs = [float(r["cost"]) for r in since if r["cost"] not in ("", "nan")]
             above = f"{np.mean([cost > limit for cost in costs]):.3g}" if costs else ""
@@ -146,12 +154,13 @@ def record(name: str, task: str, algorithm: str, seed: int, folder: Path) -> Non
         before = after
     rows.sort(key=lambda r: (r["task"], r["algorithm"], int(r["seed"]), int(r["frames"])))
     path.parent.mkdir(exist_ok=True)
+    costs = COSTS if SUITES[name].cost_limits else ()
+    columns = [*COLUMNS, *costs, *TRAINING, "seconds", *ORIGIN, WON[0]]
+    if not any(row.get(WON[0]) for row in rows):
+        columns = [column for column in columns if column not in WON]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(
-            file,
-            [*COLUMNS, *(COSTS if SUITES[name].cost_limits else ()), *TRAINING, "seconds", *ORIGIN],
-            restval="",
-            lineterminator="\n",
+            file, columns, restval="", extrasaction="ignore", lineterminator="\n"
         )
         writer.writeheader()
         writer.writerows(rows)
@@ -166,7 +175,7 @@ def _read(path: Path) -> list[dict]:
 
 def _mean(rows: list[dict], column: str) -> str:
     """Of what is there; training returns are only where an episode has ended."""
-    values = [float(row[column]) for row in rows if row[column] not in ("", "nan")]
+    values = [float(row[column]) for row in rows if row.get(column, "") not in ("", "nan")]
     return f"{np.mean(values):.5g}" if values else ""
 
 
@@ -180,10 +189,14 @@ def _is_recorded(name: str, task: str, algorithm: str, seed: int) -> bool:
 
 
 def runs_of(name: str) -> list[Run]:
-    """The runs whose evaluations are in a suite's results."""
+    """The runs whose evaluations are in a suite's results, by what the suite measures."""
     rows: dict = defaultdict(list)
     for r in _read(HERE / "results" / f"{name}.csv"):
-        numbers = {key: float(r[key]) for key in ("frames", "return", "return_stderr")}
+        value, error = float(r["return"]), float(r["return_stderr"])
+        if SUITES[name].measure == "win_rate":
+            value = float(r["win_rate"])
+            error = (value * (1 - value) / float(r["episodes"])) ** 0.5
+        numbers = {"frames": float(r["frames"]), "return": value, "return_stderr": error}
         rows[r["task"], r["algorithm"], int(r["seed"])].append(numbers)
     return [Run(*key, of_run) for key, of_run in rows.items()]
 
@@ -204,7 +217,7 @@ def report(name: str) -> str:
         path,
         **layout,
         band=_interquartile_mean,
-        ylabel="team return, deterministic",
+        ylabel=MEASURES[suite.measure],
         reference=suite.reference,
     )
     lines = table(runs, **layout, milestones=suite.milestones, reference=suite.reference)

@@ -18,7 +18,8 @@ class Suite:
     shows evaluations after ``milestones`` environment steps, or the last ones, and beside them the
     ``reference``: what its own code reached, by task, algorithm and milestone, one value a seed.
     Runs of the suites ``beside`` it, on the same tasks, are shown with its own. Tasks with a cost
-    have its bound in ``cost_limits``.
+    have its bound in ``cost_limits``. The ``measure`` is what is shown: ``"return"``, or
+    ``"win_rate"`` where episodes can be won.
     """
 
     tasks: dict[str, list[str]]
@@ -29,6 +30,7 @@ class Suite:
     reference: dict[tuple[str, str, int], list[float]] = field(default_factory=dict)
     beside: tuple[str, ...] = ()
     cost_limits: dict[str, float] = field(default_factory=dict)
+    measure: str = "return"
 
 
 ALGORITHMS = {
@@ -43,6 +45,7 @@ COMPILED = {
     **ALGORITHMS,
     **{name: [*ALGORITHMS[name], "algorithm.compile=true"] for name in ("happo", "hatrpo")},
 }
+FOUR = ("happo", "hatrpo", "mappo", "mappo-unshared")
 # At a checkpoint the environments begin anew: how often that is belongs to the command of a run.
 SELDOM = ["progress=false", "collector.restart_interval=50"]
 VMAS = ["total_frames=600000", "render=false", "evaluation.interval=10"]
@@ -207,5 +210,20 @@ SUITES = {
             "render=false",
             "progress=false",
         ],
+    ),
+    # Battles of unlike units that die, with masks: the kind of task of the papers' other domain.
+    "smax": Suite(
+        tasks={f"smax/{name}": [f"task=smax/{name}"] for name in ("2s3z", "smacv2_10_units")},
+        algorithms={name: ALGORITHMS[name] for name in FOUR},
+        overrides=SELDOM,
+        milestones=(500_000, 1_000_000),
+        measure="win_rate",
+    ),
+    # Masks, a sparse reward, and lasers that only the agent of their colour stops.
+    "lle": Suite(
+        tasks={f"lle/{name}": [f"task=lle/{name}"] for name in ("level_6",)},
+        algorithms={name: ALGORITHMS[name] for name in FOUR},
+        overrides=SELDOM,
+        milestones=(250_000, 500_000),
     ),
 }

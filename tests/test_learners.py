@@ -116,6 +116,7 @@ def pool_rows(rank, group):
 
     nan = float("nan")
     ended = {"return": 4.0 + rank, "episode_length": 10.0, "episodes": 1.0 + rank, "reward": 2.0}
+    ended["win_rate"] = float(rank)
     one = {**ended, "return": [nan, 7.0][rank], "episodes": [0.0, 2.0][rank]}
     none = {**ended, "return": nan, "episode_length": nan, "episodes": 0.0}
     try:
@@ -132,6 +133,7 @@ def test_the_first_speaks_for_all(ranks):
     for rank, (rows, said, answer, flags) in enumerate(ranks(pool_rows)):
         ended, one, none = rows
         assert ended["return"] == pytest.approx((4 + 2 * 5) / 3)
+        assert ended["win_rate"] == pytest.approx(2 / 3)
         assert (ended["episodes"], ended["reward"]) == (3.0, 2.0)
         assert (one["return"], one["episodes"]) == (7.0, 2.0)
         assert none["return"] != none["return"]

@@ -27,6 +27,13 @@ LEFT_OUT = {
     "one agent": {"circle_trajectory", "goal", "line_trajectory", "simple"},
     "no reward": {"diff_drive", "drone", "kinematic_bicycle", "pollock"},
 }
+#: Packages that may not be installed, by task or family.
+NEEDS = {
+    "lle": "lle",
+    "mujoco": "envpool",
+    "pettingzoo/multiwalker": "Box2D",
+    "smax": "jaxmarl",
+}
 
 
 def known(task):
@@ -73,8 +80,9 @@ def test_the_number_of_agents_is_what_was_asked_for(task):
 @pytest.mark.parametrize("task", [task for task in TASKS if task != "custom"])
 def test_a_task_trains(task):
     """It knows every option of its file, pays one team reward, and two updates are finite."""
-    if task.startswith("mujoco/"):
-        pytest.importorskip("envpool")
+    for name in (task, task.partition("/")[0]):
+        if name in NEEDS:
+            pytest.importorskip(NEEDS[name])
     config = tiny_config(
         f"task={task}",
         "num_envs=3",

@@ -15,9 +15,11 @@ from torchrl_happo.envs.games.payoffs import (
 from torchrl_happo.envs.games.tabular import TabularGame, TabularGameEnv
 from torchrl_happo.envs.penalty_cost import PenaltyCost
 from torchrl_happo.envs.simulators.envpool import EnvPoolEnv
+from torchrl_happo.envs.simulators.lle import LLEEnv
 from torchrl_happo.envs.simulators.mujoco import make_mujoco
 from torchrl_happo.envs.simulators.pettingzoo import BatchedPettingZooEnv
 from torchrl_happo.envs.simulators.rounds import Rounds
+from torchrl_happo.envs.simulators.smax import SMAXEnv
 from torchrl_happo.envs.simulators.vmas import BatchedResetVmasEnv
 from torchrl_happo.envs.split import AgentSplit
 from torchrl_happo.envs.team_reward import TeamCost, TeamReward
@@ -29,9 +31,11 @@ __all__ = [
     "BridgeGame",
     "DifferentialGame",
     "EnvPoolEnv",
+    "LLEEnv",
     "MatrixGame",
     "PenaltyCost",
     "Rounds",
+    "SMAXEnv",
     "SeededForagingEnv",
     "TabularGame",
     "TabularGameEnv",

@@ -28,8 +28,9 @@ def evaluate(run: Path, episodes: int = 200, deterministic: bool = True, seed: i
     result = load(run).evaluate(
         episodes, deterministic=deterministic, seed=None if seed < 0 else seed
     )
+    won = f", {result['win_rate']:.1%} won" if "win_rate" in result else ""
     sys.stdout.write(
-        f"Return {short(result['return'], 4)} +- {short(result['return_stderr'], 2)} "
+        f"Return {short(result['return'], 4)} +- {short(result['return_stderr'], 2)}{won} "
         f"({episodes} episodes of {short(result['episode_length'], 4)} steps on average)\n"
     )
 

@@ -70,7 +70,7 @@ class TaskConfig:
     name: str = MISSING
     """Its path under ``conf/task``, for example ``vmas/balance``."""
     simulator: str = MISSING
-    """Who builds it: see ``recipe/environments.py``."""
+    """Who builds it: see ``recipe/simulators.py``."""
     max_steps: int | None = count()
     """Steps after which an episode is truncated (its value is bootstrapped); null: never."""
     team_reward: str | None = choice("mean", "sum")

@@ -47,19 +47,22 @@ class Evaluation:
 
         Returns:
             the mean undiscounted return of the team, its standard deviation over the episodes and
-            the standard error of the mean, the mean length, and the seconds it took.
+            the standard error of the mean, the mean length, and the seconds it took; where the
+            environment says what they cost or who has won, also ``cost`` and ``win_rate``.
         """
         start = time.perf_counter()
         seed = self.config.evaluation.seed
         with isolated_randomness(seed), set_exploration_type(self.kind):
-            returns, lengths, costs = self._play(policy, seed)
+            played = self._play(policy, seed)
+        returns = played["return"]
         return {
             "return": returns.mean().item(),
             "return_std": returns.std(correction=0).item(),
             "return_stderr": (returns.std(correction=0) / len(returns) ** 0.5).item(),
-            "episode_length": lengths.mean().item(),
+            "episode_length": played["length"].mean().item(),
             "episodes": float(len(returns)),
-            **({} if costs is None else self._of_costs(costs)),
+            **(self._of_costs(played["cost"]) if "cost" in played else {}),
+            **({"win_rate": played["won"].double().mean().item()} if "won" in played else {}),
             "evaluation_seconds": time.perf_counter() - start,
         }
 
@@ -69,16 +72,16 @@ class Evaluation:
         within = {} if limit is None else {"within_limit": (costs <= limit).double().mean().item()}
         return {"cost": costs.mean().item(), **within}
 
-    def _play(
-        self, policy: TensorDictModuleBase, seed: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return, length and cost of the first episode of each environment, each ``[E, 1]``."""
+    def _play(self, policy: TensorDictModuleBase, seed: int) -> dict[str, torch.Tensor]:
+        """Return how the first episode of each environment went, each entry ``[E, 1]``."""
         env = self._environments(policy, seed)
         state = env.reset()
         running = torch.ones_like(state["done"])
-        returns = torch.zeros_like(state["episode_reward"])
-        lengths = torch.zeros_like(returns)
-        costs = torch.zeros_like(returns) if "episode_cost" in state.keys() else None
+        sums = [name for name in ("reward", "cost") if f"episode_{name}" in state.keys()]
+        zero = torch.zeros_like(state["episode_reward"])
+        played = {name: zero.clone() for name in (*sums, "length")}
+        if "won" in state.keys():
+            played["won"] = torch.zeros_like(running)
         limit, start, is_said = self.config.task.max_steps, time.perf_counter(), False
         while running.any():
             if limit is None and not is_said and time.perf_counter() - start > PATIENCE:
@@ -86,20 +89,22 @@ class Evaluation:
                 logger.warning(
                     "After %d steps of an evaluation %d of %d episodes go on; set task.max_steps "
                     "if they have no end.",
-                    *(int(lengths.max()), int(running.sum()), len(running)),
+                    *(int(played["length"].max()), int(running.sum()), len(running)),
                 )
-            if limit is None and lengths.max() >= LONGEST:
+            if limit is None and played["length"].max() >= LONGEST:
                 raise ConfigError(
                     f"The episodes of {self.config.task.name} do not end: {int(running.sum())} of "
                     f"{len(running)} go on after {LONGEST} steps; set task.max_steps."
                 )
             step, state = env.step_and_maybe_reset(policy(state))
-            returns += step["next", "reward"] * running
-            lengths += running
-            if costs is not None:
-                costs += step["next", "cost"] * running
-            running &= ~step["next", "done"]
-        return returns, lengths, costs
+            after = step["next"]
+            for name in sums:
+                played[name] += after[name] * running
+            played["length"] += running
+            if "won" in played:
+                played["won"] |= after["won"] & running
+            running &= ~after["done"]
+        return {"return": played.pop("reward"), **played}
 
     def _environments(self, policy: TensorDictModuleBase, seed: int) -> EnvBase:
         if self._env is None:

@@ -203,7 +203,7 @@ class Ranks:
             return row
         device = self.device
         numbers = {name: torch.tensor(value, device=device) for name, value in row.items()}
-        episodes = ["return", "episode_length"]
+        episodes = [name for name in row if name not in ("reward", "episodes")]
         means = self.learners.mean([numbers[name] for name in episodes], row["episodes"])
         reward, count = self.learners.mean([numbers["reward"], numbers["episodes"]], 1.0)
         none = float("nan") if count == 0 else 0.0

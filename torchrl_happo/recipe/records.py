@@ -126,8 +126,9 @@ def episode_statistics(batch: TensorDictBase) -> Row:
         batch (TensorDictBase): with the root entries that :func:`make_env` promises.
 
     Returns:
-        ``return`` and ``episode_length`` (NaN if no episode ends), ``episodes`` and ``reward``, and
-        where there are costs the mean ``cost`` of an episode.
+        ``return`` and ``episode_length`` (NaN if no episode ends), ``episodes`` and ``reward``;
+        where there are costs the mean ``cost`` of an episode, and where the environment says who
+        has won, ``win_rate``, the share of episodes that the team has.
     """
     after = batch["next"]
     ended = after["done"]
@@ -136,14 +137,12 @@ def episode_statistics(batch: TensorDictBase) -> Row:
         "episode_length": after["step_count"][ended].float().mean().item(),
         "episodes": float(ended.sum()),
         "reward": after["reward"].mean().item(),
-        **_of_costs(after, ended),
+        **{
+            name: after[key][ended].float().mean().item()
+            for name, key in (("cost", "episode_cost"), ("win_rate", "won"))
+            if key in after.keys()
+        },
     }
-
-
-def _of_costs(after: TensorDictBase, ended: torch.Tensor) -> Row:
-    """Return the mean cost of the episodes that end, where there are costs."""
-    costs = after.get("episode_cost", None)
-    return {} if costs is None else {"cost": costs[ended].mean().item()}
 
 
 def flatten(metrics: TensorDictBase) -> Row:

@@ -24,8 +24,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 
 from torchrl_happo.recipe.config import TrainConfig
-from torchrl_happo.recipe.environments import SIMULATORS
 from torchrl_happo.recipe.records import EVALUATION, TRAINING, Row, read_table
+from torchrl_happo.recipe.simulators import SIMULATORS
 
 logger = logging.getLogger(__name__)
 

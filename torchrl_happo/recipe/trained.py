@@ -24,9 +24,10 @@ from torchrl_happo.recipe import checkpoint, zoo
 from torchrl_happo.recipe.algorithms import make_learner
 from torchrl_happo.recipe.algorithms.parts import make_actors
 from torchrl_happo.recipe.config import ConfigError, TrainConfig
-from torchrl_happo.recipe.environments import SIMULATORS, make_env
+from torchrl_happo.recipe.environments import make_env
 from torchrl_happo.recipe.evaluation import Evaluation
 from torchrl_happo.recipe.learner import Learner
+from torchrl_happo.recipe.simulators import SIMULATORS
 
 WIDTH = 420
 MILLISECONDS_PER_FRAME = 60
