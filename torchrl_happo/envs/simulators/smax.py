@@ -91,7 +91,10 @@ class SMAXEnv(MaskedTeamEnv):
         self._keys = self._battle.keys(seeds.astype(np.uint32))
 
     def _begin(self, chosen: np.ndarray) -> Seen:
-        self._keys, *self._copies = self._battle.begin(self._keys, self._copies, chosen)
+        new = self._battle.begin(self._keys)
+        if self._copies:
+            new = self._battle.choose(chosen, new, (self._keys, *self._copies))
+        self._keys, *self._copies = new
         return self._look()
 
     def _play(self, actions: np.ndarray) -> tuple[Seen, np.ndarray, np.ndarray]:
@@ -112,6 +115,7 @@ class _Battle:
     simulator: Any
     keys: Callable[..., Any]
     begin: Callable[..., Any]
+    choose: Callable[..., Any]
     play: Callable[..., Any]
 
 
@@ -147,22 +151,23 @@ def _compile(scenario: str, settings: tuple[tuple[str, Any], ...]) -> _Battle:
         observations, state, rewards, dones, _ = simulator.step_env(own, state, chosen)
         return key, state, look(observations, state), rewards[agents[0]], dones["__all__"]
 
-    def where(mask: Any, new: Any, old: Any) -> Any:
-        def choose(n: Any, o: Any) -> Any:
-            return np_.where(mask.reshape(-1, *(1,) * (n.ndim - 1)), n, o)
+    def choose(mask: Any, new: Any, old: Any) -> Any:
+        def rows(one: Any, other: Any) -> Any:
+            return np_.where(mask.reshape(-1, *(1,) * (one.ndim - 1)), one, other)
 
-        return jax.tree.map(choose, new, old)
-
-    def begin(keys: Any, copies: Any, chosen: Any) -> tuple[Any, ...]:
-        new = jax.vmap(begin_one)(keys)
-        return where(chosen, new, (keys, *copies)) if copies else new
+        return jax.tree.map(rows, new, old)
 
     def play(keys: Any, copies: Any, actions: Any, goes_on: Any) -> tuple[Any, ...]:
         *new, rewards, over = jax.vmap(play_one)(keys, copies[0], actions)
-        return *where(goes_on, tuple(new), (keys, *copies)), rewards, over
+        return *choose(goes_on, tuple(new), (keys, *copies)), rewards, over
 
-    seed = jax.jit(jax.vmap(jax.random.PRNGKey))
-    return _Battle(simulator, seed, jax.jit(begin), jax.jit(play))
+    return _Battle(
+        simulator,
+        keys=jax.jit(jax.vmap(jax.random.PRNGKey)),
+        begin=jax.jit(jax.vmap(begin_one)),
+        choose=jax.jit(choose),
+        play=jax.jit(play),
+    )
 
 
 def _make(scenario: str, settings: dict[str, Any]) -> Any:
