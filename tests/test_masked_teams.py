@@ -404,7 +404,8 @@ class TestSMAX:
     def test_battles_that_are_won(self):
         """Where nothing kills the team it wins: training and evaluation say so."""
         words = ("task=smax/2s3z", "task.enemy_shoots=false", "task.walls_cause_death=false")
-        config = compose_config(*words, "task.max_steps=2000", "evaluation.episodes=4")
+        words += ("task.max_steps=2000", "collector.restart_interval=0", "checkpoint.interval=0")
+        config = compose_config(*words, "evaluation.episodes=4")
         env = make_env(config.task, num_envs=4, seed=0)
         row = episode_statistics(play(env, 300))
         assert row["episodes"] > 0

@@ -13,8 +13,10 @@ __all__ = ["LLEEnv"]
 
 _LEVELS = range(1, 7)
 # LLE's words but for pictures and layers of agents that are not there.
-_OBSERVATIONS = ("flattened", "layered", "normalized-state", "partial3x3", "partial5x5")
-_OBSERVATIONS += ("partial7x7", "perspective", "state")
+_OBSERVATIONS = (
+    *("flattened", "layered", "normalized-state", "partial3x3", "partial5x5"),
+    *("partial7x7", "perspective", "state"),
+)
 
 
 class LLEEnv(MaskedTeamEnv):
@@ -106,13 +108,13 @@ class LLEEnv(MaskedTeamEnv):
             env.world.seed(int(own))  # LLE's own seed() would seed Python's global generator
 
     def _begin(self, chosen: np.ndarray) -> Seen:
-        for index in chosen.nonzero()[0]:
+        for index in chosen.nonzero()[0].tolist():
             self._show(index, *self._envs[index].reset(), won=False)
         return self._shown
 
     def _play(self, actions: np.ndarray) -> tuple[Seen, np.ndarray, np.ndarray]:
         rewards, over = np.zeros(len(self._envs), np.float32), self._over[:, 0].copy()
-        for index in (~over).nonzero()[0]:
+        for index in (~over).nonzero()[0].tolist():
             step = self._envs[index].step(actions[index])
             rewards[index] = step.reward.sum()
             over[index] = step.is_terminal
