@@ -64,7 +64,8 @@ def ours() -> tuple[Ratios, list[str]]:
                 ratios[algorithm, robot, n_agents] = [value / theirs for value in returns]
                 rows.append(
                     f"| {task} | {n_agents} | {frames / 1e6:g}M | {algorithm} | {mean:.0f} "
-                    f"({len(returns)} seed{'s' * (len(returns) > 1)}) | {theirs:.0f} ({len(base)}) | {mean / theirs:.2f} |"
+                    f"({len(returns)} seed{'s' * (len(returns) > 1)}) | {theirs:.0f} "
+                    f"({len(base)}) | {mean / theirs:.2f} |"
                 )
     return ratios, rows
 

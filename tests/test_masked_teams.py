@@ -1,7 +1,8 @@
 """Games whose agents are masked, in batches: LLE and SMAX keep one contract.
 
-SMAX needs JaxMARL (``pip install -c constraints.txt -e '.[test,smax]'``), which the ``test`` extra
-has not, for it is large: its half runs by hand, and is skipped without it.
+Both need packages that the ``test`` extra has not, for these are large: JaxMARL, and what the Laser
+Learning Environment brings with it (``pip install -c constraints.txt -e '.[test,smax,lle]'``). Their
+tests run by hand, and are skipped without them.
 """
 
 from __future__ import annotations
