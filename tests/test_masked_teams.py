@@ -1,8 +1,8 @@
 """Games whose agents are masked, in batches: LLE and SMAX keep one contract.
 
 Both need packages that the ``test`` extra has not, for these are large: JaxMARL, and what the Laser
-Learning Environment brings with it (``pip install -c constraints.txt -e '.[test,smax,lle]'``). Their
-tests run by hand, and are skipped without them.
+Learning Environment brings with it. Their tests run by hand, after
+``pip install -c constraints.txt -e '.[test,smax,lle]'``, and are skipped without them.
 """
 
 from __future__ import annotations

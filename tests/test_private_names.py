@@ -19,6 +19,7 @@ ADAPTER = ROOT / "versions.py"
 OF_NAMEDTUPLES = {"_asdict", "_field_defaults", "_fields", "_make", "_replace"}
 #: Torch's and Python's own, which do not change with TorchRL: mostly the slots of a module.
 OF_TORCH = {"_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"}
+OF_TORCH |= {"_backward_hooks", "_backward_pre_hooks", "_post_accumulate_grad_hooks"}
 OF_TORCH |= {"_BatchNorm", "_DropoutNd", "_closed", "_dynamo", "_foreach_copy_"}
 #: Methods that TorchRL and torch document as what a subclass overrides, and may call of its parent.
 OVERRIDDEN = {"_reset", "_step", "_set_seed", "_call", "_inv_call", "_load_from_state_dict"}
