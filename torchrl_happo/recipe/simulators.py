@@ -131,8 +131,11 @@ def _pettingzoo_module(task: TaskConfig) -> Any:
 def _pettingzoo_settings(task: TaskConfig) -> dict[str, Any] | None:
     if task.settings["scenario"] in SISL and find_spec("Box2D") is None:
         return None
-    module = _pettingzoo_module(task)
-    make = getattr(module, "_env", module.raw_env)  # sisl's raw_env passes on any word
+    make = _pettingzoo_module(task).raw_env
+    if task.settings["scenario"] in SISL:  # its raw_env passes on any word, to this one
+        make = importlib.import_module(
+            "pettingzoo.sisl.multiwalker.multiwalker_base"
+        ).MultiWalkerEnv
     return {"scenario": None, **_arguments(make.__init__, "max_cycles", "render_mode")}
 
 
