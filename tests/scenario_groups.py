@@ -46,14 +46,15 @@ SIDE, CHANNELS = 4, 2  # of images, and of what is seen in them
 
 
 class Cast(nn.Module):
-    """Whole numbers and booleans as floats of the network's type."""
+    """Whole numbers and booleans as floats of the network's type; bytes of images up to 1."""
 
     def __init__(self):
         super().__init__()
         self.register_buffer("unit", torch.ones(()))
 
     def forward(self, seen):
-        return seen.to(self.unit.dtype)
+        scale = 255 if seen.dtype == torch.uint8 else 1
+        return seen.to(self.unit.dtype) / scale
 
 
 class Bounded(MultiAgentMLP):
@@ -95,7 +96,10 @@ class Each(nn.Module):
 
     def __init__(self, n_in, n_out, n_agents):
         super().__init__()
-        self.nets = nn.ModuleList(nn.Linear(n_in, n_out) for _ in range(n_agents))
+        self.nets = nn.ModuleList(
+            nn.Sequential(nn.Linear(n_in, 8), nn.Tanh(), nn.Linear(8, n_out))
+            for _ in range(n_agents)
+        )
 
     def forward(self, seen):
         return torch.stack([net(seen[..., i, :]) for i, net in enumerate(self.nets)], -2)

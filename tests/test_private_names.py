@@ -26,6 +26,8 @@ OVERRIDDEN = {"_reset", "_step", "_set_seed", "_call", "_inv_call", "_load_from_
 OVERRIDDEN |= {"_build_env", "_build_single_net"}
 #: What Python and TorchRL write into each class by themselves.
 WRITTEN = {"_abc_impl", "_all_schedulable_buffers", "_is_protocol"}
+#: Environments, once one of them has been built in the process.
+WRITTEN |= {"_batch_locked", "_cache_in_keys", "_device", "_inplace_update"}
 
 
 def is_private(name):

@@ -195,6 +195,8 @@ def effective_sample_size(
         >>> effective_sample_size(torch.zeros(10))
         tensor(1.)
     """
+    # Of eight bits of precision a share above 1 could come.
+    log_weight = log_weight.to(torch.promote_types(log_weight.dtype, torch.float32))
     peak = largest(log_weight, valid) if peak is None else peak
     weight = (log_weight - peak).exp()
     means = [masked_mean(weight, valid), masked_mean(weight.square(), valid)]
