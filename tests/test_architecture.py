@@ -14,6 +14,8 @@ from torchrl_happo import HAPPOLoss, SequentialUpdater
 
 ROOT = Path(torchrl_happo.__file__).parent
 SMALL = {"arguments", "distributed", "masked", "transaction", "versions"}
+#: In the place of TorchRL's own, where TorchRL is too old to have it: of ``versions.py``.
+STAND_INS = {"objectives.team_gae"}
 #: Modules that an update enters beside the small ones: one more is a decision.
 MODULES = 21
 FLOORS = ["policy", "team", "steps", "objectives", "update", "networks", "envs", "recipe"]
@@ -60,7 +62,7 @@ def test_an_update_goes_one_way_through_few_modules():
         updater(make_batch(actor))
     finally:
         sys.setprofile(None)
-    entered = calls.entered - SMALL - {"conftest"}
+    entered = calls.entered - SMALL - STAND_INS - {"conftest"}
     assert len(entered) <= MODULES, sorted(entered)
     edges = {(a, b) for a, b in calls.edges if a in entered and b in entered}
     remaining = set(entered)
