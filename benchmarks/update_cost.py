@@ -46,16 +46,7 @@ from torch.distributions import Categorical
 from torchrl.modules import IndependentNormal, MultiAgentMLP, ProbabilisticActor
 from torchrl.objectives.multiagent import MAPPOLoss
 
-from torchrl_happo import (
-    A2POLoss,
-    CoPPOLoss,
-    HAA2CLoss,
-    HAPPOLagrangianLoss,
-    HAPPOLoss,
-    HATRPOLoss,
-    MACPOLoss,
-    SequentialUpdater,
-)
+from torchrl_happo import HAPPOLoss, HATRPOLoss, SequentialUpdater, objectives
 from torchrl_happo.policy.distributions import kl_divergence
 from torchrl_happo.steps.trust_region import local_model
 from torchrl_happo.steps.trust_region.natural_gradient import flatten, gradient, unflatten
@@ -124,7 +115,7 @@ def sequential(
     updater_kwargs = kwargs.pop("updater", {})
     if issubclass(loss_class, HAPPOLoss):
         kwargs = {"entropy_coeff": 0.0, **kwargs}
-    if loss_class in (HAPPOLoss, HAPPOLagrangianLoss):
+    if loss_class in (HAPPOLoss, objectives.HAPPOLagrangianLoss):
         kwargs = {"clip_epsilon": CLIP, **kwargs}
     return SequentialUpdater(
         loss_class(actor, critic, **kwargs),
@@ -346,11 +337,11 @@ def contestants(args: argparse.Namespace, n_agents: int, samples: int, hidden: i
         "hatrpo-compiled": ours(HATRPOLoss, updater=faster),
         "hatrpo-fifth": ours(HATRPOLoss, fisher_fraction=0.2),
         "hatrpo-double": double_backward(sequential(HATRPOLoss, minibatch, *team()), batch),
-        "haa2c": ours(HAA2CLoss),
-        "a2po": ours(A2POLoss),
-        "coppo": ours(CoPPOLoss),
-        "lagrangian": ours(HAPPOLagrangianLoss, cost_critic=team()[1], cost_limit=1.0),
-        "macpo": ours(MACPOLoss, cost_critic=team()[1], cost_limit=1.0),
+        "haa2c": ours(objectives.HAA2CLoss),
+        "a2po": ours(objectives.A2POLoss),
+        "coppo": ours(objectives.CoPPOLoss),
+        "lagrangian": ours(objectives.HAPPOLagrangianLoss, cost_critic=team()[1], cost_limit=1.0),
+        "macpo": ours(objectives.MACPOLoss, cost_critic=team()[1], cost_limit=1.0),
     }
     return {name: update for name, update in updates.items() if name in args.only}
 

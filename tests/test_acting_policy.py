@@ -215,7 +215,7 @@ def test_fresh_data_has_ratio_one_and_the_gradient_is_the_joint_actors(case, los
 
 
 class Two(nn.Module):
-    """What two heads are made of."""
+    """Parameters of two heads."""
 
     def __init__(self):
         super().__init__()

@@ -121,7 +121,7 @@ def test_unchecked_the_factor_of_the_others_stays_finite(case):
 
 
 def test_one_hot_actions_that_say_yes_or_no():
-    """What an environment's own specs draw is refused, and trains in the type that is named."""
+    """One-hot actions as an environment draws them are refused; cast as named, they train."""
     net = MultiAgentMLP(5, 3, 3, centralized=False, share_params=False, num_cells=[8])
     actor = ProbabilisticActor(
         TensorDictModule(net, [("agents", "observation")], [("agents", "logits")]),

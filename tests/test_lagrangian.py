@@ -187,7 +187,7 @@ def test_each_agent_has_costs_of_its_own():
 @pytest.mark.parametrize("bootstrap", [True, False])
 @pytest.mark.parametrize("place", ["cost", ("agents", "cost")])
 def test_a_truncated_episode_costs_what_is_to_come(place, bootstrap):
-    """What the critic expects after a cut is added, if asked for, but not where the task ended."""
+    """The critic's expectation after a cut is added, if asked for, but not where the task ended."""
     torch.manual_seed(0)
     actor, critic, cost_critic = make_actor(), make_critic(), make_critic()
     *_, weight, bias = cost_critic.parameters()

@@ -253,7 +253,7 @@ def shortest_way(raw):
 
 
 class TestLLE:
-    """What is LLE's own."""
+    """Rules of LLE alone."""
 
     @pytest.fixture(autouse=True)
     def _installed(self):
@@ -285,7 +285,7 @@ class TestLLE:
 
     @staticmethod
     def compare(data, seen, state, n):
-        """What our entries hold is what LLE says."""
+        """Each entry is what LLE says."""
         shown = data["agents", "observation"]
         np.testing.assert_array_equal(shown[:, :-n], seen.data.reshape(n, -1))
         assert torch.equal(shown[:, -n:], torch.eye(n))
@@ -323,7 +323,7 @@ class TestLLE:
 
 
 class TestSMAX:
-    """What is SMAX's own."""
+    """Rules of SMAX alone."""
 
     @pytest.fixture(autouse=True)
     def _installed(self):
@@ -371,7 +371,7 @@ class TestSMAX:
 
     @staticmethod
     def compare(data, raw, seen, state):
-        """What our entries hold is what SMAX says."""
+        """Each entry is what SMAX says."""
         masks = raw.get_avail_actions(state)
         near = {"atol": 1e-5, "rtol": 1e-5}
         for index, agent in enumerate(raw.agents):

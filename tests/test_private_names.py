@@ -2,7 +2,7 @@
 
 Read from the source. A name with one underscore belongs to whoever defines it: code may use those
 of its own module, and of its own classes by ``self``. Blind to names that are put together, and to
-a private attribute of a parent class that a class of ours sets, too.
+a private attribute of a parent class that a class of ours sets as well.
 """
 
 from __future__ import annotations

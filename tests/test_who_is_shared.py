@@ -21,11 +21,11 @@ BOTH = pytest.mark.parametrize("loss_class", [HAPPOLoss, HATRPOLoss])
 SGD = partial(torch.optim.SGD, lr=0.1)
 
 
-def actor_of(net, group="agents"):
+def actor_of(net, group="agents", further=()):
     group = group if isinstance(group, tuple) else (group,)
     keys = [(*group, "logits")]
     return ProbabilisticActor(
-        TensorDictModule(net, in_keys=[(*group, "observation")], out_keys=keys),
+        TensorDictModule(net, in_keys=[(*group, "observation"), *further], out_keys=keys),
         in_keys=keys,
         out_keys=[(*group, "action")],
         distribution_class=torch.distributions.Categorical,
@@ -305,23 +305,31 @@ def test_clipping_ranges_of_nobody_are_refused(values, words):
         fresh(clip_epsilon={"agents": 0.1}, clip_value=True)
 
 
-def grid(nested):
+def grid(nested, keys):
     """Two agents who share a network, in a batch whose group has the agents in its size or not."""
-    net = nn.Linear(7, 3)
-    actor = actor_of(net)
+    actor = actor_of(Reading(7, 3), further=keys)
     size = [4, 5, 2] if nested else [4, 5]
     agents = TensorDict({"observation": torch.randn(4, 5, 2, 7)}, size)
-    batch = TensorDict({"agents": agents}, [4, 5])
+    begins = torch.zeros(4, 5, 1, dtype=torch.bool)
+    batch = TensorDict({"agents": agents, "is_init": begins}, [4, 5])
     with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
         batch = actor(batch)
     batch["advantage"] = torch.randn(4, 5, 1)
     return actor, batch
 
 
+class Reading(nn.Linear):
+    """A layer that is told where episodes begin."""
+
+    def forward(self, seen, begins=None):
+        return super().forward(seen)
+
+
+@pytest.mark.parametrize("keys", [[], ["is_init"]])
 @pytest.mark.parametrize("nested", [True, False])
-def test_a_network_that_agents_share_is_no_single_agent(nested):
+def test_a_network_that_agents_share_is_no_single_agent(nested, keys):
     """Without blocks it is refused, whether or not the group's batch size has the agents."""
-    actor, batch = grid(nested)
+    actor, batch = grid(nested, keys)
     updater = SequentialUpdater(HAPPOLoss(actor, None, entropy_coeff=0.0), num_epochs=1)
     with pytest.raises(ValueError, match=r"'agents' has 2 agents, but its actor is one network"):
         updater(batch)

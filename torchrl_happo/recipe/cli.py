@@ -70,8 +70,9 @@ def command_line(arguments: list[str]) -> int:
         except (ConfigError, CheckpointError) as error:
             return _refuse(str(error))
         return 0
-    if arguments and near(arguments[0], COMMANDS, "").startswith("near"):
-        return _refuse(f"There is no command {arguments[0]!r}; {near(arguments[0], COMMANDS, '')}.")
+    meant = near(arguments[0], COMMANDS, "") if arguments else ""
+    if meant.startswith("near"):
+        return _refuse(f"There is no command {arguments[0]!r}; {meant}.")
     compose.register()
     words = [normalize(word) for word in arguments]
     overrides = [word for word in words if not word.startswith("-") and "=" in word]

@@ -112,11 +112,11 @@ def _check_is_one_agent(agent: Agent, batch: TensorDictBase) -> None:
     lead = log_prob.shape
     if len(lead) != batch.batch_dims + 1 or lead[-1] == 1:
         return
-    entries = [batch.get(k) for k in (*agent.actor.in_keys, *agent.policy.action_keys)]
-    seen = entries[: len(agent.actor.in_keys)]
-    if all(entry.shape[: len(lead)] == lead for entry in entries) and all(
-        entry.ndim > len(lead) for entry in seen
-    ):
+    # What lies outside the group, such as "is_init", says nothing of its agents.
+    seen = [batch.get(key) for key in agent.actor.in_keys if agent.owns(key)]
+    actions = [batch.get(key) for key in agent.policy.action_keys]
+    begin_alike = all(entry.shape[: len(lead)] == lead for entry in (*seen, *actions))
+    if seen and begin_alike and all(entry.ndim > len(lead) for entry in seen):
         raise _shared_network(agent, tuple(lead))
 
 

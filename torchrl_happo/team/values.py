@@ -31,6 +31,7 @@ __all__ = [
     "check_log_prob",
     "explained",
     "fill_ends",
+    "fill_next",
     "filling_in_place",
     "share_ends",
     "share_group",
@@ -127,21 +128,26 @@ def filling_in_place(estimator: Any) -> Iterator[None]:
     with ``compact_obs=True`` leaves it at the end of a trajectory. It reads back from the device
     whether there is one, and then works on a copy, in which its values get lost (TorchRL 0.14.1).
     """
-    set_filling(estimator, _fill_next)
+    set_filling(estimator, fill_next)
     try:
         yield
     finally:
         set_filling(estimator, None)
 
 
-def _fill_next(data: TensorDictBase, keys: Sequence[NestedKey]) -> TensorDictBase:
+def fill_next(data: TensorDictBase, keys: Sequence[NestedKey]) -> TensorDictBase:
+    """Put the observation of a step in the place of a next one that is NaN, in place.
+
+    Args:
+        data (TensorDictBase): a batch with its next steps.
+        keys (sequence of NestedKey): the observations.
+    """
     for key in keys:
-        next_key = ("next", *key) if isinstance(key, tuple) else ("next", key)
-        now, after = data.get(key, None), data.get(next_key, None)
+        now, after = data.get(key, None), data.get(next_key(key), None)
         if now is None or after is None or now.shape != after.shape:
             continue
         if now.is_floating_point():
-            data.set(next_key, torch.where(after.isnan(), now, after))
+            data.set(next_key(key), torch.where(after.isnan(), now, after))
     return data
 
 

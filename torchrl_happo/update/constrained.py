@@ -66,11 +66,14 @@ class BoundedCost(RatioFactor):
 
     @cached_property
     def _cost_advantages(self) -> list[Tensor]:
-        """The advantage of each agent's cost at each item, averaged over a block's members."""
-        batch = self.batch
+        """The advantage of each agent's cost at each item, averaged over a block's members.
+
+        A cost of the team has one for all.
+        """
+        batch, dims = self.batch, self.batch.batch.batch_dims
         cost = batch.batch.get(batch.critics[self.name].keys.advantage)
-        shares = [agent.share_of(cost, batch.batch.batch_dims) for agent in batch.team.agents]
-        own = [batch.items(share) for share in shares]
+        agents = batch.team.agents if cost.ndim > dims + 1 else batch.team.agents[:1]
+        own = [batch.items(agent.share_of(cost, dims)) for agent in agents]
         return [each.mean(-1) if each.ndim > self.log_factor.ndim else each for each in own]
 
     def report(self, agent: Agent) -> TensorDict:

@@ -10,6 +10,7 @@ from torchrl_happo.masked import masked_mean
 from torchrl_happo.objectives.costs import WithCosts, episode_key
 from torchrl_happo.objectives.critic import Critic
 from torchrl_happo.team.entries import has, next_key
+from torchrl_happo.team.values import fill_next
 from torchrl_happo.update.batch import TeamBatch
 
 __all__ = ["episode_costs"]
@@ -62,7 +63,10 @@ def episode_costs(batch: TeamBatch, loss: WithCosts) -> Tensor:
 @torch.no_grad()
 def _with_cost_to_come(total: Tensor, batch: TensorDictBase, critic: Critic) -> Tensor:
     """Add what the critic expects after a truncation to the sum of an episode so far."""
-    value = critic.with_values()(batch["next"].clone(recurse=False)).get(critic.keys.value)
+    reads = critic.keys.observations
+    # Collectors may leave out the observations behind a truncation (compact_obs).
+    seen = fill_next(batch.select(*reads, *map(next_key, reads)), reads)["next"]
+    value = critic.with_values()(seen).get(critic.keys.value)
     done, terminated = (
         batch.get(next_key(key)) for key in (critic.keys.done, critic.keys.terminated)
     )

@@ -1,4 +1,4 @@
-"""What simulators in batches have in common whose agents may not always choose every action."""
+"""Batches of simulators whose agents may not always choose every action: the common part."""
 
 from __future__ import annotations
 
